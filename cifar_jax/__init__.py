@@ -1,0 +1,3 @@
+"""cifar_jax: two published CIFAR-10 classifiers, an All-CNN and a LeNet-5 variant, in JAX."""
+
+__version__ = "0.1.0"

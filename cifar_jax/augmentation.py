@@ -1,0 +1,86 @@
+"""Augmentation on the device: pure functions of (key, image), one float image [H, W, C] at a time, to be vmapped.
+
+A key per image makes the draws independent of how a batch is divided over devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.ndimage import map_coordinates
+
+from cifar_jax.configs.default import Config
+
+
+def affine(image: jax.Array, angle: jax.Array, shift_y: jax.Array, shift_x: jax.Array) -> jax.Array:
+    """Rotates about the image centre and shifts, in one bilinear warp with edge fill, as keras-preprocessing 1.1.
+
+    Output pixel (i, j) samples the input at (c·u - s·v + o_y, s·u + c·v + o_x) with c, s = cos and sin of the angle,
+    u = i - o_y + shift_y, v = j - o_x + shift_x, o = size/2 + 0.5 (keras_preprocessing/image/
+    affine_transformations.py: rotation · shift, offset to the centre).
+
+    Args: image float [H, W, C]; angle in radians; shifts in pixels, all scalars. Returns: [H, W, C].
+    """
+    height, width, _ = image.shape
+    o_y, o_x = height / 2 + 0.5, width / 2 + 0.5
+    u = (jnp.arange(height, dtype=image.dtype) - o_y + shift_y)[:, None]
+    v = (jnp.arange(width, dtype=image.dtype) - o_x + shift_x)[None, :]
+    c, s = jnp.cos(angle), jnp.sin(angle)
+    coordinates = [c * u - s * v + o_y, s * u + c * v + o_x]
+    warp_channel = lambda channel: map_coordinates(channel, coordinates, order=1, mode="nearest")  # noqa: E731
+    return jax.vmap(warp_channel, in_axes=-1, out_axes=-1)(image)
+
+
+def random_affine(key: jax.Array, image: jax.Array, rotation_degrees: float, shift_fraction: float) -> jax.Array:
+    """`affine` with angle U(±rotation_degrees) and shifts U(±shift_fraction) of height and width, in Keras' order."""
+    angle_key, y_key, x_key = jax.random.split(key, 3)
+    uniform = lambda key, bound: jax.random.uniform(key, (), image.dtype, -bound, bound)  # noqa: E731
+    angle = jnp.deg2rad(uniform(angle_key, rotation_degrees))
+    shift_y = uniform(y_key, shift_fraction * image.shape[0])
+    shift_x = uniform(x_key, shift_fraction * image.shape[1])
+    return affine(image, angle, shift_y, shift_x)
+
+
+def random_crop(key: jax.Array, image: jax.Array, padding: int) -> jax.Array:
+    """Pads by reflection and crops back to size at a uniform whole-pixel offset: a shift of up to ±padding pixels."""
+    padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
+    y, x = jax.random.randint(key, (2,), 0, 2 * padding + 1)
+    return jax.lax.dynamic_slice(padded, (y, x, jnp.zeros_like(x)), image.shape)
+
+
+def random_flip(key: jax.Array, image: jax.Array) -> jax.Array:
+    """Mirrors left and right with probability 0.5."""
+    return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
+
+
+def cutout(key: jax.Array, image: jax.Array, size: int) -> jax.Array:
+    """Sets a square of `size` pixels to 0, its centre uniform over the image, cut at the edges (arXiv:1708.04552)."""
+    height, width, _ = image.shape
+    y_key, x_key = jax.random.split(key)
+    top = jax.random.randint(y_key, (), 0, height) - size // 2
+    left = jax.random.randint(x_key, (), 0, width) - size // 2
+    rows, columns = jnp.arange(height), jnp.arange(width)
+    inside_rows = (rows >= top) & (rows < top + size)
+    inside_columns = (columns >= left) & (columns < left + size)
+    inside = inside_rows[:, None, None] & inside_columns[None, :, None]
+    return jnp.where(inside, jnp.zeros((), image.dtype), image)
+
+
+def create_augment(config: Config) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The recipe's augmentation: (keys [N], float images [N, H, W, C]) → images."""
+
+    def augment_one(key: jax.Array, image: jax.Array) -> jax.Array:
+        affine_key, crop_key, flip_key, cutout_key = jax.random.split(key, 4)
+        if config.rotation_degrees or config.shift_fraction:
+            image = random_affine(affine_key, image, config.rotation_degrees, config.shift_fraction)
+        if config.crop_padding:
+            image = random_crop(crop_key, image, config.crop_padding)
+        if config.random_flip:
+            image = random_flip(flip_key, image)
+        if config.cutout_size:
+            image = cutout(cutout_key, image, config.cutout_size)
+        return image
+
+    return jax.vmap(augment_one)

@@ -1,0 +1,90 @@
+"""A run's Orbax checkpoints: the latest, from which it resumes bit for bit, and the best by test accuracy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from cifar_jax.errors import UserError
+from cifar_jax.training import Metrics, TrainState
+
+
+class Progress(NamedTuple):
+    """How far a run is: `epoch` epochs are complete, evaluated and logged, and `step` steps of the next are taken.
+
+    `seconds` is the training time spent on those steps, without compilation and evaluation.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+
+
+def _accuracy(metrics: dict[str, float]) -> float:
+    return metrics["test_accuracy"]
+
+
+class Checkpoints:
+    """The checkpoints in WORKDIR/checkpoints, numbered by save. Raises UserError if they can't be read or written."""
+
+    def __init__(self, workdir: Path) -> None:
+        self.directory = (workdir / "checkpoints").absolute()
+        policy = checkpoint_managers.AnyPreservationPolicy([
+            checkpoint_managers.LatestN(1),
+            checkpoint_managers.BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False),
+        ])
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy, best_fn=_accuracy, enable_async_checkpointing=False
+        )
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.directory, options=options, item_names=("state", "history", "progress")
+            )
+            self._latest, self._best = self._manager.latest_step(), self._manager.best_step()
+        except Exception as error:  # Orbax reads every checkpoint's metadata here, and passes on what that raises
+            raise UserError(f"{self.directory}: can't open the checkpoints ({error}): use another --workdir") from error
+
+    def save(self, state: TrainState, history: Metrics, progress: Progress, test_accuracy: float | None) -> None:
+        """Saves; then older checkpoints go, but for the best. Without an accuracy it can't be the best."""
+        self._latest = (self._latest or 0) + 1
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            history=ocp.args.StandardSave(history),
+            progress=ocp.args.JsonSave(progress._asdict()),
+        )
+        metrics = None if test_accuracy is None else {"test_accuracy": test_accuracy}
+        try:
+            self._manager.save(self._latest, args=items, metrics=metrics)
+        except OSError as error:
+            raise UserError(f"{self.directory}: can't save ({error}): make room, then start again to resume") from error
+
+    def restore_run(self, state: TrainState, history: Metrics) -> tuple[TrainState, Metrics, Progress] | None:
+        """The latest checkpoint, to resume from; None if there is none. The arguments give shapes and placement."""
+        if self._latest is None:
+            return None
+        items = self._restore(
+            self._latest, state=ocp.args.StandardRestore(state), history=ocp.args.StandardRestore(history)
+        )
+        return items.state, items.history, Progress(**items.progress)
+
+    def restore_state(self, which: Literal["best", "latest"], state: TrainState) -> tuple[TrainState, Progress]:
+        """The best or the latest checkpoint's state, and how far the run was."""
+        number = self._best if which == "best" else self._latest
+        if number is None:
+            raise UserError(f"{self.directory}: no {which} checkpoint yet: train for an epoch first")
+        items = self._restore(number, state=ocp.args.StandardRestore(state))
+        return items.state, Progress(**items.progress)
+
+    def _restore(self, number: int, **items: Any) -> Any:
+        items["progress"] = ocp.args.JsonRestore()
+        try:
+            return self._manager.restore(number, args=ocp.args.Composite(**items))
+        except Exception as error:  # whatever Orbax and TensorStore raise for a damaged file
+            other = "go on from the best one" if number != self._best and self._best else "start anew"
+            raise UserError(
+                f"{self.directory / str(number)}: damaged, or of another model ({type(error).__name__}: "
+                f"{str(error)[:200]}): move this folder away to {other}, or use another --workdir"
+            ) from error

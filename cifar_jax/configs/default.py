@@ -1,0 +1,102 @@
+"""The type of every recipe. A recipe is an instance; each field is a flag of `python -m cifar_jax.train RECIPE`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+from cifar_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A training recipe. Raises UserError for values that can't work."""
+
+    workdir: str
+    """The run's folder: config, metrics, checkpoints, figures. Starting again with it resumes."""
+    model: Literal["all_cnn", "lenet5"]
+    """The network."""
+    dropout_rates: tuple[float, ...]
+    """Dropout: all_cnn has three places (first convolution, both pools), lenet5 two (both convolutions)."""
+    input_scaling: Literal["unit", "symmetric", "standardized"]
+    """Pixels to [0, 1], to [-1, 1], or to zero mean and unit variance by channel (of CIFAR-10's training set)."""
+    batch_size: int
+    """Images of one update, over all devices."""
+    num_epochs: int
+    """Passes over the training set."""
+    learning_rate: float
+    """Peak learning rate."""
+
+    dataset: Literal["cifar10", "digits"] = "cifar10"
+    """CIFAR-10, or scikit-learn's embedded handwritten digits scaled to 32×32×3."""
+    data_dir: str | None = None
+    """Where to look for CIFAR-10 first, and where to download it to."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the computation; parameters stay float32."""
+    seed: int = 0
+    """Of initialisation, order, augmentation and dropout."""
+
+    optimizer: Literal["sgd", "keras_sgd"] = "sgd"
+    """SGD with momentum; keras_sgd keeps the learning rate inside the velocity, as Keras does."""
+    momentum: float = 0.9
+    """Momentum."""
+    nesterov: bool = False
+    """Nesterov's momentum."""
+    weight_decay: float = 0.0
+    """L2 on all parameters, added to the gradient before the momentum (as torch.optim.SGD)."""
+    schedule: Literal["constant", "inverse_time", "cosine"] = "constant"
+    """Learning rate by step; inverse_time is learning_rate / (1 + lr_decay·step)."""
+    lr_decay: float = 0.0
+    """Of the inverse_time schedule, per step."""
+    warmup_epochs: float = 0.0
+    """Linear warm-up from 0 before the cosine schedule."""
+    label_smoothing: float = 0.0
+    """Share of each target that is spread evenly over the classes."""
+
+    rotation_degrees: float = 0.0
+    """Random affine warp: rotation by ± this angle."""
+    shift_fraction: float = 0.0
+    """Random affine warp: shift by ± this fraction of height and width, sub-pixel."""
+    crop_padding: int = 0
+    """Random crop: shift by ± this number of whole pixels, edges reflected."""
+    random_flip: bool = False
+    """Mirror half of the images left and right."""
+    cutout_size: int = 0
+    """Side of the square that is set to 0, in pixels."""
+
+    eval_batch_size: int = 500
+    """Images of one evaluation step, over all devices; does not change results."""
+    num_devices: int | None = None
+    """Local devices to use; None: all."""
+    steps_per_call: int | None = None
+    """Training steps of one compiled call; None: 1 on the CPU (where loops are slow), up to 1,000 elsewhere."""
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, field: str, rule: str) -> None:
+            if not ok:
+                flag = "--" + field.replace("_", "-")
+                raise UserError(f"{flag} {getattr(self, field)}: must be {rule}")
+
+        places = {"all_cnn": 3, "lenet5": 2}[self.model]
+        for field in ("batch_size", "num_epochs", "eval_batch_size"):
+            check(getattr(self, field) >= 1, field, "1 or more")
+        for field in ("num_devices", "steps_per_call"):
+            check(getattr(self, field) is None or getattr(self, field) >= 1, field, "1 or more")
+        check(0 <= self.seed < 2**32, "seed", "from 0 to 4294967295")
+        check(len(self.dropout_rates) == places, "dropout_rates", f"{places} numbers for {self.model}")
+        check(all(0 <= rate < 1 for rate in self.dropout_rates), "dropout_rates", "at least 0 and below 1")
+        check(0 < self.learning_rate < math.inf, "learning_rate", "a number above 0")
+        check(0 <= self.momentum < 1, "momentum", "at least 0 and below 1")
+        check(self.momentum > 0 or not self.nesterov, "momentum", "above 0 with --nesterov")
+        check(0 <= self.label_smoothing < 1, "label_smoothing", "at least 0 and below 1")
+        check(0 <= self.crop_padding < 32, "crop_padding", "from 0 to 31")
+        for field in ("weight_decay", "lr_decay", "warmup_epochs", "rotation_degrees", "shift_fraction", "cutout_size"):
+            check(0 <= getattr(self, field) < math.inf, field, "0 or more")
+        check(self.lr_decay == 0 or self.schedule == "inverse_time", "lr_decay", "0 unless --schedule inverse_time")
+        check(self.warmup_epochs == 0 or self.schedule == "cosine", "warmup_epochs", "0 unless --schedule cosine")
+        check(self.warmup_epochs < self.num_epochs, "warmup_epochs", "below --num-epochs")
+
+
+# What a run may change when it is resumed: where things lie and how the work is cut, not what is computed.
+EXECUTION_FIELDS = ("workdir", "data_dir", "eval_batch_size", "num_devices", "steps_per_call")

@@ -1,0 +1,405 @@
+"""From a dataset's name and a folder to uint8 NHWC images and int32 labels, and the order of an epoch's batches.
+
+CIFAR-10 (Krizhevsky, 2009) is read as TensorFlow Datasets, torchvision or Keras leave it on disk, else downloaded.
+It is decoded once; the arrays are cached as .npy files and memory-mapped on the next start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import os
+import pickle
+import shutil
+import sys
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cifar_jax.errors import UserError
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # of the training set's pixels, by channel, in [0, 1]
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+ARCHIVE_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+ARCHIVE_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+
+_BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+_IMAGES_PER_BATCH = 10_000
+_RECORD = 1 + 3 * 32 * 32  # the binary layout: a label byte, then the red, green and blue planes
+_BINARY_SIZE = _IMAGES_PER_BATCH * _RECORD
+_PICKLE_SIZE_LIMIT = 64 * 2**20  # the official pickles have 31 MB
+
+Arrays = dict[str, np.ndarray]
+_ARRAY_NAMES = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Images uint8 [N, 32, 32, 3], labels int32 [N], for train and test; `source` says where they came from."""
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    class_names: tuple[str, ...]
+    source: str
+
+
+def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
+    """Loads 'cifar10' or 'digits'.
+
+    cifar10 is looked for in data_dir; in TFDS_DATA_DIR or TFDS' default folder; in ., ./data and Keras' folder. If it
+    is nowhere, the official archive is downloaded, into data_dir or the cache.
+
+    Raises: UserError, naming the file, for a file that is short or corrupt, or when the download fails.
+    """
+    if name == "digits":
+        return _load_digits()
+    if name != "cifar10":
+        raise UserError(f"unknown dataset {name!r}: choose cifar10 or digits")
+    if data_dir is not None and not Path(data_dir).exists():
+        raise UserError(f"--data-dir {data_dir} does not exist: name a folder with CIFAR-10, or create it for a download")
+    for folder in _search_path(data_dir):
+        found = _find_layout(folder)
+        if found is not None:
+            break
+        if data_dir is not None and folder == Path(data_dir):
+            print(f"no CIFAR-10 in --data-dir {data_dir}: looking elsewhere", file=sys.stderr)
+    else:
+        archive = _download(Path(data_dir) if data_dir is not None else _cache_dir())
+        found = _read_python_archive, archive
+    read, path = found
+    return Dataset(**_cached(read, path), class_names=CIFAR10_CLASSES, source=str(path))
+
+
+def _search_path(data_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
+    if data_dir is not None:
+        yield Path(data_dir)
+    yield Path(os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets")
+    yield from (Path("."), Path("data"))  # where torchvision's examples put it
+    keras = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras") / "datasets"
+    yield from (keras, keras / "cifar-10-batches-py-target")  # Keras 2, Keras 3
+    yield _cache_dir()
+
+
+def _find_layout(folder: Path) -> tuple[Callable[[Path], Arrays], Path] | None:
+    """The first layout of CIFAR-10 in a folder (or the folder or file itself), with the function that reads it."""
+    archives = ("cifar-10-python.tar.gz", "cifar-10-batches-py.tar.gz", "cifar-10-batches-py-target.tar.gz")
+    if folder.is_file():
+        if not folder.name.endswith((".tar.gz", ".tgz")):
+            raise UserError(f"{folder} is a file: name the folder that holds CIFAR-10, or a .tar.gz archive of it")
+        return (_read_binary_archive if "binary" in folder.name else _read_python_archive), folder
+    for tfds in (folder, folder / "3.0.2", folder / "cifar10/3.0.2"):
+        if (tfds / "dataset_info.json").is_file() and tfds.resolve().parts[-2:] == ("cifar10", "3.0.2"):
+            if any(tfds.glob("cifar10-train.array_record*")):
+                return _read_tfds, tfds
+            # TFDS' default format; only TensorFlow reads it, and we don't depend on TensorFlow.
+            print(
+                f"passing over {tfds}: it holds TFRecord files; prepare it with file_format='array_record'",
+                file=sys.stderr,
+            )
+    for sub in (".", "cifar-10-batches-py"):
+        if any((folder / sub / name).is_file() for name in _BATCHES):
+            return _read_python_folder, folder / sub
+    for sub in (".", "cifar-10-batches-bin"):
+        if any((folder / sub / f"{name}.bin").is_file() for name in _BATCHES):
+            return _read_binary_folder, folder / sub
+    for name in archives:
+        if (folder / name).is_file():
+            return _read_python_archive, folder / name
+    if (folder / "cifar-10-binary.tar.gz").is_file():
+        return _read_binary_archive, folder / "cifar-10-binary.tar.gz"
+    return None
+
+
+# --- readers: each returns the four arrays, or raises UserError naming the file ---
+
+
+def _read_tfds(folder: Path) -> Arrays:
+    import tensorflow_datasets as tfds  # here: importing it costs a second, and a cached start does not need it
+
+    arrays: Arrays = {}
+    print(f"decoding {folder} (once; cached for the next start)", file=sys.stderr)
+    for split, size in (("train", 50_000), ("test", 10_000)):
+        try:
+            source = tfds.data_source("cifar10:3.0.2", split=split, data_dir=folder.parents[1], download=False)
+            # TFDS shuffles; the ids (train_00000, …) carry the official order, so every source trains alike.
+            examples = sorted(source.__getitems__(range(len(source))), key=lambda example: example["id"])
+            images = np.stack([example["image"] for example in examples])
+            labels = np.array([example["label"] for example in examples])
+        except Exception as error:  # the readers below TFDS raise whatever they like for a damaged file
+            raise UserError(f"{folder}: can't read the {split} split ({error}): prepare the folder anew") from error
+        if images.shape != (size, 32, 32, 3):
+            raise UserError(f"{folder}: the {split} split has {len(images)} of {size} images: prepare it anew")
+        arrays[f"{split}_images"], arrays[f"{split}_labels"] = images, _checked_labels(labels, folder)
+    return arrays
+
+
+def _read_python_folder(folder: Path) -> Arrays:
+    return _assemble(folder, lambda name: _read_pickle(_read_file(folder / name, None), folder / name))
+
+
+def _read_binary_folder(folder: Path) -> Arrays:
+    return _assemble(
+        folder, lambda name: _read_binary(_read_file(folder / f"{name}.bin", _BINARY_SIZE), folder / f"{name}.bin")
+    )
+
+
+def _read_python_archive(path: Path) -> Arrays:
+    members = _read_archive(path, _BATCHES)
+    return _assemble(path, lambda name: _read_pickle(members[name], path / name))
+
+
+def _read_binary_archive(path: Path) -> Arrays:
+    members = _read_archive(path, tuple(f"{name}.bin" for name in _BATCHES))
+    return _assemble(path, lambda name: _read_binary(members[f"{name}.bin"], path / f"{name}.bin"))
+
+
+def _assemble(source: Path, read_batch: Callable[[str], tuple[np.ndarray, np.ndarray]]) -> Arrays:
+    """Five training batches and the test batch to NHWC arrays."""
+    batches = [read_batch(name) for name in _BATCHES]
+    images = [pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for pixels, _ in batches]
+    labels = [_checked_labels(labels, source) for _, labels in batches]
+    return dict(
+        train_images=np.concatenate(images[:5]),
+        train_labels=np.concatenate(labels[:5]),
+        test_images=np.ascontiguousarray(images[5]),
+        test_labels=labels[5],
+    )
+
+
+def _checked_labels(labels: np.ndarray, path: Path) -> np.ndarray:
+    if labels.min() < 0 or labels.max() > 9:
+        raise UserError(f"{path}: holds a label outside 0…9, so it is corrupt: delete it to download it again")
+    return labels.astype(np.int32)
+
+
+def _read_file(path: Path, size: int | None) -> bytes:
+    try:
+        actual = path.stat().st_size
+        if size is not None and actual != size:
+            raise UserError(f"{path}: has {actual} bytes, not {size}: delete its folder to download it again")
+        if actual > _PICKLE_SIZE_LIMIT:
+            raise UserError(f"{path}: has {actual} bytes, too many for a batch of CIFAR-10")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}: delete its folder to download CIFAR-10 again") from error
+
+
+def _read_archive(path: Path, names: tuple[str, ...]) -> dict[str, bytes]:
+    """The named members' bytes, whatever their folder; nothing is unpacked to disk."""
+    members: dict[str, bytes] = {}
+    try:
+        with tarfile.open(path, "r|gz") as archive:
+            for member in archive:
+                name = member.name.rpartition("/")[2]
+                if name in names and member.isfile():
+                    if member.size > _PICKLE_SIZE_LIMIT:
+                        raise UserError(f"{path}: {name} has {member.size} bytes, too many for a batch of CIFAR-10")
+                    file = archive.extractfile(member)
+                    assert file is not None  # it is a regular file
+                    members[name] = file.read()
+                    if len(members) == len(names):
+                        break
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{path}: incomplete or corrupt ({error}): delete it to download it again") from error
+    missing = [name for name in names if name not in members]
+    if missing:
+        raise UserError(f"{path}: lacks {missing[0]}: delete it to download it again")
+    return members
+
+
+def _read_binary(data: bytes, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    if len(data) != _BINARY_SIZE:
+        raise UserError(f"{path}: has {len(data)} bytes, not {_BINARY_SIZE}: delete it to download it again")
+    records = np.frombuffer(data, np.uint8).reshape(-1, _RECORD)
+    return records[:, 1:], records[:, 0]
+
+
+class _PickledArray:
+    """Stands for numpy.ndarray while unpickling; accepts a uint8 buffer and nothing else."""
+
+    array: np.ndarray
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran_order, buffer = state
+        if not isinstance(dtype, _PickledDtype) or dtype.name not in ("u1", b"u1", "uint8") or fortran_order:
+            raise pickle.UnpicklingError("an array that is not of C-ordered uint8")
+        self.array = np.frombuffer(bytes(buffer), np.uint8).reshape(shape)
+
+
+class _PickledDtype:
+    """Stands for numpy.dtype while unpickling; only remembers its name."""
+
+    def __init__(self, name: Any, *_: Any) -> None:
+        self.name = name
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """How Python 3 writes bytes into a protocol 2 pickle: _codecs.encode(text, 'latin1')."""
+    if encoding not in ("latin1", b"latin1"):
+        raise pickle.UnpicklingError(f"encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds arrays, lists, dicts, bytes, strings and numbers: nothing in a file can call anything else.
+
+    Even numpy's own constructors are replaced, since a hostile dtype state can corrupt memory.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        match module.replace("numpy._core", "numpy.core"), name:
+            case "numpy.core.multiarray", "_reconstruct":
+                return lambda *_: _PickledArray()
+            case "numpy", "ndarray":
+                return _PickledArray
+            case "numpy", "dtype":
+                return _PickledDtype
+            case "_codecs", "encode":
+                return _latin1
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which CIFAR-10 does not need")
+
+
+def _read_pickle(data: bytes, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        batch = _ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
+        batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
+        pixels, labels = batch["data"].array, np.array(batch["labels"], dtype=np.int64)
+    except Exception as error:  # a hostile or cut pickle can raise anything
+        raise UserError(f"{path}: not a batch of CIFAR-10 ({error}): delete it to download it again") from error
+    if pixels.shape != (_IMAGES_PER_BATCH, 3072) or labels.shape != (_IMAGES_PER_BATCH,):
+        raise UserError(f"{path}: holds {len(pixels)} images and {labels.size} labels, not {_IMAGES_PER_BATCH} of each")
+    return pixels, labels
+
+
+def _load_digits() -> Dataset:
+    """scikit-learn's 1,797 handwritten digits of 8×8 pixels, enlarged fourfold; a fixed, stratified 80/20 split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = load_digits(return_X_y=True)
+    grey = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    images = np.broadcast_to(grey.repeat(4, 1).repeat(4, 2)[..., None], (len(grey), 32, 32, 3))
+    train_images, test_images, train_labels, test_labels = train_test_split(
+        images, labels.astype(np.int32), test_size=0.2, random_state=0, stratify=labels
+    )
+    return Dataset(
+        train_images, train_labels, test_images, test_labels, tuple("0123456789"), "scikit-learn's load_digits"
+    )
+
+
+# --- download and cache ---
+
+
+def _cache_dir() -> Path:
+    import pooch
+
+    return Path(os.environ.get("CIFAR_JAX_CACHE") or pooch.os_cache("cifar_jax"))
+
+
+def _download(folder: Path) -> Path:
+    """Downloads the official archive and checks it; an interrupted download leaves no file under the final name."""
+    import pooch
+    import requests
+
+    hint = f"download {ARCHIVE_URL} elsewhere and name its folder with --data-dir, or use --dataset digits"
+    fetch = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=30)
+    try:
+        path = pooch.retrieve(
+            ARCHIVE_URL, f"sha256:{ARCHIVE_SHA256}", fname="cifar-10-python.tar.gz", path=folder, downloader=fetch
+        )
+    except requests.exceptions.RequestException as error:
+        raise UserError(f"CIFAR-10 is not on this machine and the download failed ({_cause(error)}): {hint}") from error
+    except (OSError, ValueError) as error:  # a full disk, a folder that can't be written, a wrong checksum
+        raise UserError(f"can't download CIFAR-10 to {folder} ({error}): {hint}") from error
+    return Path(path)
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason; requests wraps it in three layers whose text runs over lines."""
+    while (inner := getattr(error, "reason", None) or next(iter(error.args), None)) and isinstance(inner, Exception):
+        error = inner
+    return str(error).rpartition(": ")[2] or type(error).__name__
+
+
+def _cached(read: Callable[[Path], Arrays], path: Path) -> Arrays:
+    """Decodes `path` once; next time the arrays are memory-mapped. The key changes when a file does."""
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    stamp = [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    entry = _cache_dir() / f"cifar10-{hashlib.sha256(chr(10).join(stamp).encode()).hexdigest()[:16]}"
+    with contextlib.suppress(OSError, ValueError):  # not there yet, or damaged: decode again
+        return _open_arrays(entry)
+    arrays = read(path)
+    try:
+        _save_arrays(entry, arrays)
+    except OSError as error:
+        print(f"can't cache the decoded data in {entry} ({error}): the next start decodes again", file=sys.stderr)
+    return arrays
+
+
+def _open_arrays(entry: Path) -> Arrays:
+    arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAY_NAMES}
+    shapes = [(arrays[name].shape, arrays[name].dtype) for name in _ARRAY_NAMES]
+    if shapes != [((n, *rest), dtype) for n in (50_000, 10_000) for rest, dtype in (((32, 32, 3), "u1"), ((), "i4"))]:
+        raise ValueError("not the arrays of CIFAR-10")
+    return arrays
+
+
+def _save_arrays(entry: Path, arrays: Arrays) -> None:
+    """Written aside and renamed, so that a reader never sees half an entry."""
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=entry.parent, prefix="partial-") as partial:
+        for name, array in arrays.items():
+            np.save(Path(partial) / f"{name}.npy", array)
+        shutil.rmtree(entry, ignore_errors=True)
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            os.mkdir(entry)
+            for name in arrays:
+                os.replace(Path(partial) / f"{name}.npy", entry / f"{name}.npy")
+
+
+# --- on the device ---
+
+
+def scale_images(images: jax.Array, input_scaling: str) -> jax.Array:
+    """uint8 [N, H, W, 3] → float32, scaled as the recipe's `input_scaling` says."""
+    unit = images.astype(jnp.float32) / 255
+    if input_scaling == "symmetric":
+        return (unit - 0.5) / 0.5
+    if input_scaling == "standardized":
+        return (unit - jnp.asarray(CIFAR10_MEAN).reshape(1, 1, 1, 3)) / jnp.asarray(CIFAR10_STD).reshape(1, 1, 1, 3)
+    return unit
+
+
+def epoch_order(seed: int, epoch: int, num_images: int) -> jax.Array:
+    """The order of the training images in an epoch: int32 [num_images], a function of seed and epoch alone."""
+    key = jax.random.fold_in(jax.random.key(seed), epoch)
+    return jax.random.permutation(key, num_images)
+
+
+def take_batch(
+    images: jax.Array, labels: jax.Array, order: jax.Array, start: jax.Array, size: int
+) -> dict[str, jax.Array]:
+    """Positions start … start+size of an order as a batch; those past the end are masked copies of the last.
+
+    Args: images uint8 [N, 32, 32, 3]; labels int32 [N]; order int32 [N]; start int32 scalar.
+    Returns: {'image': uint8 [size, 32, 32, 3], 'label': int32 [size], 'mask': float32 [size], 1 for real examples}.
+    """
+    positions = start + jnp.arange(size, dtype=jnp.int32)
+    indices = order[jnp.minimum(positions, order.shape[0] - 1)]
+    mask = (positions < order.shape[0]).astype(jnp.float32)
+    return {"image": images[indices], "label": labels[indices], "mask": mask}

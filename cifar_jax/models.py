@@ -1,0 +1,111 @@
+"""The two networks, as Flax Linen modules.
+
+Linen and not NNX: both are supported, and a pure `apply` fits one pmapped, donated step without split and merge.
+Both take float images [N, 32, 32, 3] (scaled as their recipe says) and return float32 logits [N, num_classes].
+`dtype` is the type of the computation; parameters are always float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Initializer = Callable[..., jax.Array]
+
+
+class AllCNN(nn.Module):
+    """All-CNN variant of the Keras program: 1,369,738 parameters. After All-CNN-C of arXiv:1412.6806.
+
+    Attributes:
+      dropout_rates: after the first convolution, after the first pool, after the second pool.
+      final_relu: one more ReLU between the 10-channel convolution and the average pool, as in the architecture
+        JSON published with the original's pretrained weights (same parameters, other logits).
+      dtype: of the computation, float32 or bfloat16.
+    """
+
+    num_classes: int = 10
+    dropout_rates: tuple[float, ...] = (0.2, 0.5, 0.5)
+    final_relu: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        """Args: images float [N, 32, 32, 3] in [0, 1]; train turns dropout on. Returns: float32 logits [N, 10]."""
+
+        def conv(x: jax.Array, features: int, size: int, padding: str) -> jax.Array:
+            # Keras' defaults: glorot_uniform kernels and zero biases (Flax's own would be truncated lecun_normal).
+            glorot_uniform = nn.initializers.glorot_uniform()
+            return nn.Conv(features, (size, size), padding=padding, kernel_init=glorot_uniform, dtype=self.dtype)(x)
+
+        def pool(x: jax.Array) -> jax.Array:
+            return nn.max_pool(x, (3, 3), (2, 2), "VALID")
+
+        first, second, third = (nn.Dropout(rate, deterministic=not train) for rate in self.dropout_rates)
+        x = images.astype(self.dtype)
+        x = first(nn.relu(conv(x, 96, 3, "SAME")))
+        x = nn.relu(conv(x, 96, 3, "SAME"))
+        x = nn.relu(conv(x, 96, 3, "SAME"))
+        x = second(pool(x))
+        x = nn.relu(conv(x, 192, 3, "SAME"))
+        x = nn.relu(conv(x, 192, 3, "VALID"))
+        x = nn.relu(conv(x, 192, 3, "SAME"))
+        x = third(pool(x))
+        x = nn.relu(conv(x, 192, 3, "SAME"))
+        x = nn.relu(conv(x, 192, 1, "SAME"))
+        x = conv(x, self.num_classes, 1, "SAME")
+        if self.final_relu:
+            x = nn.relu(x)
+        return x.astype(jnp.float32).mean(axis=(1, 2))
+
+
+def _pytorch_bias(fan_in: int) -> Initializer:
+    """PyTorch's default bias: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), with the fan_in of the layer's kernel."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class LeNet5(nn.Module):
+    """LeNet-5 variant of the PyTorch notebook: 395,006 parameters. After LeCun et al., 1998.
+
+    Attributes:
+      dropout_rates: after the first and after the second convolution's ReLU, before the pools.
+      dtype: of the computation, float32 or bfloat16.
+    """
+
+    num_classes: int = 10
+    dropout_rates: tuple[float, ...] = (0.2, 0.2)
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        """Args: images float [N, 32, 32, 3] in [-1, 1]; train turns dropout on. Returns: float32 logits [N, 10]."""
+        # PyTorch's default kernel, kaiming_uniform_(a=sqrt(5)), is U(±1/sqrt(fan_in)): a variance of 1/(3·fan_in).
+        pytorch_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        # The notebook's xavier_normal_ for fc1. JAX's glorot_normal truncates at two deviations: not the same.
+        xavier_normal = nn.initializers.variance_scaling(1.0, "fan_avg", "normal")
+
+        def conv(x: jax.Array, features: int) -> jax.Array:
+            bias = _pytorch_bias(5 * 5 * x.shape[-1])
+            return nn.Conv(
+                features, (5, 5), padding="VALID", kernel_init=pytorch_kernel, bias_init=bias, dtype=self.dtype
+            )(x)
+
+        def dense(x: jax.Array, features: int, kernel_init: Initializer = pytorch_kernel) -> jax.Array:
+            bias = _pytorch_bias(x.shape[-1])
+            return nn.Dense(features, kernel_init=kernel_init, bias_init=bias, dtype=self.dtype)(x)
+
+        first, second = (nn.Dropout(rate, deterministic=not train) for rate in self.dropout_rates)
+        x = images.astype(self.dtype)
+        x = nn.max_pool(first(nn.relu(conv(x, 32))), (2, 2), (2, 2))
+        x = nn.max_pool(second(nn.relu(conv(x, 64))), (2, 2), (2, 2))
+        x = x.reshape(x.shape[0], -1)  # NHWC; PyTorch flattens NCHW, which matters when weights move
+        x = nn.relu(dense(x, 200, xavier_normal))
+        x = nn.relu(dense(x, 100))
+        return dense(x, self.num_classes).astype(jnp.float32)
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"all_cnn": AllCNN, "lenet5": LeNet5}

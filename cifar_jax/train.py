@@ -1,0 +1,258 @@
+"""Trains a recipe: python -m cifar_jax.train [RECIPE] [--workdir …] [--num-epochs …] …"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import datetime
+import difflib
+import platform
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint
+import tyro
+
+import cifar_jax
+from cifar_jax.checkpoint import Checkpoints, Progress
+from cifar_jax.configs import DESCRIPTIONS, RECIPES
+from cifar_jax.configs.default import EXECUTION_FIELDS, Config
+from cifar_jax.errors import UserError, command
+from cifar_jax.evaluate import Evaluator, read_config
+from cifar_jax.input_pipeline import epoch_order, load_dataset
+from cifar_jax.metrics import EpochMetrics, MetricsWriter, write_json
+from cifar_jax.training import (
+    create_history,
+    create_schedule,
+    create_train_state,
+    create_train_steps,
+    default_steps_per_call,
+    replicate,
+    select_devices,
+)
+
+DEFAULT_RECIPE = "lenet5"
+
+
+class Interrupted(Exception):
+    """The run was stopped by a signal, after its state was saved."""
+
+    def __init__(self, signum: int, progress: Progress, steps_per_epoch: int) -> None:
+        super().__init__(f"saved after {progress.epoch} epochs and {progress.step}/{steps_per_epoch} steps")
+        self.exit_status = 128 + signum
+
+
+class StopSignals:
+    """While entered, Ctrl-C and SIGTERM only set `received`; a second one interrupts at once."""
+
+    received: int | None = None
+
+    def __enter__(self) -> StopSignals:
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: object) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+        print("\nstopping after this step, to save; once more to stop at once", file=sys.stderr)
+
+    def __call__(self) -> bool:
+        return self.received is not None
+
+
+def train_and_evaluate(config: Config) -> dict[str, Any]:
+    """Trains a recipe to its last epoch, resuming what lies in its workdir, and returns the summary it wrote there.
+
+    Raises: UserError for what the user can mend, Interrupted after Ctrl-C or SIGTERM.
+    """
+    workdir = Path(config.workdir)
+    _claim_workdir(workdir, config)
+    devices = select_devices(config)
+    dataset = load_dataset(config.dataset, config.data_dir)
+    num_images = len(dataset.train_labels)
+    steps_per_epoch = -(-num_images // config.batch_size)
+    steps_per_call = min(config.steps_per_call or default_steps_per_call(devices), steps_per_epoch)
+    new_history = lambda: replicate(create_history(steps_per_epoch), devices)  # noqa: E731
+
+    state = replicate(create_train_state(config, steps_per_epoch), devices)
+    history, progress = new_history(), Progress()
+    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    checkpoints = Checkpoints(workdir)
+    restored = checkpoints.restore_run(state, history)
+    if restored is not None:
+        state, history, progress = restored
+    writer = MetricsWriter(workdir, progress.epoch, config.num_epochs, steps_per_epoch)
+    write_json(workdir / "config.json", dataclasses.asdict(config))
+    print(
+        f"{config.model}, {num_parameters:,} parameters, {config.dtype}, on {len(devices)} × {devices[0].device_kind}; "
+        f"{num_images:,} images from {dataset.source}; run in {workdir}"
+    )
+    if progress.epoch >= config.num_epochs:
+        print(f"already complete after {progress.epoch} epochs; for another run name another --workdir")
+        return _write_summary(config, writer, num_parameters, devices, dataset.source)
+    if restored is not None:
+        print(f"resuming after {progress.epoch} epochs and {progress.step}/{steps_per_epoch} steps")
+
+    with StopSignals() as stop:
+        data = replicate((dataset.train_images, dataset.train_labels), devices)
+        schedule = create_schedule(config, steps_per_epoch)
+        order = replicate(epoch_order(config.seed, 0, num_images), devices)
+        zero = np.int32(0)
+        compile_for = create_train_steps(config, devices, steps_per_call)
+        train_steps = compile_for(state, history, *data, order, zero, zero)
+        evaluator = Evaluator(config, state, dataset.test_images, dataset.test_labels, devices)
+
+        def save_and_raise(progress: Progress) -> None:
+            checkpoints.save(state, history, progress, None)
+            _plot(workdir, writer)
+            raise Interrupted(stop.received or 0, progress, steps_per_epoch)
+
+        while progress.epoch < config.num_epochs:
+            epoch, step, earlier_seconds = progress
+            order = replicate(epoch_order(config.seed, epoch, num_images), devices)
+            pending: collections.deque[jax.Array] = collections.deque()
+            started = time.perf_counter()
+            with writer.progress_bar(epoch, step) as bar:
+                while step < steps_per_epoch and not stop():
+                    count = min(steps_per_call, steps_per_epoch - step)
+                    state, history, loss = train_steps(state, history, *data, order, np.int32(step), np.int32(count))
+                    step += count
+                    pending.append(loss)
+                    if len(pending) > 2:  # run ahead of the device by two calls, not by 32: a signal must be heard
+                        done = pending.popleft().block_until_ready()
+                        if not bar.disable:
+                            bar.set_postfix(loss=f"{float(done):.4f}", refresh=False)
+                    bar.update(count)
+            jax.block_until_ready(state)
+            progress = Progress(epoch, step, earlier_seconds + time.perf_counter() - started)
+            if step < steps_per_epoch:
+                save_and_raise(progress)
+            test = evaluator(state, stop)
+            if test is None:
+                save_and_raise(progress)
+            assert test is not None
+
+            losses, correct, counts = (np.asarray(history[name]) for name in ("loss", "correct", "count"))
+            row = EpochMetrics(
+                epoch=epoch + 1,
+                train_loss=float((losses.astype(np.float64) * counts).sum() / num_images),
+                train_accuracy=float(correct.sum() / num_images),
+                test_loss=test["loss"],
+                test_accuracy=test["accuracy"],
+                learning_rate=float(schedule(jnp.asarray((epoch + 1) * steps_per_epoch - 1))),
+                seconds=round(progress.seconds, 3),
+                images_per_second=round(num_images / progress.seconds, 1),
+            )
+            writer.write(row, losses)
+            history, progress = new_history(), Progress(epoch + 1)
+            checkpoints.save(state, history, progress, row.test_accuracy)
+            if stop() and progress.epoch < config.num_epochs:
+                _plot(workdir, writer)
+                raise Interrupted(stop.received or 0, progress, steps_per_epoch)
+        _plot(workdir, writer)
+        return _write_summary(config, writer, num_parameters, devices, dataset.source)
+
+
+def _claim_workdir(workdir: Path, config: Config) -> None:
+    """Makes the folder. Raises UserError if it holds a run with another config, or can't be made."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir {workdir}: {error.strerror}: name a folder that can be written") from error
+    if not (workdir / "config.json").exists():
+        return
+    old, new = dataclasses.asdict(read_config(workdir)), dataclasses.asdict(config)
+    differing = [f"{name} {old[name]} → {new[name]}" for name in old if old[name] != new[name]]
+    differing = [text for text in differing if text.split()[0] not in EXECUTION_FIELDS]
+    if differing:
+        raise UserError(f"{workdir} holds a run with another config ({', '.join(differing)}): name another --workdir")
+
+
+def _plot(workdir: Path, writer: MetricsWriter) -> None:
+    if writer.rows:
+        from cifar_jax.plots import plot_run  # here: importing matplotlib takes a second
+
+        plot_run(workdir)
+
+
+def _write_summary(
+    config: Config, writer: MetricsWriter, num_parameters: int, devices: list[jax.Device], source: str
+) -> dict[str, Any]:
+    last, best = writer.rows[-1], max(writer.rows, key=lambda row: row.test_accuracy)
+    summary = {
+        "model": config.model,
+        "num_parameters": num_parameters,
+        "dataset": config.dataset,
+        "data_source": source,
+        "seed": config.seed,
+        "epochs": last.epoch,
+        "test_accuracy": last.test_accuracy,
+        "test_loss": last.test_loss,
+        "train_accuracy": last.train_accuracy,
+        "train_loss": last.train_loss,
+        "best_test_accuracy": best.test_accuracy,
+        "best_epoch": best.epoch,
+        "training_seconds": round(sum(row.seconds for row in writer.rows), 3),
+        "images_per_second": float(np.median([row.images_per_second for row in writer.rows])),
+        "devices": f"{len(devices)} × {devices[0].device_kind}",
+        "platform": platform.platform(),
+        "date": datetime.date.today().isoformat(),
+        "versions": {
+            "cifar_jax": cifar_jax.__version__,
+            "python": platform.python_version(),
+            **{module.__name__: module.__version__ for module in (jax, flax, optax, orbax.checkpoint)},
+        },
+    }
+    write_json(Path(config.workdir) / "summary.json", summary)
+    print(
+        f"test accuracy {last.test_accuracy:.2%} after {last.epoch} epochs (best {best.test_accuracy:.2%}, epoch "
+        f"{best.epoch}), {summary['training_seconds']:.0f} s of training; figures and summary.json in {config.workdir}"
+    )
+    return summary
+
+
+def parse_config(arguments: list[str]) -> Config:
+    """A recipe's name and flags to a Config. Raises UserError for an unknown recipe; bad flags exit with status 2."""
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments = [DEFAULT_RECIPE, *arguments]
+    if not arguments[0].startswith("-") and arguments[0] not in RECIPES:
+        close = difflib.get_close_matches(arguments[0], RECIPES, 1)
+        guess = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"unknown recipe {arguments[0]!r}: {guess}choose one of {', '.join(RECIPES)}")
+    return tyro.extras.overridable_config_cli(
+        {name: (DESCRIPTIONS[name], config) for name, config in RECIPES.items()},
+        prog="python -m cifar_jax.train",
+        description=f"Trains a recipe. Without a name: {DEFAULT_RECIPE}. RECIPE --help lists its flags.",
+        args=arguments,
+    )
+
+
+@command
+def main() -> int:
+    arguments = sys.argv[1:]
+    config = parse_config(arguments)
+    try:
+        train_and_evaluate(config)
+    except Interrupted as interrupted:
+        again = shlex.join(["python", "-m", "cifar_jax.train", *arguments])
+        print(f"{interrupted}. To go on: {again}", file=sys.stderr)
+        return interrupted.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""TrainState, the loss, train_step and eval_step, and the only place that calls pmap.
+
+A step is a pure function of (state, batch) on one device. `parallelize` runs it on all local devices: the state and
+the dataset are replicated, each device takes its slice of every global batch, gradients are averaged with pmean.
+pmap is in maintenance mode (JAX runs it as jit + shard_map); leaving it means changing this file alone. Beware:
+under shard_map gradients of replicated parameters arrive already summed, and here a forgotten pmean is silent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.training import train_state
+from jax import lax
+
+from cifar_jax.augmentation import create_augment
+from cifar_jax.configs.default import Config
+from cifar_jax.errors import UserError
+from cifar_jax.input_pipeline import scale_images, take_batch
+from cifar_jax.models import MODELS
+
+AXIS = "devices"
+Metrics = dict[str, jax.Array]
+Batch = dict[str, jax.Array]
+
+
+class TrainState(train_state.TrainState):
+    """Flax's TrainState (step, params, tx, opt_state) and the key from which every step's randomness is folded."""
+
+    rng: jax.Array
+
+
+def create_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
+    """Learning rate by step, float32."""
+    if config.schedule == "inverse_time":  # Keras 2's SGD(decay=…), keras/optimizers.py
+        return lambda step: config.learning_rate / (1.0 + config.lr_decay * step)
+    if config.schedule == "cosine":
+        warmup_steps = round(config.warmup_epochs * steps_per_epoch)
+        total_steps = config.num_epochs * steps_per_epoch
+        return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup_steps, total_steps)
+    return optax.constant_schedule(config.learning_rate)
+
+
+def create_tx(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
+    """The recipe's optimizer.
+
+    Keras keeps the rate inside the velocity, v ← μv − lr_t·g; PyTorch (and optax.sgd) outside, p ← p − lr_t·v. With
+    a changing rate they are not the same optimizer.
+    """
+    schedule = create_schedule(config, steps_per_epoch)
+    trace = optax.trace(config.momentum, config.nesterov)
+    rate = optax.scale_by_learning_rate(schedule)
+    parts = [rate, trace] if config.optimizer == "keras_sgd" else [trace, rate]
+    return optax.chain(*([optax.add_decayed_weights(config.weight_decay)] if config.weight_decay else []), *parts)
+
+
+def create_train_state(config: Config, steps_per_epoch: int) -> TrainState:
+    """Model, initial parameters and optimizer state, all from config.seed."""
+    model = MODELS[config.model](dropout_rates=config.dropout_rates, dtype=jnp.dtype(config.dtype))
+    params_key, rng = jax.random.split(jax.random.key(config.seed))
+    params = jax.jit(model.init)(params_key, jnp.zeros((1, 32, 32, 3)))["params"]
+    tx = create_tx(config, steps_per_epoch)
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=tx, rng=rng)
+    return state.replace(step=jnp.zeros((), jnp.int32))  # create's Python 0 would compile the step twice
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
+    """Softmax cross-entropy by example. Args: logits float32 [N, C]; labels int32 [N]. Returns: float32 [N], nats."""
+    if label_smoothing == 0.0:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), label_smoothing)
+    return optax.softmax_cross_entropy(logits, targets)
+
+
+def create_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The recipe's train_step(state, batch) → (state, metrics), to run under the axis AXIS.
+
+    metrics are of the global batch before the update: 'loss' float32, the mean over its examples (the recipe's loss,
+    dropout on), 'correct' int32, 'count' int32.
+    """
+    augment = create_augment(config)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        device, num_devices, size = lax.axis_index(AXIS), lax.axis_size(AXIS), batch["label"].shape[0]
+        augment_rng, dropout_rng = jax.random.split(jax.random.fold_in(state.rng, state.step))
+        # By position in the global batch: the same images whatever the number of devices.
+        keys = jax.vmap(lambda i: jax.random.fold_in(augment_rng, device * size + i))(jnp.arange(size))
+        images = augment(keys, scale_images(batch["image"], config.input_scaling))
+        count = lax.psum(batch["mask"].sum(), AXIS)
+
+        def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
+            rngs = {"dropout": jax.random.fold_in(dropout_rng, device)}
+            logits = state.apply_fn({"params": params}, images, train=True, rngs=rngs)
+            losses = cross_entropy(logits, batch["label"], config.label_smoothing)
+            # Times num_devices: pmean of these is the mean over the global batch, also of a partial one.
+            return (losses * batch["mask"]).sum() * num_devices / count, logits
+
+        (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        state = state.apply_gradients(grads=lax.pmean(grads, AXIS))
+        correct = ((logits.argmax(-1) == batch["label"]) * batch["mask"]).sum()
+        metrics = {
+            "loss": lax.pmean(loss, AXIS),
+            "correct": lax.psum(correct, AXIS).astype(jnp.int32),
+            "count": count.astype(jnp.int32),
+        }
+        return state, metrics
+
+    return train_step
+
+
+def create_eval_step(config: Config, dropout: bool = False) -> Callable[[TrainState, Batch], Metrics]:
+    """eval_step(state, batch) → sums over the global batch's examples: 'loss' float32, 'correct' and 'count' int32.
+
+    With `dropout` the network runs as in training, as the PyTorch notebook, which never calls .eval(), tests it.
+    """
+
+    def eval_step(state: TrainState, batch: Batch) -> Metrics:
+        rng = jax.random.fold_in(jax.random.fold_in(state.rng, batch["start"]), lax.axis_index(AXIS))
+        images = scale_images(batch["image"], config.input_scaling)
+        logits = state.apply_fn({"params": state.params}, images, train=dropout, rngs={"dropout": rng})
+        sums = {
+            "loss": cross_entropy(logits, batch["label"]),
+            "correct": logits.argmax(-1) == batch["label"],
+            "count": jnp.ones_like(batch["mask"]),
+        }
+        sums = {name: lax.psum((x * batch["mask"]).sum(), AXIS) for name, x in sums.items()}
+        return sums | {name: sums[name].astype(jnp.int32) for name in ("correct", "count")}
+
+    return eval_step
+
+
+# --- the devices ---
+
+
+def select_devices(config: Config) -> list[jax.Device]:
+    """The local devices of a run. Raises UserError if there are too few or the batch does not divide."""
+    devices = jax.local_devices()
+    count = config.num_devices or len(devices)
+    if count > len(devices):
+        raise UserError(f"--num-devices {count}: this machine has {len(devices)}")
+    if config.batch_size % count:
+        divisors = [n for n in range(1, count) if config.batch_size % n == 0]
+        raise UserError(
+            f"--batch-size {config.batch_size} does not divide over {count} devices: "
+            f"use a multiple of {count}, or --num-devices {max(divisors)}"
+        )
+    return devices[:count]
+
+
+def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
+    """A copy of every array on every device."""
+    mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
+    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+
+
+def default_steps_per_call(devices: Sequence[jax.Device]) -> int:
+    """1 on the CPU, where a convolution in a loop is up to 28 times slower; else enough to hide the dispatch."""
+    return 1 if devices[0].platform == "cpu" else 1000
+
+
+def parallelize(function: Callable[..., Any], devices: Sequence[jax.Device], donate: tuple[int, ...]) -> Any:
+    """pmaps `function(*args, device_index)`; args are replicated, and so are the results.
+
+    Returns a compiler: called with example arguments it gives the compiled function, which can't compile again.
+    """
+    index = jnp.arange(len(devices), dtype=jnp.int32)
+
+    def compile_for(*args: Any) -> Callable[..., Any]:
+        in_axes = (None,) * len(args) + (0,)
+        parallel = jax.pmap(
+            function, AXIS, in_axes=in_axes, out_axes=None, donate_argnums=donate, devices=list(devices)
+        )
+        compiled = parallel.lower(*args, index).compile()
+        return lambda *args: compiled(*args, index)
+
+    return compile_for
+
+
+def _repeat(step: Callable[[Any, Any], Any], start: jax.Array, count: jax.Array, carry: Any, at_most: int) -> Any:
+    """`step(i, carry)` for i in start … start+count; without a loop if that is one step."""
+    return step(start, carry) if at_most == 1 else lax.fori_loop(start, start + count, step, carry)
+
+
+def _record(history: Metrics, index: jax.Array, metrics: Metrics) -> Metrics:
+    return {name: values.at[index].set(metrics[name]) for name, values in history.items()}
+
+
+def create_history(num_steps: int) -> Metrics:
+    """Room on the device for the metrics of `num_steps` steps: they are fetched once, not step by step."""
+    zeros = lambda dtype: jnp.zeros((num_steps,), dtype)  # noqa: E731
+    return {"loss": zeros(jnp.float32), "correct": zeros(jnp.int32), "count": zeros(jnp.int32)}
+
+
+def create_train_steps(config: Config, devices: Sequence[jax.Device], steps_per_call: int) -> Any:
+    """Compiler (see `parallelize`) of several training steps in one call:
+
+    (state, history, images, labels, order, start, count) → (state, history, loss of the last step). state and
+    history are donated. Steps start … start+count of the epoch are run; count is at most steps_per_call.
+    """
+    train_step = create_train_step(config)
+    size = config.batch_size // len(devices)
+
+    def train_steps(state, history, images, labels, order, start, count, device):  # type: ignore[no-untyped-def]
+        def one(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+            state, history = carry
+            batch = take_batch(images, labels, order, i * config.batch_size + device * size, size)
+            state, metrics = train_step(state, batch)
+            return state, _record(history, i, metrics)
+
+        state, history = _repeat(one, start, count, (state, history), steps_per_call)
+        return state, history, history["loss"][start + count - 1]
+
+    return parallelize(train_steps, devices, donate=(0, 1))
+
+
+def create_eval_steps(config: Config, devices: Sequence[jax.Device], steps_per_call: int, dropout: bool = False) -> Any:
+    """Compiler (see `parallelize`) of several evaluation steps in one call:
+
+    (history, state, images, labels, start, count) → history; history is donated.
+    """
+    eval_step = create_eval_step(config, dropout)
+    size = eval_batch_size(config, devices) // len(devices)
+
+    def eval_steps(history, state, images, labels, start, count, device):  # type: ignore[no-untyped-def]
+        order = jnp.arange(labels.shape[0], dtype=jnp.int32)
+
+        def one(i: jax.Array, history: Metrics) -> Metrics:
+            first = (i * len(devices) + device) * size
+            batch = take_batch(images, labels, order, first, size) | {"start": first}
+            return _record(history, i, eval_step(state, batch))
+
+        return _repeat(one, start, count, history, steps_per_call)
+
+    return parallelize(eval_steps, devices, donate=(0,))
+
+
+def eval_batch_size(config: Config, devices: Sequence[jax.Device]) -> int:
+    """config.eval_batch_size, raised to a multiple of the number of devices."""
+    return -(-config.eval_batch_size // len(devices)) * len(devices)
