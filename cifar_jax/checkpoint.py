@@ -32,10 +32,12 @@ class Checkpoints:
 
     def __init__(self, workdir: Path) -> None:
         self.directory = (workdir / "checkpoints").absolute()
-        policy = checkpoint_managers.AnyPreservationPolicy([
-            checkpoint_managers.LatestN(1),
-            checkpoint_managers.BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False),
-        ])
+        policy = checkpoint_managers.AnyPreservationPolicy(
+            [
+                checkpoint_managers.LatestN(1),
+                checkpoint_managers.BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False),
+            ]
+        )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy, best_fn=_accuracy, enable_async_checkpointing=False
         )

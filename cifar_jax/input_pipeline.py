@@ -68,7 +68,9 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> D
     if name != "cifar10":
         raise UserError(f"unknown dataset {name!r}: choose cifar10 or digits")
     if data_dir is not None and not Path(data_dir).exists():
-        raise UserError(f"--data-dir {data_dir} does not exist: name a folder with CIFAR-10, or create it for a download")
+        raise UserError(
+            f"--data-dir {data_dir} does not exist: name a folder with CIFAR-10, or create it for a download"
+        )
     for folder in _search_path(data_dir):
         found = _find_layout(folder)
         if found is not None:
@@ -385,10 +387,15 @@ def scale_images(images: jax.Array, input_scaling: str) -> jax.Array:
     return unit
 
 
+def split_seed(seed: int) -> jax.Array:
+    """A run's three independent keys: of the initial parameters, of the training steps, of the epochs' orders."""
+    return jax.random.split(jax.random.key(seed), 3)
+
+
 def epoch_order(seed: int, epoch: int, num_images: int) -> jax.Array:
     """The order of the training images in an epoch: int32 [num_images], a function of seed and epoch alone."""
-    key = jax.random.fold_in(jax.random.key(seed), epoch)
-    return jax.random.permutation(key, num_images)
+    _, _, order_key = split_seed(seed)
+    return jax.random.permutation(jax.random.fold_in(order_key, epoch), num_images)
 
 
 def take_batch(

@@ -21,7 +21,7 @@ from jax import lax
 from cifar_jax.augmentation import create_augment
 from cifar_jax.configs.default import Config
 from cifar_jax.errors import UserError
-from cifar_jax.input_pipeline import scale_images, take_batch
+from cifar_jax.input_pipeline import scale_images, split_seed, take_batch
 from cifar_jax.models import MODELS
 
 AXIS = "devices"
@@ -62,7 +62,7 @@ def create_tx(config: Config, steps_per_epoch: int) -> optax.GradientTransformat
 def create_train_state(config: Config, steps_per_epoch: int) -> TrainState:
     """Model, initial parameters and optimizer state, all from config.seed."""
     model = MODELS[config.model](dropout_rates=config.dropout_rates, dtype=jnp.dtype(config.dtype))
-    params_key, rng = jax.random.split(jax.random.key(config.seed))
+    params_key, rng, _ = split_seed(config.seed)
     params = jax.jit(model.init)(params_key, jnp.zeros((1, 32, 32, 3)))["params"]
     tx = create_tx(config, steps_per_epoch)
     state = TrainState.create(apply_fn=model.apply, params=params, tx=tx, rng=rng)
