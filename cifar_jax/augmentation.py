@@ -29,14 +29,14 @@ def affine(image: jax.Array, angle: jax.Array, shift_y: jax.Array, shift_x: jax.
     v = (jnp.arange(width, dtype=image.dtype) - o_x + shift_x)[None, :]
     c, s = jnp.cos(angle), jnp.sin(angle)
     coordinates = [c * u - s * v + o_y, s * u + c * v + o_x]
-    warp_channel = lambda channel: map_coordinates(channel, coordinates, order=1, mode="nearest")  # noqa: E731
+    warp_channel = lambda channel: map_coordinates(channel, coordinates, order=1, mode="nearest")
     return jax.vmap(warp_channel, in_axes=-1, out_axes=-1)(image)
 
 
 def random_affine(key: jax.Array, image: jax.Array, rotation_degrees: float, shift_fraction: float) -> jax.Array:
     """`affine` with angle U(±rotation_degrees) and shifts U(±shift_fraction) of height and width, in Keras' order."""
     angle_key, y_key, x_key = jax.random.split(key, 3)
-    uniform = lambda key, bound: jax.random.uniform(key, (), image.dtype, -bound, bound)  # noqa: E731
+    uniform = lambda key, bound: jax.random.uniform(key, (), image.dtype, -bound, bound)
     angle = jnp.deg2rad(uniform(angle_key, rotation_degrees))
     shift_y = uniform(y_key, shift_fraction * image.shape[0])
     shift_x = uniform(x_key, shift_fraction * image.shape[1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +25,34 @@ class Progress(NamedTuple):
     seconds: float = 0.0
 
 
+_CHECKSUMS = "sha256.json"
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != _CHECKSUMS)
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _verify(folder: Path) -> None:
+    """Raises UserError if a checkpoint's files are not those that were saved.
+
+    Orbax lets some changed bytes through, and for others prints the tracebacks of its threads.
+    """
+    path = folder / _CHECKSUMS
+    if not path.exists():  # the save was cut between Orbax' commit and ours; Orbax vouches for it
+        return
+    try:
+        saved, actual = json.loads(path.read_text()), _checksums(folder)
+        wrong = next((name for name in saved | actual if saved.get(name) != actual.get(name)), None)
+    except (OSError, ValueError, TypeError, AttributeError):
+        wrong = _CHECKSUMS
+    if wrong is not None:
+        raise UserError(
+            f"{folder / wrong}: damaged or missing: move {folder} away to go on from another checkpoint if there is "
+            "one, else from the start; or use another --workdir"
+        )
+
+
 def _accuracy(metrics: dict[str, float]) -> float:
     return metrics["test_accuracy"]
 
@@ -39,8 +69,11 @@ class Checkpoints:
             ]
         )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy, best_fn=_accuracy, enable_async_checkpointing=False
+            preservation_policy=policy, best_fn=_accuracy, enable_async_checkpointing=False, create=False
         )
+        for folder in sorted(self.directory.glob("[0-9]*")):
+            if folder.name.isdecimal():
+                _verify(folder)
         try:
             self._manager = ocp.CheckpointManager(
                 self.directory, options=options, item_names=("state", "history", "progress")
@@ -59,7 +92,10 @@ class Checkpoints:
         )
         metrics = None if test_accuracy is None else {"test_accuracy": test_accuracy}
         try:
+            self.directory.mkdir(parents=True, exist_ok=True)
             self._manager.save(self._latest, args=items, metrics=metrics)
+            folder = self.directory / str(self._latest)
+            (folder / _CHECKSUMS).write_text(json.dumps(_checksums(folder)))
         except OSError as error:
             raise UserError(f"{self.directory}: can't save ({error}): make room, then start again to resume") from error
 
@@ -84,9 +120,8 @@ class Checkpoints:
         items["progress"] = ocp.args.JsonRestore()
         try:
             return self._manager.restore(number, args=ocp.args.Composite(**items))
-        except Exception as error:  # whatever Orbax and TensorStore raise for a damaged file
-            other = "go on from the best one" if number != self._best and self._best else "start anew"
+        except Exception as error:  # whatever Orbax and TensorStore raise
             raise UserError(
                 f"{self.directory / str(number)}: damaged, or of another model ({type(error).__name__}: "
-                f"{str(error)[:200]}): move this folder away to {other}, or use another --workdir"
+                f"{str(error)[:200]}): move it away to go on from another checkpoint, or use another --workdir"
             ) from error

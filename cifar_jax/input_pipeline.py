@@ -34,9 +34,8 @@ ARCHIVE_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 ARCHIVE_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 
 _BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
-_IMAGES_PER_BATCH = 10_000
+IMAGES_PER_BATCH = 10_000  # of which the training set has five, the test set one
 _RECORD = 1 + 3 * 32 * 32  # the binary layout: a label byte, then the red, green and blue planes
-_BINARY_SIZE = _IMAGES_PER_BATCH * _RECORD
 _PICKLE_SIZE_LIMIT = 64 * 2**20  # the official pickles have 31 MB
 
 Arrays = dict[str, np.ndarray]
@@ -132,29 +131,40 @@ def _read_tfds(folder: Path) -> Arrays:
 
     arrays: Arrays = {}
     print(f"decoding {folder} (once; cached for the next start)", file=sys.stderr)
-    for split, size in (("train", 50_000), ("test", 10_000)):
+    for split, size in (("train", 5 * IMAGES_PER_BATCH), ("test", IMAGES_PER_BATCH)):
         try:
             source = tfds.data_source("cifar10:3.0.2", split=split, data_dir=folder.parents[1], download=False)
-            # TFDS shuffles; the ids (train_00000, …) carry the official order, so every source trains alike.
+            # TFDS shuffles; the ids (train_00000, …) number the examples as they were read from their origin.
             examples = sorted(source.__getitems__(range(len(source))), key=lambda example: example["id"])
             images = np.stack([example["image"] for example in examples])
             labels = np.array([example["label"] for example in examples])
         except Exception as error:  # the readers below TFDS raise whatever they like for a damaged file
-            raise UserError(f"{folder}: can't read the {split} split ({error}): prepare the folder anew") from error
+            shard = _damaged_shard(folder, split)
+            raise UserError(f"{shard}: can't read the {split} split ({error}): prepare the folder anew") from error
         if images.shape != (size, 32, 32, 3):
             raise UserError(f"{folder}: the {split} split has {len(images)} of {size} images: prepare it anew")
         arrays[f"{split}_images"], arrays[f"{split}_labels"] = images, _checked_labels(labels, folder)
     return arrays
 
 
+def _damaged_shard(folder: Path, split: str) -> Path:
+    """The file that can't be read, which the readers' messages do not name; the folder if each can be."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    for shard in sorted(folder.glob(f"cifar10-{split}.array_record*")):
+        try:
+            ArrayRecordReader(str(shard)).read_all()
+        except Exception:  # a C++ status, as RuntimeError or ValueError
+            return shard
+    return folder
+
+
 def _read_python_folder(folder: Path) -> Arrays:
-    return _assemble(folder, lambda name: _read_pickle(_read_file(folder / name, None), folder / name))
+    return _assemble(folder, lambda name: _read_pickle(_read_file(folder / name), folder / name))
 
 
 def _read_binary_folder(folder: Path) -> Arrays:
-    return _assemble(
-        folder, lambda name: _read_binary(_read_file(folder / f"{name}.bin", _BINARY_SIZE), folder / f"{name}.bin")
-    )
+    return _assemble(folder, lambda name: _read_binary(_read_file(folder / f"{name}.bin"), folder / f"{name}.bin"))
 
 
 def _read_python_archive(path: Path) -> Arrays:
@@ -186,11 +196,9 @@ def _checked_labels(labels: np.ndarray, path: Path) -> np.ndarray:
     return labels.astype(np.int32)
 
 
-def _read_file(path: Path, size: int | None) -> bytes:
+def _read_file(path: Path) -> bytes:
     try:
         actual = path.stat().st_size
-        if size is not None and actual != size:
-            raise UserError(f"{path}: has {actual} bytes, not {size}: delete its folder to download it again")
         if actual > _PICKLE_SIZE_LIMIT:
             raise UserError(f"{path}: has {actual} bytes, too many for a batch of CIFAR-10")
         return path.read_bytes()
@@ -222,8 +230,10 @@ def _read_archive(path: Path, names: tuple[str, ...]) -> dict[str, bytes]:
 
 
 def _read_binary(data: bytes, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    if len(data) != _BINARY_SIZE:
-        raise UserError(f"{path}: has {len(data)} bytes, not {_BINARY_SIZE}: delete it to download it again")
+    if len(data) != IMAGES_PER_BATCH * _RECORD:
+        raise UserError(
+            f"{path}: has {len(data)} bytes, not {IMAGES_PER_BATCH * _RECORD}: delete it to download it again"
+        )
     records = np.frombuffer(data, np.uint8).reshape(-1, _RECORD)
     return records[:, 1:], records[:, 0]
 
@@ -283,8 +293,8 @@ def _read_pickle(data: bytes, path: Path) -> tuple[np.ndarray, np.ndarray]:
         pixels, labels = batch["data"].array, np.array(batch["labels"], dtype=np.int64)
     except Exception as error:  # a hostile or cut pickle can raise anything
         raise UserError(f"{path}: not a batch of CIFAR-10 ({error}): delete it to download it again") from error
-    if pixels.shape != (_IMAGES_PER_BATCH, 3072) or labels.shape != (_IMAGES_PER_BATCH,):
-        raise UserError(f"{path}: holds {len(pixels)} images and {labels.size} labels, not {_IMAGES_PER_BATCH} of each")
+    if pixels.shape != (IMAGES_PER_BATCH, 3072) or labels.shape != (IMAGES_PER_BATCH,):
+        raise UserError(f"{path}: holds {len(pixels)} images and {labels.size} labels, not {IMAGES_PER_BATCH} of each")
     return pixels, labels
 
 
@@ -355,9 +365,10 @@ def _cached(read: Callable[[Path], Arrays], path: Path) -> Arrays:
 
 def _open_arrays(entry: Path) -> Arrays:
     arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAY_NAMES}
-    shapes = [(arrays[name].shape, arrays[name].dtype) for name in _ARRAY_NAMES]
-    if shapes != [((n, *rest), dtype) for n in (50_000, 10_000) for rest, dtype in (((32, 32, 3), "u1"), ((), "i4"))]:
-        raise ValueError("not the arrays of CIFAR-10")
+    for name, array in arrays.items():
+        n = IMAGES_PER_BATCH * (5 if name.startswith("train") else 1)
+        if array.shape != ((n, 32, 32, 3) if name.endswith("images") else (n,)):
+            raise ValueError(f"{name} is not of CIFAR-10")
     return arrays
 
 

@@ -53,11 +53,9 @@ def read_metrics(workdir: Path) -> list[EpochMetrics]:
         return []
     try:
         with path.open(newline="") as file:
-            return [
-                EpochMetrics(**{name: int(value) if name == "epoch" else float(value) for name, value in row.items()})
-                for row in csv.DictReader(file)
-            ]
-    except (OSError, TypeError, ValueError) as error:
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        return [EpochMetrics(epoch=int(row.pop("epoch")), **row) for row in rows]
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a metrics.csv of this program ({error})") from error
 
 

@@ -6,6 +6,8 @@ import collections
 import dataclasses
 import datetime
 import difflib
+import json
+import os
 import platform
 import shlex
 import signal
@@ -16,7 +18,6 @@ from typing import Any
 
 import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint
@@ -86,42 +87,36 @@ def train_and_evaluate(config: Config) -> dict[str, Any]:
     num_images = len(dataset.train_labels)
     steps_per_epoch = -(-num_images // config.batch_size)
     steps_per_call = min(config.steps_per_call or default_steps_per_call(devices), steps_per_epoch)
-    new_history = lambda: replicate(create_history(steps_per_epoch), devices)  # noqa: E731
 
     state = replicate(create_train_state(config, steps_per_epoch), devices)
+    new_history = lambda: replicate(create_history(steps_per_epoch), devices)
     history, progress = new_history(), Progress()
-    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     checkpoints = Checkpoints(workdir)
     restored = checkpoints.restore_run(state, history)
     if restored is not None:
         state, history, progress = restored
     writer = MetricsWriter(workdir, progress.epoch, config.num_epochs, steps_per_epoch)
     write_json(workdir / "config.json", dataclasses.asdict(config))
+    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     print(
         f"{config.model}, {num_parameters:,} parameters, {config.dtype}, on {len(devices)} × {devices[0].device_kind}; "
         f"{num_images:,} images from {dataset.source}; run in {workdir}"
     )
-    if progress.epoch >= config.num_epochs:
+    if progress.epoch >= config.num_epochs and (workdir / "summary.json").exists():
         print(f"already complete after {progress.epoch} epochs; for another run name another --workdir")
-        return _write_summary(config, writer, num_parameters, devices, dataset.source)
+        return json.loads((workdir / "summary.json").read_text())
     if restored is not None:
         print(f"resuming after {progress.epoch} epochs and {progress.step}/{steps_per_epoch} steps")
 
     with StopSignals() as stop:
         data = replicate((dataset.train_images, dataset.train_labels), devices)
         schedule = create_schedule(config, steps_per_epoch)
-        order = replicate(epoch_order(config.seed, 0, num_images), devices)
-        zero = np.int32(0)
+        order = replicate(epoch_order(config.seed, progress.epoch, num_images), devices)
         compile_for = create_train_steps(config, devices, steps_per_call)
-        train_steps = compile_for(state, history, *data, order, zero, zero)
+        train_steps = compile_for(state, history, *data, order, np.int32(0), np.int32(0))
         evaluator = Evaluator(config, state, dataset.test_images, dataset.test_labels, devices)
 
-        def save_and_raise(progress: Progress) -> None:
-            checkpoints.save(state, history, progress, None)
-            _plot(workdir, writer)
-            raise Interrupted(stop.received or 0, progress, steps_per_epoch)
-
-        while progress.epoch < config.num_epochs:
+        while progress.epoch < config.num_epochs and not stop():
             epoch, step, earlier_seconds = progress
             order = replicate(epoch_order(config.seed, epoch, num_images), devices)
             pending: collections.deque[jax.Array] = collections.deque()
@@ -139,12 +134,10 @@ def train_and_evaluate(config: Config) -> dict[str, Any]:
                     bar.update(count)
             jax.block_until_ready(state)
             progress = Progress(epoch, step, earlier_seconds + time.perf_counter() - started)
-            if step < steps_per_epoch:
-                save_and_raise(progress)
-            test = evaluator(state, stop)
-            if test is None:
-                save_and_raise(progress)
-            assert test is not None
+            test = evaluator(state, stop) if step == steps_per_epoch else None
+            if test is None:  # stopped within the epoch
+                checkpoints.save(state, history, progress, None)
+                break
 
             losses, correct, counts = (np.asarray(history[name]) for name in ("loss", "correct", "count"))
             row = EpochMetrics(
@@ -153,18 +146,27 @@ def train_and_evaluate(config: Config) -> dict[str, Any]:
                 train_accuracy=float(correct.sum() / num_images),
                 test_loss=test["loss"],
                 test_accuracy=test["accuracy"],
-                learning_rate=float(schedule(jnp.asarray((epoch + 1) * steps_per_epoch - 1))),
+                learning_rate=float(schedule((epoch + 1) * steps_per_epoch - 1)),
                 seconds=round(progress.seconds, 3),
                 images_per_second=round(num_images / progress.seconds, 1),
             )
             writer.write(row, losses)
             history, progress = new_history(), Progress(epoch + 1)
             checkpoints.save(state, history, progress, row.test_accuracy)
-            if stop() and progress.epoch < config.num_epochs:
-                _plot(workdir, writer)
-                raise Interrupted(stop.received or 0, progress, steps_per_epoch)
-        _plot(workdir, writer)
-        return _write_summary(config, writer, num_parameters, devices, dataset.source)
+
+        summary = _summarize(config, writer.rows, num_parameters, devices)
+        if writer.rows:
+            from cifar_jax.plots import plot_run  # here: importing matplotlib takes a second
+
+            write_json(workdir / "summary.json", summary)
+            plot_run(workdir)
+        if stop.received is not None and progress.epoch < config.num_epochs:
+            raise Interrupted(stop.received, progress, steps_per_epoch)
+    print(
+        f"test accuracy {summary['test_accuracy']:.2%} after {progress.epoch} epochs, "
+        f"{summary['training_seconds']:.0f} s of training; figures and summary.json in {workdir}"
+    )
+    return summary
 
 
 def _claim_workdir(workdir: Path, config: Config) -> None:
@@ -176,53 +178,36 @@ def _claim_workdir(workdir: Path, config: Config) -> None:
     if not (workdir / "config.json").exists():
         return
     old, new = dataclasses.asdict(read_config(workdir)), dataclasses.asdict(config)
-    differing = [f"{name} {old[name]} → {new[name]}" for name in old if old[name] != new[name]]
-    differing = [text for text in differing if text.split()[0] not in EXECUTION_FIELDS]
-    if differing:
-        raise UserError(f"{workdir} holds a run with another config ({', '.join(differing)}): name another --workdir")
+    fields = [name for name in old if name not in EXECUTION_FIELDS and old[name] != new[name]]
+    if fields:
+        changes = ", ".join(f"{name} {old[name]} → {new[name]}" for name in fields)
+        raise UserError(f"{workdir} holds a run with another config ({changes}): name another --workdir")
 
 
-def _plot(workdir: Path, writer: MetricsWriter) -> None:
-    if writer.rows:
-        from cifar_jax.plots import plot_run  # here: importing matplotlib takes a second
-
-        plot_run(workdir)
-
-
-def _write_summary(
-    config: Config, writer: MetricsWriter, num_parameters: int, devices: list[jax.Device], source: str
+def _summarize(
+    config: Config, rows: list[EpochMetrics], num_parameters: int, devices: list[jax.Device]
 ) -> dict[str, Any]:
-    last, best = writer.rows[-1], max(writer.rows, key=lambda row: row.test_accuracy)
-    summary = {
-        "model": config.model,
+    """What summary.json holds: the last epoch's results, the config, every epoch, hardware, versions, date."""
+    fields = dataclasses.asdict(config)
+    last = dataclasses.asdict(rows[-1]) if rows else {}
+    results = ("test_accuracy", "test_loss", "train_accuracy", "train_loss")
+    return {
         "num_parameters": num_parameters,
-        "dataset": config.dataset,
-        "data_source": source,
-        "seed": config.seed,
-        "epochs": last.epoch,
-        "test_accuracy": last.test_accuracy,
-        "test_loss": last.test_loss,
-        "train_accuracy": last.train_accuracy,
-        "train_loss": last.train_loss,
-        "best_test_accuracy": best.test_accuracy,
-        "best_epoch": best.epoch,
-        "training_seconds": round(sum(row.seconds for row in writer.rows), 3),
-        "images_per_second": float(np.median([row.images_per_second for row in writer.rows])),
-        "devices": f"{len(devices)} × {devices[0].device_kind}",
-        "platform": platform.platform(),
-        "date": datetime.date.today().isoformat(),
+        "epochs": len(rows),
+        **{name: last.get(name) for name in results},
+        "best_test_accuracy": max((row.test_accuracy for row in rows), default=None),
+        "training_seconds": round(sum(row.seconds for row in rows), 3),
+        "images_per_second": float(np.median([row.images_per_second for row in rows])) if rows else None,
+        "config": {name: value for name, value in fields.items() if name not in EXECUTION_FIELDS},
+        "metrics": [dataclasses.asdict(row) for row in rows],
+        "hardware": f"{len(devices)} × {devices[0].device_kind}, {os.cpu_count()} CPU cores ({platform.machine()})",
         "versions": {
             "cifar_jax": cifar_jax.__version__,
             "python": platform.python_version(),
             **{module.__name__: module.__version__ for module in (jax, flax, optax, orbax.checkpoint)},
         },
+        "date": datetime.date.today().isoformat(),
     }
-    write_json(Path(config.workdir) / "summary.json", summary)
-    print(
-        f"test accuracy {last.test_accuracy:.2%} after {last.epoch} epochs (best {best.test_accuracy:.2%}, epoch "
-        f"{best.epoch}), {summary['training_seconds']:.0f} s of training; figures and summary.json in {config.workdir}"
-    )
-    return summary
 
 
 def parse_config(arguments: list[str]) -> Config:

@@ -38,11 +38,12 @@ class TrainState(train_state.TrainState):
 def create_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
     """Learning rate by step, float32."""
     if config.schedule == "inverse_time":  # Keras 2's SGD(decay=…), keras/optimizers.py
-        return lambda step: config.learning_rate / (1.0 + config.lr_decay * step)
+        return lambda step: config.learning_rate / (1.0 + config.lr_decay * jnp.asarray(step, jnp.float32))
     if config.schedule == "cosine":
         warmup_steps = round(config.warmup_epochs * steps_per_epoch)
         total_steps = config.num_epochs * steps_per_epoch
-        return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup_steps, total_steps)
+        cosine = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup_steps, total_steps)
+        return lambda step: cosine(jnp.asarray(step, jnp.float32))  # optax mixes the step's type with float32
     return optax.constant_schedule(config.learning_rate)
 
 
@@ -77,6 +78,11 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
     return optax.softmax_cross_entropy(logits, targets)
 
 
+def is_correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """1 where the largest logit is the label's, else 0: float32 [N]."""
+    return (logits.argmax(-1) == labels).astype(jnp.float32)
+
+
 def create_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The recipe's train_step(state, batch) → (state, metrics), to run under the axis AXIS.
 
@@ -102,7 +108,7 @@ def create_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Tra
 
         (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         state = state.apply_gradients(grads=lax.pmean(grads, AXIS))
-        correct = ((logits.argmax(-1) == batch["label"]) * batch["mask"]).sum()
+        correct = (is_correct(logits, batch["label"]) * batch["mask"]).sum()
         metrics = {
             "loss": lax.pmean(loss, AXIS),
             "correct": lax.psum(correct, AXIS).astype(jnp.int32),
@@ -125,7 +131,7 @@ def create_eval_step(config: Config, dropout: bool = False) -> Callable[[TrainSt
         logits = state.apply_fn({"params": state.params}, images, train=dropout, rngs={"dropout": rng})
         sums = {
             "loss": cross_entropy(logits, batch["label"]),
-            "correct": logits.argmax(-1) == batch["label"],
+            "correct": is_correct(logits, batch["label"]),
             "count": jnp.ones_like(batch["mask"]),
         }
         sums = {name: lax.psum((x * batch["mask"]).sum(), AXIS) for name, x in sums.items()}
@@ -192,7 +198,7 @@ def _record(history: Metrics, index: jax.Array, metrics: Metrics) -> Metrics:
 
 def create_history(num_steps: int) -> Metrics:
     """Room on the device for the metrics of `num_steps` steps: they are fetched once, not step by step."""
-    zeros = lambda dtype: jnp.zeros((num_steps,), dtype)  # noqa: E731
+    zeros = lambda dtype: jnp.zeros((num_steps,), dtype)
     return {"loss": zeros(jnp.float32), "correct": zeros(jnp.int32), "count": zeros(jnp.int32)}
 
 

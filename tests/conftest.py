@@ -1,0 +1,114 @@
+"""Shared by all tests: four virtual CPU devices, strict types, a private cache, small datasets."""
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from cifar_jax import evaluate, input_pipeline, train
+from cifar_jax.configs.default import Config
+from cifar_jax.input_pipeline import Dataset, load_dataset
+
+TFDS_DATA_DIR = os.environ.get("TFDS_DATA_DIR", "")
+
+
+@pytest.fixture(autouse=True)
+def _isolated(monkeypatch, tmp_path_factory):
+    """No test reads or writes the user's folders, or finds a dataset that it did not make."""
+    home = tmp_path_factory.mktemp("home")
+    for name, value in {"HOME": home, "CIFAR_JAX_CACHE": home / "cache", "TFDS_DATA_DIR": home / "tfds"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("KERAS_HOME", raising=False)
+    monkeypatch.chdir(home)
+
+
+@pytest.fixture(scope="session")
+def cifar10_dir():
+    """The folder of a TFDS-prepared CIFAR-10; skips without one."""
+    if not os.path.isdir(os.path.join(TFDS_DATA_DIR, "cifar10")):
+        pytest.skip("CIFAR-10 is not here: set TFDS_DATA_DIR to a folder where TFDS prepared it as array_record")
+    return os.path.abspath(TFDS_DATA_DIR)
+
+
+@pytest.fixture(scope="session")
+def cifar10(cifar10_dir, tmp_path_factory):
+    """The real CIFAR-10, decoded once for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CIFAR_JAX_CACHE", str(tmp_path_factory.mktemp("cifar10")))
+        return load_dataset("cifar10", cifar10_dir)
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset():
+    """90 training and 30 test digits."""
+    digits = load_dataset("digits")
+    return Dataset(
+        digits.train_images[:90],
+        digits.train_labels[:90],
+        digits.test_images[:30],
+        digits.test_labels[:30],
+        digits.class_names,
+        "tiny digits",
+    )
+
+
+@pytest.fixture
+def use_tiny_dataset(monkeypatch, tiny_dataset):
+    """Whatever is asked for, training and evaluation get the tiny dataset."""
+    for module in (train, evaluate):
+        monkeypatch.setattr(module, "load_dataset", lambda name, data_dir: tiny_dataset)
+
+
+@pytest.fixture
+def tiny_config(use_tiny_dataset, tmp_path):
+    """LeNet-5 on the tiny dataset: 6 steps an epoch, the last of 10 images; every random part is on."""
+    return Config(
+        workdir=str(tmp_path / "run"),
+        dataset="digits",
+        model="lenet5",
+        dropout_rates=(0.2, 0.2),
+        input_scaling="symmetric",
+        batch_size=16,
+        num_epochs=3,
+        learning_rate=0.05,
+        nesterov=True,
+        crop_padding=2,
+        random_flip=True,
+        eval_batch_size=8,
+        num_devices=1,
+    )
+
+
+@pytest.fixture
+def run_command(monkeypatch, capsys):
+    """Runs a command's main in this process: (main, *arguments) → (exit status, stdout, stderr)."""
+
+    def run(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        try:
+            status = main()
+        except SystemExit as stop:
+            status = stop.code
+        output = capsys.readouterr()
+        return status, output.out, output.err
+
+    return run
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    """CIFAR-10's layouts with 20 images a batch: (train images, train labels, test images, test labels)."""
+    monkeypatch.setattr(input_pipeline, "IMAGES_PER_BATCH", 20)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (120, 32, 32, 3), dtype=np.uint8)
+    labels = rng.integers(0, 10, 120, dtype=np.int32)
+    return images[:100], labels[:100], images[100:], labels[100:]

@@ -1,0 +1,100 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.ndimage
+
+from cifar_jax import augmentation
+from cifar_jax.configs import RECIPES
+
+
+@pytest.fixture
+def image():
+    return jax.random.uniform(jax.random.key(0), (32, 32, 3))
+
+
+def test_affine_whole_pixel_shifts(image):
+    """A shift by +2 samples two rows further down, the edge row repeated; likewise for columns."""
+    down = augmentation.affine(image, jnp.float32(0), jnp.float32(2), jnp.float32(0))
+    np.testing.assert_allclose(down[:-2], image[2:], atol=1e-5)
+    np.testing.assert_allclose(down[-2:], np.stack([image[-1]] * 2), atol=1e-5)
+    left = augmentation.affine(image, jnp.float32(0), jnp.float32(0), jnp.float32(-3))
+    np.testing.assert_allclose(left[:, 3:], image[:, :-3], atol=1e-5)
+    np.testing.assert_allclose(left[:, :3], np.stack([image[:, 0]] * 3, axis=1), atol=1e-5)
+
+
+def test_affine_quarter_turn(image):
+    """A quarter turn about (16.5, 16.5) takes pixel (i, j) from (33 - j, i)."""
+    turned = augmentation.affine(image, jnp.float32(np.pi / 2), jnp.float32(0), jnp.float32(0))
+    np.testing.assert_allclose(turned[5, 10], image[23, 5], atol=1e-4)
+    np.testing.assert_allclose(turned[20, 7], image[26, 20], atol=1e-4)
+
+
+def test_affine_is_keras_preprocessings(image):
+    """keras-preprocessing 1.1's matrices, written out, through the SciPy call that it makes."""
+    for angle, shift_y, shift_x in [(0.17, 3.1, -2.4), (-0.1, -0.7, 1.9), (0.0, 0.5, 0.5)]:
+        c, s = np.cos(angle), np.sin(angle)
+        rotate = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+        shift = np.array([[1, 0, shift_y], [0, 1, shift_x], [0, 0, 1]])
+        to_centre = np.array([[1, 0, 16.5], [0, 1, 16.5], [0, 0, 1]])
+        matrix = to_centre @ rotate @ shift @ np.linalg.inv(to_centre)
+        warp = lambda channel, matrix=matrix: scipy.ndimage.affine_transform(
+            channel, matrix[:2, :2], matrix[:2, 2], order=1, mode="nearest"
+        )
+        expected = np.stack([warp(np.asarray(image)[..., i]) for i in range(3)], axis=-1)
+        actual = augmentation.affine(image, *map(jnp.float32, (angle, shift_y, shift_x)))
+        np.testing.assert_allclose(actual, expected, atol=5e-6)
+
+
+def test_random_affine_draws():
+    """The draws fill their ranges and keep to them: seen on coordinates, which a linear warp returns exactly."""
+    rows, columns = jnp.meshgrid(jnp.arange(32.0), jnp.arange(32.0), indexing="ij")
+    keys = jax.random.split(jax.random.key(0), 2000)
+    grid = jnp.stack([rows, columns], axis=-1)
+    warped = jax.vmap(lambda key: augmentation.random_affine(key, grid, 0.0, 0.1))(keys)
+    shifts = np.asarray(warped[:, 16, 16] - 16.0)
+    assert np.abs(shifts).max() <= 3.2 + 1e-4
+    assert (np.abs(shifts).max(axis=0) > 3.15).all()
+    np.testing.assert_allclose(shifts.mean(axis=0), 0, atol=0.15)
+    assert abs(np.corrcoef(shifts.T)[0, 1]) < 0.1
+    turned = jax.vmap(lambda key: augmentation.random_affine(key, grid, 10.0, 0.0))(keys)
+    angles = np.rad2deg(np.arctan2(*np.moveaxis(np.asarray(turned[:, 20, 16] - turned[:, 12, 16]), -1, 0)[::-1]))
+    assert 9.9 < np.abs(angles).max() <= 10.001
+    np.testing.assert_allclose(angles.std(), 10 / np.sqrt(3), rtol=0.05)
+
+
+def test_random_flip(image):
+    keys = jax.random.split(jax.random.key(0), 400)
+    flipped, image = np.asarray(jax.vmap(augmentation.random_flip, (0, None))(keys, image)), np.asarray(image)
+    is_flipped = (flipped == image[:, ::-1]).all(axis=(1, 2, 3))
+    assert ((flipped == image).all(axis=(1, 2, 3)) ^ is_flipped).all()
+    assert 160 < is_flipped.sum() < 240
+
+
+def test_random_crop_is_a_reflected_shift(image):
+    padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="reflect")
+    shifts = {padded[y : y + 32, x : x + 32].tobytes(): (y, x) for y in range(5) for x in range(5)}
+    keys = jax.random.split(jax.random.key(0), 300)
+    crops = np.asarray(jax.vmap(lambda key: augmentation.random_crop(key, image, 2))(keys))
+    assert {shifts[crop.tobytes()] for crop in crops} == set(shifts.values())
+
+
+def test_cutout():
+    keys = jax.random.split(jax.random.key(0), 500)
+    holes = np.asarray(jax.vmap(lambda key: augmentation.cutout(key, jnp.ones((32, 32, 3)), 8))(keys)) == 0
+    assert (holes == holes[..., :1]).all()
+    sizes = holes[..., 0].sum(axis=(1, 2))
+    assert sizes.max() == 64
+    assert sizes.min() >= 16  # a centre in the corner leaves a quarter
+    rows, columns = holes[..., 0].any(axis=2).sum(axis=1), holes[..., 0].any(axis=1).sum(axis=1)
+    np.testing.assert_array_equal(sizes, rows * columns)  # each hole is a rectangle
+    assert 0.03 < holes.mean() < 64 / 1024
+    assert holes.any(axis=0).all()  # everywhere
+
+
+def test_a_recipe_without_augmentation_changes_nothing(image):
+    keys, images = jax.random.split(jax.random.key(0), 4), jnp.stack([image] * 4)
+    np.testing.assert_array_equal(augmentation.create_augment(RECIPES["lenet5_reference"])(keys, images), images)
+    changed = augmentation.create_augment(RECIPES["all_cnn_reference"])(keys, images)
+    assert (np.abs(changed - images).max(axis=(1, 2, 3)) > 0.1).all()
+    assert np.abs(changed[0] - changed[1]).max() > 0.1

@@ -1,0 +1,48 @@
+import dataclasses
+import importlib
+
+import pytest
+
+from cifar_jax.configs import DESCRIPTIONS, RECIPES
+from cifar_jax.errors import UserError
+
+
+def test_every_recipe_has_its_folder_file_and_description():
+    assert list(RECIPES) == ["lenet5", "lenet5_reference", "all_cnn", "all_cnn_reference", "quickstart"]
+    for name, config in RECIPES.items():
+        assert config.workdir == f"runs/{name}"
+        assert importlib.import_module(f"cifar_jax.configs.{name}").CONFIG is config
+        assert f"python -m cifar_jax.train {name}" in importlib.import_module(f"cifar_jax.configs.{name}").__doc__
+        assert DESCRIPTIONS[name]
+
+
+def test_the_reference_recipes_are_the_originals():
+    keras, pytorch = RECIPES["all_cnn_reference"], RECIPES["lenet5_reference"]
+    assert (keras.num_epochs, keras.batch_size, keras.learning_rate, keras.lr_decay) == (200, 64, 0.01, 5e-5)
+    assert (keras.optimizer, keras.schedule, keras.momentum, keras.nesterov) == ("keras_sgd", "inverse_time", 0.9, True)
+    assert (keras.rotation_degrees, keras.shift_fraction, keras.random_flip) == (10, 0.1, True)
+    assert (keras.dropout_rates, keras.input_scaling, keras.weight_decay) == ((0.2, 0.5, 0.5), "unit", 0)
+    assert (pytorch.num_epochs, pytorch.batch_size, pytorch.learning_rate) == (15, 4, 1e-4)
+    assert (pytorch.optimizer, pytorch.schedule, pytorch.momentum, pytorch.nesterov) == ("sgd", "constant", 0.9, False)
+    assert (pytorch.rotation_degrees, pytorch.shift_fraction, pytorch.random_flip) == (0, 0, False)
+    assert (pytorch.dropout_rates, pytorch.input_scaling, pytorch.weight_decay) == ((0.2, 0.2), "symmetric", 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size 0: must be 1 or more"),
+        ({"num_epochs": -1}, "--num-epochs -1"),
+        ({"learning_rate": float("nan")}, "--learning-rate nan"),
+        ({"momentum": 1.0}, "--momentum 1.0"),
+        ({"dropout_rates": (0.1,)}, "must be 2 numbers for lenet5"),
+        ({"dropout_rates": (0.1, 1.0)}, "--dropout-rates"),
+        ({"lr_decay": 0.1}, "unless --schedule inverse_time"),
+        ({"warmup_epochs": 60.0}, "below --num-epochs"),
+        ({"crop_padding": 32}, "--crop-padding 32"),
+        ({"seed": -1}, "--seed -1"),
+    ],
+)
+def test_impossible_values_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(RECIPES["lenet5"], **changes)

@@ -1,0 +1,356 @@
+import gzip
+import http.server
+import io
+import os
+import pickle
+import shutil
+import socket
+import tarfile
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cifar_jax import input_pipeline
+from cifar_jax.errors import UserError
+from cifar_jax.input_pipeline import epoch_order, load_dataset, scale_images, take_batch
+
+
+def planes(images):
+    """uint8 [N, 32, 32, 3] → [N, 3072]: the red, green and blue planes of the official files."""
+    return images.transpose(0, 3, 1, 2).reshape(len(images), 3072)
+
+
+def batches(small_batches):
+    train_images, train_labels, test_images, test_labels = small_batches
+    for i in range(5):
+        yield f"data_batch_{i + 1}", train_images[20 * i : 20 * i + 20], train_labels[20 * i : 20 * i + 20]
+    yield "test_batch", test_images, test_labels
+
+
+def write_python(folder, small_batches, dump=lambda batch: pickle.dumps(batch, protocol=2)):
+    folder.mkdir(parents=True)
+    for name, images, labels in batches(small_batches):
+        batch = {
+            b"batch_label": name.encode(),
+            b"labels": [int(label) for label in labels],
+            b"data": planes(images),
+            b"filenames": [b"%d.png" % i for i in range(len(labels))],
+        }
+        (folder / name).write_bytes(dump(batch))
+    return folder
+
+
+def write_binary(folder, small_batches):
+    folder.mkdir(parents=True)
+    for name, images, labels in batches(small_batches):
+        records = np.concatenate([labels[:, None].astype(np.uint8), planes(images)], axis=1)
+        (folder / f"{name}.bin").write_bytes(records.tobytes())
+    return folder
+
+
+def pack(archive, folder):
+    with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
+        tar.add(folder, folder.name)
+    shutil.rmtree(folder)
+    return archive
+
+
+def assert_loads(small_batches, data_dir=None):
+    dataset = load_dataset("cifar10", data_dir)
+    arrays = (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels)
+    for actual, expected in zip(arrays, small_batches):
+        np.testing.assert_array_equal(actual, expected)
+        assert actual.dtype == expected.dtype
+    return dataset
+
+
+LAYOUTS = {
+    "torchvision": lambda root, data: write_python(root / "cifar-10-batches-py", data),
+    "torchvision archive": lambda root, data: pack(
+        root / "cifar-10-python.tar.gz", write_python(root / "cifar-10-batches-py", data)
+    ),
+    "keras 2 archive": lambda root, data: pack(
+        root / "cifar-10-batches-py.tar.gz", write_python(root / "cifar-10-batches-py", data)
+    ),
+    "binary": lambda root, data: write_binary(root / "cifar-10-batches-bin", data),
+    "binary archive": lambda root, data: pack(
+        root / "cifar-10-binary.tar.gz", write_binary(root / "cifar-10-batches-bin", data)
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_official_layouts(layout, small_batches, tmp_path):
+    path = LAYOUTS[layout](tmp_path, small_batches)
+    assert_loads(small_batches, tmp_path)
+    assert_loads(small_batches, path)  # the folder or archive itself
+
+
+@pytest.mark.parametrize("place", [".", "data", ".keras/datasets", ".keras/datasets/cifar-10-batches-py-target"])
+def test_where_torchvision_and_keras_leave_it(place, small_batches):
+    write_python(input_pipeline.Path.home() / place / "cifar-10-batches-py", small_batches)
+    assert_loads(small_batches)
+
+
+def test_data_dir_comes_first_and_an_empty_one_is_said(small_batches, tmp_path, capsys):
+    write_binary(input_pipeline.Path("data/cifar-10-batches-bin"), small_batches)
+    assert "data/cifar-10-batches-bin" in assert_loads(small_batches, tmp_path).source
+    assert f"no CIFAR-10 in --data-dir {tmp_path}" in capsys.readouterr().err
+    write_python(tmp_path / "cifar-10-batches-py", small_batches)
+    assert str(tmp_path) in assert_loads(small_batches, tmp_path).source
+
+
+def test_decoded_once_then_memory_mapped(small_batches, tmp_path, monkeypatch):
+    folder = write_python(tmp_path / "cifar-10-batches-py", small_batches)
+    assert_loads(small_batches, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(input_pipeline, "_read_pickle", None)  # nothing may be decoded again
+        assert isinstance(assert_loads(small_batches, tmp_path).train_images, np.memmap)
+    # A changed file is decoded again, and so is a damaged cache entry.
+    write_binary(tmp_path / "new", small_batches)
+    shutil.rmtree(folder)
+    write_python(folder, (255 - small_batches[0], *small_batches[1:]))
+    assert_loads((255 - small_batches[0], *small_batches[1:]), tmp_path)
+    for array in input_pipeline._cache_dir().rglob("train_images.npy"):
+        array.write_bytes(array.read_bytes()[:1000])
+    assert_loads((255 - small_batches[0], *small_batches[1:]), tmp_path)
+
+
+def test_an_unwritable_cache_is_no_obstacle(small_batches, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CIFAR_JAX_CACHE", str(tmp_path / "file"))
+    write_python(tmp_path / "cifar-10-batches-py", small_batches)
+    assert_loads(small_batches, tmp_path)
+    assert "can't cache" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_truncated_files_are_named(layout, small_batches, tmp_path):
+    path = LAYOUTS[layout](tmp_path, small_batches)
+    if path.is_dir():
+        path = sorted(path.iterdir())[2]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=path.name):
+        load_dataset("cifar10", tmp_path)
+
+
+def test_a_missing_batch_is_named(small_batches, tmp_path):
+    (write_python(tmp_path / "cifar-10-batches-py", small_batches) / "data_batch_4").unlink()
+    with pytest.raises(UserError, match="data_batch_4: No such file"):
+        load_dataset("cifar10", tmp_path)
+    folder = write_python(tmp_path / "b" / "cifar-10-batches-py", small_batches)
+    (folder / "test_batch").unlink()
+    pack(tmp_path / "b" / "cifar-10-python.tar.gz", folder)
+    with pytest.raises(UserError, match=r"cifar-10-python.tar.gz: lacks test_batch"):
+        load_dataset("cifar10", tmp_path / "b")
+
+
+def test_a_page_saved_under_the_archives_name_is_named(tmp_path):
+    (tmp_path / "cifar-10-python.tar.gz").write_text("<html>not found</html>")
+    with pytest.raises(UserError, match=r"cifar-10-python.tar.gz: incomplete or corrupt"):
+        load_dataset("cifar10", tmp_path)
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(gzip.compress(b"not a tar" * 1000))
+    with pytest.raises(UserError, match=r"cifar-10-python.tar.gz: incomplete or corrupt"):
+        load_dataset("cifar10", tmp_path)
+
+
+def test_wrong_labels_and_shapes_are_named(small_batches, tmp_path):
+    train_images, train_labels, *test = small_batches
+    write_binary(tmp_path / "a" / "cifar-10-batches-bin", (train_images, train_labels + 5, *test))
+    with pytest.raises(UserError, match="a label outside"):
+        load_dataset("cifar10", tmp_path / "a")
+    write_python(tmp_path / "b" / "cifar-10-batches-py", (train_images[:90], train_labels[:90], *test))
+    with pytest.raises(UserError, match="data_batch_5: holds 10 images"):
+        load_dataset("cifar10", tmp_path / "b")
+
+
+class Evil:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+EVIL = {
+    "os.system": Evil(os.system, "touch pwned"),
+    "eval": Evil(eval, "open('pwned', 'w')"),
+    "a codec": Evil(__import__("codecs").encode, b"pwned", "rot13"),
+    "a numpy loader": Evil(np.load, "pwned"),
+    "an object array": {b"data": np.array([[None]], dtype=object), b"labels": [0]},
+    "a fake array": {b"data": Evil(bytearray, 10**12), b"labels": [0]},
+}
+
+
+@pytest.mark.parametrize("what", EVIL)
+def test_a_hostile_pickle_runs_nothing(what, small_batches, tmp_path):
+    folder = write_python(tmp_path / "cifar-10-batches-py", small_batches)
+    (folder / "data_batch_3").write_bytes(pickle.dumps(EVIL[what], protocol=2))
+    with pytest.raises(UserError, match="data_batch_3: not a batch of CIFAR-10"):
+        load_dataset("cifar10", tmp_path)
+    assert not os.path.exists("pwned")
+
+
+def test_python_2_and_numpy_1_pickles(small_batches, tmp_path):
+    """The official files: byte strings of Python 2, numpy.core instead of numpy._core."""
+
+    def dump(batch):
+        opcodes = pickle.dumps({key.decode(): value for key, value in batch.items()}, protocol=2)
+        return opcodes.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+
+    write_python(tmp_path / "cifar-10-batches-py", small_batches, dump)
+    assert_loads(small_batches, tmp_path)
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch, small_batches):
+    """A local stand-in for the dataset's home: yields the folder it serves."""
+    served = tmp_path / "served"
+    archive = LAYOUTS["torchvision archive"](served, small_batches)
+    handler = lambda *arguments: Quiet(*arguments, directory=served)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as http_server:
+        thread = threading.Thread(target=http_server.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{http_server.server_address[1]}/{archive.name}"
+        monkeypatch.setattr(input_pipeline, "ARCHIVE_URL", url)
+        import pooch
+
+        monkeypatch.setattr(input_pipeline, "ARCHIVE_SHA256", pooch.file_hash(str(archive)))
+        yield served
+        http_server.shutdown()
+        thread.join()
+
+
+def test_download_to_data_dir_or_cache(server, small_batches, tmp_path):
+    (tmp_path / "mine").mkdir()
+    assert_loads(small_batches, tmp_path / "mine")
+    assert (tmp_path / "mine" / "cifar-10-python.tar.gz").exists()
+    assert_loads(small_batches)
+    (server / "cifar-10-python.tar.gz").unlink()  # from now on the network would fail
+    assert_loads(small_batches)
+
+
+def test_a_wrong_download_is_refused_and_leaves_nothing(server, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (server / "cifar-10-python.tar.gz").write_bytes(b"something else")
+    with pytest.raises(UserError, match="can't download CIFAR-10"):
+        load_dataset("cifar10", tmp_path / "mine")
+    (server / "cifar-10-python.tar.gz").unlink()
+    with pytest.raises(UserError, match="the download failed"):
+        load_dataset("cifar10", tmp_path / "mine")
+    assert not any((tmp_path / "mine").iterdir())
+
+
+def test_no_network(monkeypatch, run_command):
+    from cifar_jax import train
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        closed_port = listener.getsockname()[1]
+    monkeypatch.setattr(input_pipeline, "ARCHIVE_URL", f"http://127.0.0.1:{closed_port}/cifar-10-python.tar.gz")
+    status, _, error = run_command(train.main, "lenet5")
+    assert status == 2
+    lines = [line for line in error.splitlines() if not line.startswith("Downloading data from")]
+    assert len(lines) == 1
+    assert "the download failed (" in lines[0]
+    assert "--data-dir" in lines[0]
+
+
+def test_real_cifar10_through_tfds(cifar10):
+    assert cifar10.train_images.shape == (50_000, 32, 32, 3)
+    np.testing.assert_array_equal(np.bincount(cifar10.train_labels), [5000] * 10)
+    np.testing.assert_array_equal(np.bincount(cifar10.test_labels), [1000] * 10)
+    pixels = cifar10.train_images / np.float32(255)
+    np.testing.assert_allclose(pixels.mean((0, 1, 2), np.float64), input_pipeline.CIFAR10_MEAN, atol=1e-4)
+    np.testing.assert_allclose(pixels.std((0, 1, 2), np.float64), input_pipeline.CIFAR10_STD, atol=1e-4)
+
+
+def test_a_damaged_tfds_shard_is_named(cifar10_dir, tmp_path):
+    folder = tmp_path / "cifar10" / "3.0.2"
+    folder.mkdir(parents=True)
+    for file in (input_pipeline.Path(cifar10_dir) / "cifar10" / "3.0.2").iterdir():
+        (folder / file.name).symlink_to(file)
+    shard = folder / "cifar10-train.array_record-00001-of-00004"
+    data = shard.read_bytes()
+    shard.unlink()
+    shard.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"cifar10-train.array_record-00001-of-00004: can't read"):
+        load_dataset("cifar10", tmp_path)
+
+
+def test_a_tfrecord_copy_is_passed_over(small_batches, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "cifar10" / "3.0.2"
+    folder.mkdir(parents=True)
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "cifar10-train.tfrecord-00000-of-00001").touch()
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    write_python(input_pipeline.Path("data/cifar-10-batches-py"), small_batches)
+    assert_loads(small_batches)
+    assert "file_format='array_record'" in capsys.readouterr().err
+
+
+def test_digits():
+    digits = load_dataset("digits")
+    assert digits.train_images.shape == (1437, 32, 32, 3)
+    assert digits.test_images.shape == (360, 32, 32, 3)
+    assert (digits.train_images.dtype, digits.train_labels.dtype) == (np.uint8, np.int32)
+    assert digits.train_images.max() == 255
+    np.testing.assert_array_equal(digits.train_images[..., 0], digits.train_images[..., 2])
+    np.testing.assert_allclose(np.bincount(digits.test_labels), 36, atol=1)  # stratified
+    together = {image.tobytes() for image in digits.train_images} & {image.tobytes() for image in digits.test_images}
+    assert not together
+
+
+def test_an_unknown_dataset():
+    with pytest.raises(UserError, match="choose cifar10 or digits"):
+        load_dataset("mnist")
+
+
+def test_scale_images():
+    images = jnp.asarray([0, 255, 51], jnp.uint8).reshape(1, 1, 1, 3)
+    scaled = {scaling: scale_images(images, scaling).ravel() for scaling in ("unit", "symmetric", "standardized")}
+    np.testing.assert_allclose(scaled["unit"], [0, 1, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(scaled["symmetric"], [-1, 1, -0.6], rtol=1e-6)
+    expected = [(0 - 0.4914) / 0.2470, (1 - 0.4822) / 0.2435, (0.2 - 0.4465) / 0.2616]
+    np.testing.assert_allclose(scaled["standardized"], expected, rtol=1e-6)
+
+
+def test_epoch_order_is_a_function_of_seed_and_epoch():
+    orders = [np.asarray(epoch_order(seed, epoch, 1000)) for seed, epoch in [(0, 0), (0, 1), (1, 0)]]
+    for order in orders:
+        np.testing.assert_array_equal(np.sort(order), np.arange(1000))
+    assert (orders[0] != orders[1]).mean() > 0.9
+    assert (orders[0] != orders[2]).mean() > 0.9
+    np.testing.assert_array_equal(epoch_order(0, 1, 1000), orders[1])
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 4])
+def test_batches_cover_the_order_once_whatever_the_number_of_devices(num_devices):
+    """The reference recipe's shape in small: 130 images in batches of 64, the last of 2."""
+    images = jnp.arange(130, dtype=jnp.uint8).reshape(130, 1, 1, 1)
+    order, size = epoch_order(0, 0, 130), 64 // num_devices
+    seen = []
+    for step in range(3):
+        slices = [
+            take_batch(images, jnp.arange(130), order, jnp.int32(step * 64 + device * size), size)
+            for device in range(num_devices)
+        ]
+        batch = jax.tree.map(lambda *parts: np.concatenate(parts), *slices)
+        assert batch["image"].shape == (64, 1, 1, 1)
+        np.testing.assert_array_equal(batch["image"].ravel(), batch["label"])
+        assert batch["mask"].sum() == (64 if step < 2 else 2)
+        seen.append(batch["label"][batch["mask"] == 1])
+    np.testing.assert_array_equal(np.concatenate(seen), order)
+
+
+def test_the_restricted_unpickler_still_reads_what_numpy_writes():
+    data = pickle.dumps({"data": np.arange(6, dtype=np.uint8).reshape(2, 3), "labels": [1, 2]}, protocol=2)
+    batch = input_pipeline._ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
+    np.testing.assert_array_equal(batch["data"].array, [[0, 1, 2], [3, 4, 5]])

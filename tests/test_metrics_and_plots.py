@@ -1,0 +1,57 @@
+import sys
+
+import numpy as np
+import pytest
+
+from cifar_jax import plots
+from cifar_jax.errors import UserError
+from cifar_jax.metrics import EpochMetrics, MetricsWriter, read_batch_loss, read_metrics
+
+ROW = EpochMetrics(1, 1.5, 0.25, 1.25, 0.5, 0.01, 2.0, 100.0)
+
+
+def test_metrics_round_trip(tmp_path, capsys):
+    writer = MetricsWriter(tmp_path, 0, 10, 2)
+    writer.write(ROW, np.array([2.0, 1.0], np.float32))
+    assert read_metrics(tmp_path) == [ROW]
+    np.testing.assert_array_equal(read_batch_loss(tmp_path), [2, 1])
+    line = "epoch  1/10  train loss 1.5000 accuracy  25.00%  test loss 1.2500 accuracy  50.00%"
+    assert capsys.readouterr().out == f"{line}  lr 0.01  2.0 s  100 images/s\n"
+
+
+def test_damaged_files_are_named(tmp_path):
+    assert read_metrics(tmp_path) == []
+    (tmp_path / "metrics.csv").write_text("epoch,train_loss\n1,x\n")
+    with pytest.raises(UserError, match=r"metrics.csv: not a metrics.csv"):
+        read_metrics(tmp_path)
+    (tmp_path / "batch_loss.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(UserError, match=r"batch_loss.npy: damaged"):
+        read_batch_loss(tmp_path)
+
+
+def test_running_mean():
+    values = np.random.default_rng(0).normal(size=40)
+    expected = [values[i : i + 7].mean() for i in range(34)]
+    np.testing.assert_allclose(plots.running_mean(values, 7), expected)
+    np.testing.assert_allclose(plots.running_mean(values, 40), [values.mean()])
+
+
+def test_plots_imports_nothing_of_training():
+    imports = {name for name, value in vars(plots).items() if getattr(value, "__name__", "").startswith("cifar_jax")}
+    modules = {getattr(vars(plots)[name], "__module__", "") for name in vars(plots)}
+    assert not imports
+    assert "cifar_jax.training" not in modules
+    assert "cifar_jax.train" not in modules
+
+
+def test_plots_command(tmp_path, run_command, capsys):
+    writer = MetricsWriter(tmp_path, 0, 2, 600)
+    writer.write(ROW, np.linspace(2, 1, 600, dtype=np.float32))
+    capsys.readouterr()
+    assert run_command(plots.main, tmp_path) == (0, "", "")
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("accuracy", "loss", "batch_loss"))
+    status, _, error = run_command(plots.main, tmp_path / "nothing")
+    assert status == 2
+    assert "nothing to draw" in error
+    assert run_command(plots.main)[0] == 2
+    assert sys.argv == ["command"]

@@ -1,0 +1,238 @@
+import csv
+import dataclasses
+import io
+import json
+import os
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from cifar_jax import train
+from cifar_jax.checkpoint import Checkpoints
+from cifar_jax.configs import RECIPES
+from cifar_jax.errors import UserError
+from cifar_jax.metrics import read_batch_loss, read_metrics
+from cifar_jax.train import Interrupted, parse_config, train_and_evaluate
+from cifar_jax.training import create_train_state, replicate
+
+STOP_CALLS_AN_EPOCH = 1 + 6 + 4  # before the epoch, before its steps, after the steps of its evaluation
+
+
+def final_state(config):
+    state = replicate(create_train_state(config, 6), jax.local_devices()[:1])
+    state, _ = Checkpoints(train.Path(config.workdir)).restore_state("latest", state)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves((state.step, state.params, state.opt_state))]
+
+
+def untimed_rows(config):
+    rows = read_metrics(train.Path(config.workdir))
+    return [dataclasses.replace(row, seconds=0, images_per_second=0) for row in rows]
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """interrupt(n, signal): the n-th time that training asks whether to stop, the signal arrives."""
+    original = train.StopSignals.__call__
+
+    def interrupt(n, signum):
+        calls = iter(range(1, 1000))
+
+        def call(self):
+            if next(calls) == n:
+                os.kill(os.getpid(), signum)
+            return original(self)
+
+        monkeypatch.setattr(train.StopSignals, "__call__", call)
+
+    yield interrupt
+    monkeypatch.setattr(train.StopSignals, "__call__", original)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_dataset, tmp_path_factory):
+    """A finished run in small: (config, its folder's state, rows, batch losses)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "load_dataset", lambda name, data_dir: tiny_dataset)
+        config = dataclasses.replace(
+            RECIPES["quickstart"],
+            workdir=str(tmp_path_factory.mktemp("uninterrupted") / "run"),
+            batch_size=16,
+            num_epochs=3,
+            crop_padding=2,
+            random_flip=True,
+            eval_batch_size=8,
+            num_devices=1,
+        )
+        train_and_evaluate(config)
+    return config
+
+
+def test_a_run_writes_all_its_files(uninterrupted):
+    folder = train.Path(uninterrupted.workdir)
+    names = {path.name for path in folder.iterdir()}
+    figures = {"accuracy.png", "loss.png", "batch_loss.png"}
+    assert names == {"config.json", "metrics.csv", "batch_loss.npy", "checkpoints", "summary.json"} | figures
+    for figure in figures:
+        assert (folder / figure).read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader(io.StringIO((folder / "metrics.csv").read_text())))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert list(rows[0]) == [
+        *("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"),
+        *("learning_rate", "seconds", "images_per_second"),
+    ]
+    losses = read_batch_loss(folder)
+    assert losses.shape == (18,)
+    # The epoch's loss weights the last batch, of 10 images, by its size.
+    assert float(rows[0]["train_loss"]) == pytest.approx((16 * losses[:5].sum() + 10 * losses[5]) / 90, rel=1e-5)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [row["test_loss"] for row in summary["metrics"]] == [float(row["test_loss"]) for row in rows]
+    assert summary["config"]["num_epochs"] == 3
+    assert summary["num_parameters"] == 395_006
+    assert summary["test_accuracy"] == float(rows[-1]["test_accuracy"])
+    assert summary["best_test_accuracy"] == max(float(row["test_accuracy"]) for row in rows)
+    assert json.loads((folder / "config.json").read_text())["batch_size"] == 16
+
+
+@pytest.mark.parametrize(
+    ("where", "when", "signum"),
+    [
+        ("in the steps of epoch 2", STOP_CALLS_AN_EPOCH + 4, signal.SIGTERM),
+        ("in the evaluation of epoch 2", STOP_CALLS_AN_EPOCH + 9, signal.SIGINT),
+        ("after the checkpoint of epoch 1", STOP_CALLS_AN_EPOCH + 1, signal.SIGTERM),
+    ],
+)
+def test_resumed_is_uninterrupted_bit_for_bit(
+    where, when, signum, uninterrupted, use_tiny_dataset, interrupt, tmp_path, monkeypatch, capsys
+):
+    config = dataclasses.replace(uninterrupted, workdir=str(tmp_path / "run"))
+    with monkeypatch.context():
+        interrupt(when, signum)
+        with pytest.raises(Interrupted) as interrupted:
+            train_and_evaluate(config)
+    assert interrupted.value.exit_status == 128 + signum
+    assert len(read_metrics(tmp_path / "run")) == 1, where
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 1
+    train_and_evaluate(config)
+    assert "resuming after 1 epochs" in capsys.readouterr().out
+    assert untimed_rows(config) == untimed_rows(uninterrupted)
+    np.testing.assert_array_equal(read_batch_loss(tmp_path / "run"), read_batch_loss(train.Path(uninterrupted.workdir)))
+    for resumed, expected in zip(final_state(config), final_state(uninterrupted)):
+        np.testing.assert_array_equal(resumed, expected)
+
+
+def test_a_crash_between_log_and_checkpoint(uninterrupted, use_tiny_dataset, tmp_path):
+    """Rows that the checkpoint does not know are dropped and written anew."""
+    shutil.copytree(uninterrupted.workdir, tmp_path / "run")
+    config = dataclasses.replace(uninterrupted, workdir=str(tmp_path / "run"))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    best = max(read_metrics(tmp_path / "run"), key=lambda row: row.test_accuracy)
+    kept = {folder.name for folder in checkpoints.iterdir() if folder.name.isdecimal()}
+    assert kept == {str(best.epoch), "3"}
+    shutil.rmtree(checkpoints / "3")
+    train_and_evaluate(config)
+    assert untimed_rows(config) == untimed_rows(uninterrupted)
+    assert len(read_batch_loss(tmp_path / "run")) == 18
+
+
+def test_a_finished_run_is_left_alone(uninterrupted, use_tiny_dataset, capsys):
+    before = (train.Path(uninterrupted.workdir) / "metrics.csv").read_bytes()
+    summary = train_and_evaluate(uninterrupted)
+    assert "already complete after 3 epochs" in capsys.readouterr().out
+    assert summary["epochs"] == 3
+    assert (train.Path(uninterrupted.workdir) / "metrics.csv").read_bytes() == before
+
+
+def test_output_that_is_no_terminal(uninterrupted, use_tiny_dataset, tmp_path, run_command):
+    """One line an epoch on stdout, no progress bar."""
+    arguments = ["--workdir", tmp_path / "run", "--num-epochs", 2, "--warmup-epochs", 0, "--num-devices", 1]
+    status, output, error = run_command(train.main, "quickstart", *arguments)
+    assert (status, error) == (0, "")
+    lines = output.splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("lenet5, 395,006 parameters, float32, on 1 × cpu; 90 images from tiny digits")
+    assert [line.startswith(f"epoch {i}/2  train loss") for i, line in enumerate(lines[1:3], 1)] == [True, True]
+    assert lines[3].startswith("test accuracy")
+
+
+def test_sigterm_saves_and_says_how_to_go_on(use_tiny_dataset, interrupt, tmp_path, run_command):
+    interrupt(3, signal.SIGTERM)
+    status, _, error = run_command(train.main, "quickstart", "--workdir", tmp_path / "run", "--num-devices", 1)
+    assert status == 128 + signal.SIGTERM
+    expected = f"To go on: python -m cifar_jax.train quickstart --workdir {tmp_path}/run --num-devices 1"
+    assert error.splitlines()[-1] == f"saved after 0 epochs and 1/3 steps. {expected}"
+
+
+def test_ctrl_c_twice_stops_at_once(use_tiny_dataset, interrupt, tmp_path, run_command, monkeypatch):
+    monkeypatch.setattr(train.Checkpoints, "save", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    interrupt(2, signal.SIGINT)
+    status, _, error = run_command(train.main, "quickstart", "--workdir", tmp_path / "run", "--num-devices", 1)
+    assert (status, error.splitlines()[-1]) == (130, "interrupted")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_recipes_and_flags():
+    assert parse_config([]) == RECIPES["lenet5"]
+    assert parse_config(["--num-epochs", "7"]) == dataclasses.replace(RECIPES["lenet5"], num_epochs=7)
+    flags = ["--dropout-rates", "0.1", "0", "0.3", "--no-random-flip", "--data-dir", "d", "--dtype", "bfloat16"]
+    assert parse_config(["all_cnn_reference", *flags]) == dataclasses.replace(
+        RECIPES["all_cnn_reference"], dropout_rates=(0.1, 0.0, 0.3), random_flip=False, data_dir="d", dtype="bfloat16"
+    )
+
+
+def test_help_names_every_recipe_and_field(run_command):
+    status, output, _ = run_command(train.main, "--help")
+    assert status == 0
+    assert all(name in output for name in RECIPES)
+    status, output, _ = run_command(train.main, "all_cnn_reference", "--help")
+    assert status == 0
+    for field in dataclasses.fields(RECIPES["lenet5"]):
+        assert "--" + field.name.replace("_", "-") in output or f"no-{field.name.replace('_', '-')}" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lenet"], "unknown recipe 'lenet': did you mean lenet5?"),
+        (["vgg"], "unknown recipe 'vgg': choose one of lenet5, lenet5_reference,"),
+        (["lenet5", "--batch-size", "0"], "--batch-size 0: must be 1 or more"),
+        (["quickstart", "--batch-size", "30"], "--batch-size 30 does not divide over 4 devices"),
+        (["quickstart", "--num-devices", "9"], "--num-devices 9: this machine has 4"),
+        (["lenet5", "--data-dir", "nowhere"], "--data-dir nowhere does not exist"),
+        (["quickstart", "--workdir", "file/run"], "--workdir file/run: Not a directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, run_command):
+    open("file", "w").close()
+    status, output, error = run_command(train.main, *arguments)
+    assert (status, output) == (2, "")
+    assert len(error.splitlines()) == 1
+    assert error.startswith(f"error: {message}")
+
+
+def test_a_bad_flag_is_status_2(run_command):
+    status, _, error = run_command(train.main, "lenet5", "--num-epoch", "3")
+    assert status == 2
+    assert "--num-epoch" in error
+    assert "Traceback" not in error
+
+
+def test_a_changed_config_is_refused(uninterrupted, use_tiny_dataset, capsys):
+    config = train.Path(uninterrupted.workdir) / "config.json"
+    before = config.read_bytes()
+    changed = dataclasses.replace(uninterrupted, learning_rate=0.01, seed=3)
+    with pytest.raises(UserError, match=r"another config \(seed 0 → 3, learning_rate 0.02 → 0.01\)|learning_rate"):
+        train_and_evaluate(changed)
+    assert config.read_bytes() == before
+    train_and_evaluate(dataclasses.replace(uninterrupted, eval_batch_size=30, num_devices=2))  # does not matter
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"dropout_rates": []}', '{"batch_size": 1}'])
+def test_a_damaged_config_is_named(content, tiny_config):
+    folder = train.Path(tiny_config.workdir)
+    folder.mkdir()
+    (folder / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config.json: not a config of this program"):
+        train_and_evaluate(tiny_config)

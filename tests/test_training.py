@@ -1,0 +1,248 @@
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cifar_jax import training
+from cifar_jax.configs import RECIPES
+from cifar_jax.errors import UserError
+from cifar_jax.evaluate import Evaluator
+from cifar_jax.input_pipeline import epoch_order
+from cifar_jax.training import (
+    create_history,
+    create_schedule,
+    create_train_state,
+    create_train_steps,
+    create_tx,
+    cross_entropy,
+    replicate,
+    select_devices,
+)
+
+
+def train_epoch(config, dataset, steps_per_call=1, state=None):
+    """One epoch from a fresh state: (state, history)."""
+    devices = select_devices(config)
+    steps = math.ceil(len(dataset.train_labels) / config.batch_size)
+    state = replicate(create_train_state(config, steps) if state is None else state, devices)
+    history = replicate(create_history(steps), devices)
+    order = replicate(epoch_order(config.seed, 0, len(dataset.train_labels)), devices)
+    data = replicate((dataset.train_images, dataset.train_labels), devices)
+    arguments = (*data, order, np.int32(0), np.int32(0))
+    train_steps = create_train_steps(config, devices, steps_per_call)(state, history, *arguments)
+    for start in range(0, steps, steps_per_call):
+        count = np.int32(min(steps_per_call, steps - start))
+        state, history, _ = train_steps(state, history, *data, order, np.int32(start), count)
+    return state, history
+
+
+def assert_trees_close(actual, expected, **tolerance):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, **tolerance)
+
+
+@pytest.mark.parametrize(("step", "rate"), [(0, 0.01), (1, 0.0099995000), (782, 0.0096237128), (156_400, 0.0011337868)])
+def test_keras_schedule(step, rate):
+    schedule = create_schedule(RECIPES["all_cnn_reference"], 782)
+    np.testing.assert_allclose(schedule(jnp.int32(step)), rate, rtol=1e-6)
+
+
+def test_pytorch_schedule_is_constant():
+    schedule = create_schedule(RECIPES["lenet5_reference"], 12_500)
+    assert [float(schedule(step)) for step in (0, 1, 782, 156_400)] == [pytest.approx(1e-4)] * 4
+
+
+def test_cosine_schedule_warms_up_and_ends_at_zero():
+    config = dataclasses.replace(RECIPES["lenet5"], num_epochs=10, warmup_epochs=2.0, learning_rate=0.1)
+    schedule = create_schedule(config, 100)
+    rates = [float(schedule(step)) for step in (0, 100, 200, 600, 1000)]
+    np.testing.assert_allclose(rates, [0, 0.05, 0.1, 0.05, 0], atol=1e-7)
+
+
+def numpy_keras(gradients, parameter):
+    """Keras 2.3.1, optimizers.py, SGD.get_updates with decay and Nesterov."""
+    velocity = np.zeros_like(parameter)
+    for t, gradient in enumerate(gradients):
+        rate = 0.01 / (1 + 5e-5 * t)
+        velocity = 0.9 * velocity - rate * gradient
+        parameter = parameter + 0.9 * velocity - rate * gradient
+    return parameter
+
+
+def numpy_pytorch(gradients, parameter):
+    """torch.optim.SGD with momentum and constant rate."""
+    buffer = np.zeros_like(parameter)
+    for gradient in gradients:
+        buffer = 0.9 * buffer + gradient
+        parameter = parameter - 1e-4 * buffer
+    return parameter
+
+
+@pytest.mark.parametrize(
+    ("recipe", "steps_per_epoch", "original"),
+    [("all_cnn_reference", 782, numpy_keras), ("lenet5_reference", 12_500, numpy_pytorch)],
+)
+def test_the_optimizers_are_the_originals(recipe, steps_per_epoch, original):
+    gradients = np.random.default_rng(0).normal(size=(2000, 5)).astype(np.float32)
+    tx = create_tx(RECIPES[recipe], steps_per_epoch)
+
+    def step(carry, gradient):
+        parameter, opt_state = carry
+        updates, opt_state = tx.update(gradient, opt_state, parameter)
+        return (optax.apply_updates(parameter, updates), opt_state), None
+
+    start = jnp.ones(5)
+    (parameter, _), _ = jax.lax.scan(step, (start, tx.init(start)), gradients)
+    expected = original(gradients.astype(np.float64), np.ones(5))
+    # float32 reaches 7e-6 here; with the rate in the wrong place, optax.sgd(schedule), Keras' would be off by 1.7e-3.
+    np.testing.assert_allclose(parameter, expected, atol=2e-5)
+
+
+def test_weight_decay_is_l2():
+    config = dataclasses.replace(RECIPES["lenet5_reference"], weight_decay=0.1, momentum=0.0)
+    tx, parameter = create_tx(config, 1), jnp.array([2.0])
+    updates, _ = tx.update(jnp.zeros(1), tx.init(parameter), parameter)
+    np.testing.assert_allclose(updates, [-1e-4 * 0.1 * 2.0], rtol=1e-6)
+
+
+def test_cross_entropy():
+    logits, labels = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]])), jnp.array([0, 1])
+    np.testing.assert_allclose(cross_entropy(logits, labels), -np.log([0.7, 0.1]), rtol=1e-5)
+    # Smoothing by 0.3 over three classes: the label keeps 0.8, the others get 0.1 each.
+    targets, logs = np.array([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1]]), np.asarray(logits)
+    np.testing.assert_allclose(cross_entropy(logits, labels, 0.3), -(targets * logs).sum(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["lenet5_reference", "all_cnn_reference"])
+def test_four_devices_train_like_one(recipe, tiny_dataset):
+    """Same global batches, augmentation on, dropout off, the last batch partial (and empty on some devices)."""
+    config = RECIPES[recipe]
+    config = dataclasses.replace(config, dropout_rates=(0.0,) * len(config.dropout_rates), learning_rate=0.01)
+    dataset = dataclasses.replace(
+        tiny_dataset, train_images=tiny_dataset.train_images[:18], train_labels=tiny_dataset.train_labels[:18]
+    )
+    config = dataclasses.replace(config, batch_size=8)
+    (one, history_one), (four, history_four) = (
+        train_epoch(dataclasses.replace(config, num_devices=n), dataset) for n in (1, 4)
+    )
+    assert int(one.step) == 3
+    assert_trees_close(four.params, one.params, atol=1e-5)  # near-ties of ReLU and maximum; 1e-3 without pmean
+    np.testing.assert_allclose(history_four["loss"], history_one["loss"], rtol=1e-5)
+    np.testing.assert_array_equal(history_four["count"], [8, 8, 2])
+    np.testing.assert_array_equal(history_four["correct"], history_one["correct"])
+
+
+def test_replicas_agree(tiny_dataset, tiny_config):
+    """A forgotten pmean would leave the devices with different parameters inside one array, silently."""
+    state, _ = train_epoch(dataclasses.replace(tiny_config, num_devices=4), tiny_dataset)
+    for leaf in jax.tree.leaves(state.params) + jax.tree.leaves(state.opt_state):
+        shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert len(shards) == 4
+        for shard in shards[1:]:
+            np.testing.assert_array_equal(shard, shards[0])
+
+
+def test_several_steps_in_one_call(tiny_dataset, tiny_config):
+    """6 steps in calls of 4 are the same training as 6 calls."""
+    (one, history_one), (many, history_many) = (train_epoch(tiny_config, tiny_dataset, k) for k in (1, 4))
+    assert int(many.step) == 6
+    assert_trees_close(many.params, one.params, atol=2e-6)
+    assert_trees_close(history_many, history_one, rtol=1e-5)
+
+
+def test_the_partial_batch_is_averaged_over_its_own_images(tiny_dataset, tiny_config):
+    """18 images in batches of 16: the second step equals one with a batch of just those 2 images."""
+    config = dataclasses.replace(tiny_config, dropout_rates=(0.0, 0.0), crop_padding=0, random_flip=False)
+    images, labels = tiny_dataset.train_images[:18], tiny_dataset.train_labels[:18]
+    whole = dataclasses.replace(tiny_dataset, train_images=images, train_labels=labels)
+    state, history = train_epoch(config, whole)
+    order = np.asarray(epoch_order(config.seed, 0, 18))
+    first, rest = order[:16], order[16:]
+    only = lambda indices: dataclasses.replace(whole, train_images=images[indices], train_labels=labels[indices])
+    middle, _ = train_epoch(config, only(first))
+    expected, expected_history = train_epoch(dataclasses.replace(config, batch_size=2), only(rest), state=middle)
+    assert_trees_close(state.params, expected.params, atol=2e-6)
+    np.testing.assert_allclose(history["loss"][1], expected_history["loss"][0], rtol=1e-5)
+
+
+def test_a_batch_can_be_overfitted(tiny_dataset, tiny_config):
+    config = dataclasses.replace(
+        tiny_config, dropout_rates=(0.0, 0.0), crop_padding=0, random_flip=False, learning_rate=0.02
+    )
+    dataset = dataclasses.replace(
+        tiny_dataset, train_images=tiny_dataset.train_images[:16], train_labels=tiny_dataset.train_labels[:16]
+    )
+    dataset = dataclasses.replace(
+        dataset,
+        train_images=np.tile(dataset.train_images, (40, 1, 1, 1)),
+        train_labels=np.tile(dataset.train_labels, 40),
+    )
+    _, history = train_epoch(config, dataset)
+    assert history["loss"][0] > 2
+    assert history["loss"][-1] < 0.1
+
+
+def test_seed_decides_everything(tiny_dataset, tiny_config):
+    losses = [
+        np.asarray(train_epoch(dataclasses.replace(tiny_config, seed=seed), tiny_dataset)[1]["loss"])
+        for seed in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(losses[0], losses[1])
+    assert np.abs(losses[0] - losses[2]).max() > 1e-3
+
+
+def test_bfloat16_trains_float32_parameters(tiny_dataset, tiny_config):
+    state, history = train_epoch(dataclasses.replace(tiny_config, dtype="bfloat16"), tiny_dataset)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    _, reference = train_epoch(tiny_config, tiny_dataset)
+    np.testing.assert_allclose(history["loss"], reference["loss"], rtol=0.05)
+    assert np.abs(history["loss"] - reference["loss"]).max() > 0
+
+
+@pytest.mark.parametrize("num_devices", [1, 4])
+@pytest.mark.parametrize("eval_batch_size", [7, 30, 100])
+def test_every_example_is_evaluated_once(num_devices, eval_batch_size, tiny_dataset, tiny_config):
+    config = dataclasses.replace(tiny_config, num_devices=num_devices, eval_batch_size=eval_batch_size)
+    devices = select_devices(config)
+    state = replicate(create_train_state(config, 6), devices)
+    metrics = Evaluator(config, state, tiny_dataset.test_images, tiny_dataset.test_labels, devices)(state)
+    images = tiny_dataset.test_images / np.float32(255) * 2 - 1
+    logits = np.asarray(state.apply_fn({"params": jax.device_get(state.params)}, images), np.float64)
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    loss = -np.log(probabilities[np.arange(30), tiny_dataset.test_labels]).mean()
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    assert metrics["accuracy"] == (logits.argmax(-1) == tiny_dataset.test_labels).mean()
+
+
+def test_evaluation_with_dropout(tiny_dataset, tiny_config):
+    devices = select_devices(tiny_config)
+    state = replicate(create_train_state(tiny_config, 6), devices)
+    losses = [
+        Evaluator(tiny_config, state, tiny_dataset.test_images, tiny_dataset.test_labels, devices, dropout)(state)[
+            "loss"
+        ]
+        for dropout in (False, True, True)
+    ]
+    assert losses[0] != losses[1]
+    assert losses[1] == losses[2]
+
+
+def test_the_step_is_traced_once(tiny_dataset, tiny_config, monkeypatch):
+    traces = []
+    original = training.cross_entropy
+    monkeypatch.setattr(training, "cross_entropy", lambda *args: traces.append(1) or original(*args))
+    train_epoch(tiny_config, tiny_dataset)
+    assert len(traces) == 1
+
+
+def test_select_devices(tiny_config):
+    assert len(select_devices(dataclasses.replace(tiny_config, num_devices=None))) == 4
+    with pytest.raises(UserError, match=r"--num-devices 5: this machine has 4"):
+        select_devices(dataclasses.replace(tiny_config, num_devices=5))
+    with pytest.raises(UserError, match=r"multiple of 4, or --num-devices 3"):
+        select_devices(dataclasses.replace(tiny_config, batch_size=15, num_devices=None))
