@@ -1,0 +1,1 @@
+"""Benchmarks and reports; run from the repository's root as `python -m benchmarks.NAME`."""
