@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
+import itertools
 import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -33,3 +39,20 @@ def command(main: Callable[[], int]) -> Callable[[], int]:
             return 0
 
     return wrapped
+
+
+def parse_arguments(parse: Callable[[], T]) -> T:
+    """Calls tyro through `parse`; the first paragraph of its box about a bad flag becomes the UserError."""
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return parse()
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        # A box of ─ and │ with its title in the frame; where stdout is not UTF-8, a title, a ruler of -, the text.
+        box = captured.getvalue()
+        lines = [line.strip("│ ") for line in box.splitlines()]
+        is_ruler = lambda line: line.startswith(("╭", "╰")) or not line.strip("─-")
+        paragraphs = [" ".join(group) for ruler, group in itertools.groupby(lines, is_ruler) if not ruler]
+        raise UserError(f"{paragraphs[0 if '╭' in box else 1].rstrip('.')}: see --help") from stop

@@ -19,7 +19,7 @@ import tyro
 
 from cifar_jax.checkpoint import Checkpoints
 from cifar_jax.configs.default import Config
-from cifar_jax.errors import UserError, command
+from cifar_jax.errors import UserError, command, parse_arguments
 from cifar_jax.input_pipeline import load_dataset
 from cifar_jax.training import (
     TrainState,
@@ -101,7 +101,8 @@ class Arguments:
 
 @command
 def main() -> int:
-    arguments = tyro.cli(Arguments, prog="python -m cifar_jax.evaluate", config=(tyro.conf.FlagCreatePairsOff,))
+    flags = (tyro.conf.FlagCreatePairsOff,)
+    arguments = parse_arguments(lambda: tyro.cli(Arguments, prog="python -m cifar_jax.evaluate", config=flags))
     config = read_config(arguments.workdir)
     config = dataclasses.replace(config, data_dir=arguments.data_dir or config.data_dir, num_devices=None)
     # The batch of training need not divide over this machine's devices.

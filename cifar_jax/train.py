@@ -27,7 +27,7 @@ import cifar_jax
 from cifar_jax.checkpoint import Checkpoints, Progress
 from cifar_jax.configs import DESCRIPTIONS, RECIPES
 from cifar_jax.configs.default import EXECUTION_FIELDS, Config
-from cifar_jax.errors import UserError, command
+from cifar_jax.errors import UserError, command, parse_arguments
 from cifar_jax.evaluate import Evaluator, read_config
 from cifar_jax.input_pipeline import epoch_order, load_dataset
 from cifar_jax.metrics import EpochMetrics, MetricsWriter, write_json
@@ -211,18 +211,22 @@ def _summarize(
 
 
 def parse_config(arguments: list[str]) -> Config:
-    """A recipe's name and flags to a Config. Raises UserError for an unknown recipe; bad flags exit with status 2."""
+    """A recipe's name and flags to a Config. Raises UserError for an unknown recipe or a bad flag."""
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = [DEFAULT_RECIPE, *arguments]
     if not arguments[0].startswith("-") and arguments[0] not in RECIPES:
         close = difflib.get_close_matches(arguments[0], RECIPES, 1)
         guess = f"did you mean {close[0]}? " if close else ""
         raise UserError(f"unknown recipe {arguments[0]!r}: {guess}choose one of {', '.join(RECIPES)}")
-    return tyro.extras.overridable_config_cli(
-        {name: (DESCRIPTIONS[name], config) for name, config in RECIPES.items()},
-        prog="python -m cifar_jax.train",
-        description=f"Trains a recipe. Without a name: {DEFAULT_RECIPE}. RECIPE --help lists its flags.",
-        args=arguments,
+    recipes = tyro.extras.subcommand_type_from_defaults(RECIPES, DESCRIPTIONS, prefix_names=False)
+    return parse_arguments(
+        lambda: tyro.cli(
+            recipes,
+            prog="python -m cifar_jax.train",
+            description=f"Trains a recipe. Without a name: {DEFAULT_RECIPE}. RECIPE --help lists its flags.",
+            default=RECIPES[DEFAULT_RECIPE],
+            args=arguments,
+        )
     )
 
 
