@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from cifar_jax.errors import UserError
+from cifar_jax.metrics import write_json
 from cifar_jax.training import Metrics, TrainState
 
 
@@ -38,14 +39,12 @@ def _verify(folder: Path) -> None:
 
     Orbax lets some changed bytes through, and for others prints the tracebacks of its threads.
     """
-    path = folder / _CHECKSUMS
-    if not path.exists():  # the save was cut between Orbax' commit and ours; Orbax vouches for it
-        return
     try:
-        saved, actual = json.loads(path.read_text()), _checksums(folder)
-        wrong = next((name for name in saved | actual if saved.get(name) != actual.get(name)), None)
-    except (OSError, ValueError, TypeError, AttributeError):
-        wrong = _CHECKSUMS
+        saved = dict(json.loads((folder / _CHECKSUMS).read_text()))
+    except (OSError, ValueError, TypeError):  # the save was cut between Orbax' commit and ours; Orbax vouches for it
+        return
+    actual = _checksums(folder)
+    wrong = next((name for name in saved | actual if saved.get(name) != actual.get(name)), None)
     if wrong is not None:
         raise UserError(
             f"{folder / wrong}: damaged or missing: move {folder} away to go on from another checkpoint if there is "
@@ -71,15 +70,13 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy, best_fn=_accuracy, enable_async_checkpointing=False, create=False
         )
-        for folder in sorted(self.directory.glob("[0-9]*")):
-            if folder.name.isdecimal():
-                _verify(folder)
+        names = ("state", "history", "progress")
         try:
-            self._manager = ocp.CheckpointManager(
-                self.directory, options=options, item_names=("state", "history", "progress")
-            )
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=names)
             self._latest, self._best = self._manager.latest_step(), self._manager.best_step()
         except Exception as error:  # Orbax reads every checkpoint's metadata here, and passes on what that raises
+            for folder in self.directory.glob("[0-9]*"):
+                _verify(folder)  # names the culprit
             raise UserError(f"{self.directory}: can't open the checkpoints ({error}): use another --workdir") from error
 
     def save(self, state: TrainState, history: Metrics, progress: Progress, test_accuracy: float | None) -> None:
@@ -95,8 +92,8 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._manager.save(self._latest, args=items, metrics=metrics)
             folder = self.directory / str(self._latest)
-            (folder / _CHECKSUMS).write_text(json.dumps(_checksums(folder)))
-        except OSError as error:
+            write_json(folder / _CHECKSUMS, _checksums(folder))
+        except Exception as error:  # a full disk is an OSError or TensorStore's ValueError
             raise UserError(f"{self.directory}: can't save ({error}): make room, then start again to resume") from error
 
     def restore_run(self, state: TrainState, history: Metrics) -> tuple[TrainState, Metrics, Progress] | None:
@@ -117,11 +114,17 @@ class Checkpoints:
         return items.state, Progress(**items.progress)
 
     def _restore(self, number: int, **items: Any) -> Any:
+        folder = self.directory / str(number)
         items["progress"] = ocp.args.JsonRestore()
         try:
+            _verify(folder)
             return self._manager.restore(number, args=ocp.args.Composite(**items))
         except Exception as error:  # whatever Orbax and TensorStore raise
+            if not folder.exists():
+                raise UserError(f"{folder}: replaced by a training that is under way: try again") from error
+            if isinstance(error, UserError):
+                raise
             raise UserError(
-                f"{self.directory / str(number)}: damaged, or of another model ({type(error).__name__}: "
-                f"{str(error)[:200]}): move it away to go on from another checkpoint, or use another --workdir"
+                f"{folder}: damaged, or of another model ({type(error).__name__}: {str(error)[:200]}): "
+                "move it away to go on from another checkpoint, or use another --workdir"
             ) from error

@@ -8,9 +8,12 @@ import io
 import itertools
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import TypeVar
+
+import jax
 
 T = TypeVar("T")
 
@@ -20,12 +23,17 @@ class UserError(Exception):
 
 
 def command(main: Callable[[], int]) -> Callable[[], int]:
-    """Wraps a command's `main`: a UserError becomes one line on stderr and exit status 2, Ctrl-C becomes 130."""
+    """Wraps a command's `main`: a UserError becomes one line on stderr and exit status 2.
+
+    Ctrl-C, SIGTERM and a closed pipe end with the status that a shell gives them, 130, 143 and 141; SIGTERM as an
+    exception, so that files in the making are cleared away.
+    """
 
     @functools.wraps(main)
     def wrapped() -> int:
-        # Orbax reports each save through absl at WARNING and above; what matters reaches the user as a UserError.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax comments its work through absl at WARNING and ERROR; what matters reaches the user as a UserError.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             return main()
         except UserError as error:
@@ -36,7 +44,14 @@ def command(main: Callable[[], int]) -> Callable[[], int]:
             return 130
         except BrokenPipeError:  # the reader of our output (`| head`) left; Python would complain again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+            return 128 + signal.SIGPIPE
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print("error: out of memory: lower --batch-size or --eval-batch-size", file=sys.stderr)
+            return 2
+        finally:
+            signal.signal(signal.SIGTERM, previous)
 
     return wrapped
 

@@ -47,7 +47,7 @@ class Evaluator:
         """Args: images uint8 [N, 32, 32, 3]; labels int32 [N]; dropout: leave it on, as the PyTorch notebook does."""
         self._data = replicate((images, labels), devices)
         self._devices, self._size = devices, len(labels)
-        self._num_steps = -(-self._size // eval_batch_size(config, devices))
+        self._num_steps = -(-self._size // eval_batch_size(config, self._size, devices))
         self._per_call = config.steps_per_call or default_steps_per_call(devices)
         start = replicate(jnp.int32(0), devices)
         compile_for = create_eval_steps(config, devices, self._per_call, dropout)

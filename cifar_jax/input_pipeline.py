@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gzip
 import hashlib
 import io
 import os
@@ -36,7 +37,8 @@ ARCHIVE_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001
 _BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 IMAGES_PER_BATCH = 10_000  # of which the training set has five, the test set one
 _RECORD = 1 + 3 * 32 * 32  # the binary layout: a label byte, then the red, green and blue planes
-_PICKLE_SIZE_LIMIT = 64 * 2**20  # the official pickles have 31 MB
+_PICKLE_SIZE_LIMIT = 64 * 2**20  # the official pickles have 31 MB, the unpacked archives 186 MB
+_ARCHIVE_SIZE_LIMIT = 256 * 2**20
 
 Arrays = dict[str, np.ndarray]
 _ARRAY_NAMES = ("train_images", "train_labels", "test_images", "test_labels")
@@ -71,7 +73,7 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> D
             f"--data-dir {data_dir} does not exist: name a folder with CIFAR-10, or create it for a download"
         )
     for folder in _search_path(data_dir):
-        found = _find_layout(folder)
+        found = _find_layout(folder, itself=data_dir is not None and folder == Path(data_dir))
         if found is not None:
             break
         if data_dir is not None and folder == Path(data_dir):
@@ -93,15 +95,18 @@ def _search_path(data_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
     yield _cache_dir()
 
 
-def _find_layout(folder: Path) -> tuple[Callable[[Path], Arrays], Path] | None:
-    """The first layout of CIFAR-10 in a folder (or the folder or file itself), with the function that reads it."""
-    archives = ("cifar-10-python.tar.gz", "cifar-10-batches-py.tar.gz", "cifar-10-batches-py-target.tar.gz")
-    if folder.is_file():
-        if not folder.name.endswith((".tar.gz", ".tgz")):
+def _find_layout(folder: Path, itself: bool) -> tuple[Callable[[Path], Arrays], Path] | None:
+    """The first layout of CIFAR-10 in a folder, with the function that reads it.
+
+    With `itself`, for a path that the user named: it may also be the unpacked folder or the archive itself.
+    """
+    archives = ("cifar-10-python.tar.gz", "cifar-10-batches-py.tar.gz", "cifar-10-batches-py-target_archive")
+    if itself and folder.is_file():
+        if not folder.name.endswith((".tar.gz", ".tgz", "_archive")):
             raise UserError(f"{folder} is a file: name the folder that holds CIFAR-10, or a .tar.gz archive of it")
         return (_read_binary_archive if "binary" in folder.name else _read_python_archive), folder
     for tfds in (folder, folder / "3.0.2", folder / "cifar10/3.0.2"):
-        if (tfds / "dataset_info.json").is_file() and tfds.resolve().parts[-2:] == ("cifar10", "3.0.2"):
+        if (tfds / "dataset_info.json").is_file() and tfds.absolute().parts[-2:] == ("cifar10", "3.0.2"):
             if any(tfds.glob("cifar10-train.array_record*")):
                 return _read_tfds, tfds
             # TFDS' default format; only TensorFlow reads it, and we don't depend on TensorFlow.
@@ -109,10 +114,10 @@ def _find_layout(folder: Path) -> tuple[Callable[[Path], Arrays], Path] | None:
                 f"passing over {tfds}: it holds TFRecord files; prepare it with file_format='array_record'",
                 file=sys.stderr,
             )
-    for sub in (".", "cifar-10-batches-py"):
+    for sub in ("cifar-10-batches-py", *(["."] if itself else [])):
         if any((folder / sub / name).is_file() for name in _BATCHES):
             return _read_python_folder, folder / sub
-    for sub in (".", "cifar-10-batches-bin"):
+    for sub in ("cifar-10-batches-bin", *(["."] if itself else [])):
         if any((folder / sub / f"{name}.bin").is_file() for name in _BATCHES):
             return _read_binary_folder, folder / sub
     for name in archives:
@@ -133,7 +138,9 @@ def _read_tfds(folder: Path) -> Arrays:
     print(f"decoding {folder} (once; cached for the next start)", file=sys.stderr)
     for split, size in (("train", 5 * IMAGES_PER_BATCH), ("test", IMAGES_PER_BATCH)):
         try:
-            source = tfds.data_source("cifar10:3.0.2", split=split, data_dir=folder.parents[1], download=False)
+            source = tfds.data_source(
+                "cifar10:3.0.2", split=split, data_dir=folder.absolute().parents[1], download=False
+            )
             # TFDS shuffles; the ids (train_00000, …) number the examples as they were read from their origin.
             examples = sorted(source.__getitems__(range(len(source))), key=lambda example: example["id"])
             images = np.stack([example["image"] for example in examples])
@@ -203,25 +210,23 @@ def _read_file(path: Path) -> bytes:
             raise UserError(f"{path}: has {actual} bytes, too many for a batch of CIFAR-10")
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}: delete its folder to download CIFAR-10 again") from error
+        raise UserError(f"{path}: {error.strerror}: complete CIFAR-10 there, or move it away to download it") from error
 
 
 def _read_archive(path: Path, names: tuple[str, ...]) -> dict[str, bytes]:
     """The named members' bytes, whatever their folder; nothing is unpacked to disk."""
     members: dict[str, bytes] = {}
     try:
-        with tarfile.open(path, "r|gz") as archive:
+        with gzip.open(path) as file:
+            data = file.read(_ARCHIVE_SIZE_LIMIT + 1)  # to the end, where gzip keeps its checksum
+        if len(data) > _ARCHIVE_SIZE_LIMIT:
+            raise UserError(f"{path}: unpacks to more than {_ARCHIVE_SIZE_LIMIT} bytes, so it is not CIFAR-10")
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
             for member in archive:
                 name = member.name.rpartition("/")[2]
-                if name in names and member.isfile():
-                    if member.size > _PICKLE_SIZE_LIMIT:
-                        raise UserError(f"{path}: {name} has {member.size} bytes, too many for a batch of CIFAR-10")
-                    file = archive.extractfile(member)
-                    assert file is not None  # it is a regular file
-                    members[name] = file.read()
-                    if len(members) == len(names):
-                        break
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+                if name in names and (content := archive.extractfile(member)) is not None:
+                    members[name] = content.read()
+    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
         raise UserError(f"{path}: incomplete or corrupt ({error}): delete it to download it again") from error
     missing = [name for name in names if name not in members]
     if missing:
@@ -245,9 +250,10 @@ class _PickledArray:
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran_order, buffer = state
-        if not isinstance(dtype, _PickledDtype) or dtype.name not in ("u1", b"u1", "uint8") or fortran_order:
+        is_uint8 = isinstance(dtype, _PickledDtype) and dtype.name in ("u1", b"u1", "uint8")
+        if not is_uint8 or fortran_order or not isinstance(buffer, bytes):
             raise pickle.UnpicklingError("an array that is not of C-ordered uint8")
-        self.array = np.frombuffer(bytes(buffer), np.uint8).reshape(shape)
+        self.array = np.frombuffer(buffer, np.uint8).reshape(shape)
 
 
 class _PickledDtype:
@@ -267,10 +273,12 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-class _ArrayUnpickler(pickle.Unpickler):
+class _ArrayUnpickler(pickle._Unpickler):
     """Builds arrays, lists, dicts, bytes, strings and numbers: nothing in a file can call anything else.
 
-    Even numpy's own constructors are replaced, since a hostile dtype state can corrupt memory.
+    Even numpy's own constructors are replaced, since a hostile dtype state can corrupt memory. It is the unpickler
+    written in Python, since a few bytes make the one in C allocate a memo of gigabytes; and functions are handed out
+    as new lambdas, since a pickle can set attributes of what it gets.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -282,8 +290,8 @@ class _ArrayUnpickler(pickle.Unpickler):
             case "numpy", "dtype":
                 return _PickledDtype
             case "_codecs", "encode":
-                return _latin1
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which CIFAR-10 does not need")
+                return lambda text, encoding: _latin1(text, encoding)
+        raise pickle.UnpicklingError(f"it asks for {f'{module}.{name}'!r:.80}, which CIFAR-10 does not need")
 
 
 def _read_pickle(data: bytes, path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -375,14 +383,15 @@ def _open_arrays(entry: Path) -> Arrays:
 def _save_arrays(entry: Path, arrays: Arrays) -> None:
     """Written aside and renamed, so that a reader never sees half an entry."""
     entry.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=entry.parent, prefix="partial-") as partial:
+    partial = Path(tempfile.mkdtemp(dir=entry.parent, prefix="partial-"))
+    try:
         for name, array in arrays.items():
-            np.save(Path(partial) / f"{name}.npy", array)
+            np.save(partial / f"{name}.npy", array)
         shutil.rmtree(entry, ignore_errors=True)
         with contextlib.suppress(FileExistsError):  # another process was faster
-            os.mkdir(entry)
-            for name in arrays:
-                os.replace(Path(partial) / f"{name}.npy", entry / f"{name}.npy")
+            partial.rename(entry)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 # --- on the device ---

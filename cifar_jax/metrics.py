@@ -43,7 +43,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_metrics(workdir: Path) -> list[EpochMetrics]:
@@ -55,17 +55,26 @@ def read_metrics(workdir: Path) -> list[EpochMetrics]:
         with path.open(newline="") as file:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
         return [EpochMetrics(epoch=int(row.pop("epoch")), **row) for row in rows]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, ArithmeticError, csv.Error) as error:
         raise UserError(f"{path}: not a metrics.csv of this program ({error})") from error
 
 
 class MetricsWriter:
-    """Writes the epochs of a run. When it resumes, what lies behind the checkpoint (a crash came first) is dropped."""
+    """Writes the epochs of a run. When it resumes, what lies behind the checkpoint (a crash came first) is dropped.
+
+    Raises UserError if the files lack what lies before it.
+    """
 
     def __init__(self, workdir: Path, epoch: int, num_epochs: int, steps_per_epoch: int) -> None:
         self._workdir, self._num_epochs, self._steps_per_epoch = workdir, num_epochs, steps_per_epoch
         self.rows = [row for row in read_metrics(workdir) if row.epoch <= epoch]
         self.batch_loss = read_batch_loss(workdir)[: epoch * steps_per_epoch]
+        if [row.epoch for row in self.rows] != list(range(1, epoch + 1)):
+            raise UserError(
+                f"{workdir}/metrics.csv: lacks some of the {epoch} epochs of the run: name another --workdir"
+            )
+        if self.batch_loss.size != epoch * steps_per_epoch:
+            raise UserError(f"{workdir}/batch_loss.npy: lacks some of the run's steps: name another --workdir")
 
     def write(self, row: EpochMetrics, batch_loss: np.ndarray) -> None:
         """Adds an epoch: its row, and its batch losses float32 [steps]."""
@@ -79,6 +88,9 @@ class MetricsWriter:
         losses = io.BytesIO()
         np.save(losses, self.batch_loss)
         write_atomically(self._workdir / "batch_loss.npy", losses.getvalue())
+
+    def print(self, row: EpochMetrics) -> None:
+        """The epoch's line on stdout, above the progress bar."""
         tqdm.write(
             f"epoch {row.epoch:{len(str(self._num_epochs))}}/{self._num_epochs}"
             f"  train loss {row.train_loss:.4f} accuracy {row.train_accuracy:7.2%}"
@@ -95,7 +107,10 @@ class MetricsWriter:
 def read_batch_loss(workdir: Path) -> np.ndarray:
     """The loss of every training step, float32 [steps]; empty if there are none."""
     try:
-        return np.load(workdir / "batch_loss.npy", allow_pickle=False)
+        losses = np.load(workdir / "batch_loss.npy", allow_pickle=False)
+        if losses.ndim != 1 or losses.dtype != np.float32:
+            raise ValueError(f"{losses.dtype} {losses.shape}, not float32 [steps]")
+        return losses
     except FileNotFoundError:
         return np.zeros(0, np.float32)
     except (OSError, ValueError, EOFError) as error:

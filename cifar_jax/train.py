@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import datetime
 import difflib
+import fcntl
 import json
+import math
 import os
 import platform
 import shlex
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +52,8 @@ class Interrupted(Exception):
     """The run was stopped by a signal, after its state was saved."""
 
     def __init__(self, signum: int, progress: Progress, steps_per_epoch: int) -> None:
-        super().__init__(f"saved after {progress.epoch} epochs and {progress.step}/{steps_per_epoch} steps")
+        where = f"saved after {progress.epoch} epochs and {progress.step}/{steps_per_epoch} steps"
+        super().__init__(where if progress != Progress() else "stopped before the first step, so nothing was saved")
         self.exit_status = 128 + signum
 
 
@@ -80,11 +85,18 @@ def train_and_evaluate(config: Config) -> dict[str, Any]:
 
     Raises: UserError for what the user can mend, Interrupted after Ctrl-C or SIGTERM.
     """
-    workdir = Path(config.workdir)
-    _claim_workdir(workdir, config)
     devices = select_devices(config)
+    config = dataclasses.replace(config, num_devices=len(devices))
+    with _claim_workdir(Path(config.workdir), config):
+        return _train_and_evaluate(config, devices)
+
+
+def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, Any]:
+    workdir = Path(config.workdir)
     dataset = load_dataset(config.dataset, config.data_dir)
     num_images = len(dataset.train_labels)
+    if config.batch_size > num_images:
+        raise UserError(f"--batch-size {config.batch_size}: there are only {num_images} training images")
     steps_per_epoch = -(-num_images // config.batch_size)
     steps_per_call = min(config.steps_per_call or default_steps_per_call(devices), steps_per_epoch)
 
@@ -102,9 +114,11 @@ def train_and_evaluate(config: Config) -> dict[str, Any]:
         f"{config.model}, {num_parameters:,} parameters, {config.dtype}, on {len(devices)} × {devices[0].device_kind}; "
         f"{num_images:,} images from {dataset.source}; run in {workdir}"
     )
-    if progress.epoch >= config.num_epochs and (workdir / "summary.json").exists():
-        print(f"already complete after {progress.epoch} epochs; for another run name another --workdir")
-        return json.loads((workdir / "summary.json").read_text())
+    if progress.epoch >= config.num_epochs:
+        with contextlib.suppress(OSError, ValueError):  # missing or damaged: written anew below
+            summary = json.loads((workdir / "summary.json").read_text())
+            print(f"already complete after {progress.epoch} epochs; for another run name another --workdir")
+            return summary
     if restored is not None:
         print(f"resuming after {progress.epoch} epochs and {progress.step}/{steps_per_epoch} steps")
 
@@ -150,16 +164,22 @@ def train_and_evaluate(config: Config) -> dict[str, Any]:
                 seconds=round(progress.seconds, 3),
                 images_per_second=round(num_images / progress.seconds, 1),
             )
+            if not math.isfinite(row.train_loss + row.test_loss):
+                raise UserError(
+                    f"training diverged in epoch {row.epoch} (loss {row.train_loss}): "
+                    "name another --workdir, and a lower --learning-rate or another --seed"
+                )
             writer.write(row, losses)
             history, progress = new_history(), Progress(epoch + 1)
             checkpoints.save(state, history, progress, row.test_accuracy)
+            writer.print(row)
 
         summary = _summarize(config, writer.rows, num_parameters, devices)
         if writer.rows:
             from cifar_jax.plots import plot_run  # here: importing matplotlib takes a second
 
-            write_json(workdir / "summary.json", summary)
             plot_run(workdir)
+            write_json(workdir / "summary.json", summary)  # last: it says that all is there
         if stop.received is not None and progress.epoch < config.num_epochs:
             raise Interrupted(stop.received, progress, steps_per_epoch)
     print(
@@ -169,19 +189,49 @@ def train_and_evaluate(config: Config) -> dict[str, Any]:
     return summary
 
 
-def _claim_workdir(workdir: Path, config: Config) -> None:
-    """Makes the folder. Raises UserError if it holds a run with another config, or can't be made."""
+@contextlib.contextmanager
+def _claim_workdir(workdir: Path, config: Config) -> Iterator[None]:
+    """Holds the folder for this process, made if need be; one that stays empty is removed again.
+
+    Raises UserError if it holds a run with another config, or another process holds it, or it can't be made.
+    """
+    made = not workdir.exists()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("w")
     except OSError as error:
         raise UserError(f"--workdir {workdir}: {error.strerror}: name a folder that can be written") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"--workdir {workdir}: another training is at work there: name another") from error
+        _check_same_config(workdir, config)
+        yield
+    finally:
+        lock.close()
+        if made and [path.name for path in workdir.iterdir()] == [".lock"]:
+            (workdir / ".lock").unlink()
+            workdir.rmdir()
+
+
+def _check_same_config(workdir: Path, config: Config) -> None:
     if not (workdir / "config.json").exists():
+        if (workdir / "checkpoints").exists():
+            raise UserError(f"{workdir}: has checkpoints but no config.json: put it back, or name another --workdir")
         return
-    old, new = dataclasses.asdict(read_config(workdir)), dataclasses.asdict(config)
+    saved = read_config(workdir)
+    old, new = dataclasses.asdict(saved), dataclasses.asdict(config)
     fields = [name for name in old if name not in EXECUTION_FIELDS and old[name] != new[name]]
     if fields:
         changes = ", ".join(f"{name} {old[name]} → {new[name]}" for name in fields)
         raise UserError(f"{workdir} holds a run with another config ({changes}): name another --workdir")
+    if saved.num_devices != config.num_devices and any(config.dropout_rates):
+        print(
+            f"going on with {config.num_devices} devices where {saved.num_devices} began: from here on dropout, drawn "
+            "by device, is not that of an uninterrupted run",
+            file=sys.stderr,
+        )
 
 
 def _summarize(

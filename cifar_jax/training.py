@@ -40,8 +40,8 @@ def create_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
     if config.schedule == "inverse_time":  # Keras 2's SGD(decay=…), keras/optimizers.py
         return lambda step: config.learning_rate / (1.0 + config.lr_decay * jnp.asarray(step, jnp.float32))
     if config.schedule == "cosine":
-        warmup_steps = round(config.warmup_epochs * steps_per_epoch)
         total_steps = config.num_epochs * steps_per_epoch
+        warmup_steps = round(config.warmup_fraction * total_steps)
         cosine = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup_steps, total_steps)
         return lambda step: cosine(jnp.asarray(step, jnp.float32))  # optax mixes the step's type with float32
     return optax.constant_schedule(config.learning_rate)
@@ -230,10 +230,10 @@ def create_eval_steps(config: Config, devices: Sequence[jax.Device], steps_per_c
     (history, state, images, labels, start, count) → history; history is donated.
     """
     eval_step = create_eval_step(config, dropout)
-    size = eval_batch_size(config, devices) // len(devices)
 
     def eval_steps(history, state, images, labels, start, count, device):  # type: ignore[no-untyped-def]
         order = jnp.arange(labels.shape[0], dtype=jnp.int32)
+        size = eval_batch_size(config, labels.shape[0], devices) // len(devices)
 
         def one(i: jax.Array, history: Metrics) -> Metrics:
             first = (i * len(devices) + device) * size
@@ -245,6 +245,6 @@ def create_eval_steps(config: Config, devices: Sequence[jax.Device], steps_per_c
     return parallelize(eval_steps, devices, donate=(0,))
 
 
-def eval_batch_size(config: Config, devices: Sequence[jax.Device]) -> int:
-    """config.eval_batch_size, raised to a multiple of the number of devices."""
-    return -(-config.eval_batch_size // len(devices)) * len(devices)
+def eval_batch_size(config: Config, num_examples: int, devices: Sequence[jax.Device]) -> int:
+    """config.eval_batch_size or all examples if those are fewer, raised to a multiple of the number of devices."""
+    return -(-min(config.eval_batch_size, num_examples) // len(devices)) * len(devices)

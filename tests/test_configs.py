@@ -38,7 +38,7 @@ def test_the_reference_recipes_are_the_originals():
         ({"dropout_rates": (0.1,)}, "must be 2 numbers for lenet5"),
         ({"dropout_rates": (0.1, 1.0)}, "--dropout-rates"),
         ({"lr_decay": 0.1}, "unless --schedule inverse_time"),
-        ({"warmup_epochs": 60.0}, "below --num-epochs"),
+        ({"warmup_fraction": 1.0}, "--warmup-fraction 1.0"),
         ({"crop_padding": 32}, "--crop-padding 32"),
         ({"seed": -1}, "--seed -1"),
     ],

@@ -137,6 +137,30 @@ def test_truncated_files_are_named(layout, small_batches, tmp_path):
         load_dataset("cifar10", tmp_path)
 
 
+@pytest.mark.parametrize("layout", ["torchvision archive", "binary archive"])
+def test_every_changed_bit_of_an_archive_is_noticed(layout, small_batches, tmp_path):
+    path = LAYOUTS[layout](tmp_path, small_batches)
+    data = path.read_bytes()
+    for position in np.random.default_rng(0).integers(100, len(data) - 8, 40):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :])
+        with pytest.raises(UserError, match=f"{path.name}: incomplete or corrupt"):
+            load_dataset("cifar10", tmp_path)
+
+
+def test_a_bomb_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(input_pipeline, "_ARCHIVE_SIZE_LIMIT", 10**6)
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(gzip.compress(bytes(2 * 10**6)))
+    with pytest.raises(UserError, match="unpacks to more than 1000000 bytes"):
+        load_dataset("cifar10", tmp_path)
+
+
+def test_files_that_only_share_a_batchs_name_are_passed_over(small_batches):
+    for name in ("test_batch", "data_batch_1.bin"):
+        input_pipeline.Path(name).touch()  # in the current folder, which nobody named
+    write_python(input_pipeline.Path("data/cifar-10-batches-py"), small_batches)
+    assert_loads(small_batches)
+
+
 def test_a_missing_batch_is_named(small_batches, tmp_path):
     (write_python(tmp_path / "cifar-10-batches-py", small_batches) / "data_batch_4").unlink()
     with pytest.raises(UserError, match="data_batch_4: No such file"):
@@ -192,6 +216,19 @@ def test_a_hostile_pickle_runs_nothing(what, small_batches, tmp_path):
     with pytest.raises(UserError, match="data_batch_3: not a batch of CIFAR-10"):
         load_dataset("cifar10", tmp_path)
     assert not os.path.exists("pwned")
+
+
+def test_a_pickle_can_neither_change_the_reader_nor_fake_pixels():
+    load = lambda data: input_pipeline._ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
+    # BUILD with a slot state: setattr(_codecs.encode, "__name__", "pwned").
+    load(b"\x80\x02c_codecs\nencode\nN}X\x08\x00\x00\x00__name__X\x05\x00\x00\x00pwneds\x86b.")
+    assert input_pipeline._latin1.__name__ == "_latin1"
+    # The number 3 in the place of an array's 3 bytes.
+    state = b"(K\x01K\x03\x85cnumpy\ndtype\nX\x02\x00\x00\x00u1\x85R\x89%stb."
+    array = b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n)R" + state
+    np.testing.assert_array_equal(load(array % b"U\x03abc").array, list(b"abc"))
+    with pytest.raises(pickle.UnpicklingError, match="not of C-ordered uint8"):
+        load(array % b"K\x03")
 
 
 def test_python_2_and_numpy_1_pickles(small_batches, tmp_path):
@@ -283,6 +320,21 @@ def test_a_damaged_tfds_shard_is_named(cifar10_dir, tmp_path):
     shard.write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match=r"cifar10-train.array_record-00001-of-00004: can't read"):
         load_dataset("cifar10", tmp_path)
+
+
+def test_tfds_by_a_relative_path_or_a_link(cifar10_dir, tmp_path, monkeypatch):
+    import tensorflow_datasets
+
+    asked = []
+    monkeypatch.setattr(tensorflow_datasets, "data_source", lambda *_, data_dir, **__: asked.append(data_dir))
+    (tmp_path / "cifar10").mkdir()
+    (tmp_path / "linked").symlink_to(input_pipeline.Path(cifar10_dir) / "cifar10" / "3.0.2")
+    (tmp_path / "cifar10" / "3.0.2").symlink_to(tmp_path / "linked")
+    for folder, data_dir in [(".", "."), ("cifar10", "."), ("cifar10", "3.0.2")]:
+        monkeypatch.chdir(tmp_path / folder)
+        with pytest.raises(UserError, match="can't read the train split"):
+            load_dataset("cifar10", data_dir)
+    assert set(asked) == {tmp_path}
 
 
 def test_a_tfrecord_copy_is_passed_over(small_batches, tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ ROW = EpochMetrics(1, 1.5, 0.25, 1.25, 0.5, 0.01, 2.0, 100.0)
 def test_metrics_round_trip(tmp_path, capsys):
     writer = MetricsWriter(tmp_path, 0, 10, 2)
     writer.write(ROW, np.array([2.0, 1.0], np.float32))
+    writer.print(ROW)
     assert read_metrics(tmp_path) == [ROW]
     np.testing.assert_array_equal(read_batch_loss(tmp_path), [2, 1])
     line = "epoch  1/10  train loss 1.5000 accuracy  25.00%  test loss 1.2500 accuracy  50.00%"
@@ -44,10 +45,9 @@ def test_plots_imports_nothing_of_training():
     assert "cifar_jax.train" not in modules
 
 
-def test_plots_command(tmp_path, run_command, capsys):
+def test_plots_command(tmp_path, run_command):
     writer = MetricsWriter(tmp_path, 0, 2, 600)
     writer.write(ROW, np.linspace(2, 1, 600, dtype=np.float32))
-    capsys.readouterr()
     assert run_command(plots.main, tmp_path) == (0, "", "")
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("accuracy", "loss", "batch_loss"))
     status, _, error = run_command(plots.main, tmp_path / "nothing")

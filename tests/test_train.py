@@ -74,7 +74,7 @@ def test_a_run_writes_all_its_files(uninterrupted):
     folder = train.Path(uninterrupted.workdir)
     names = {path.name for path in folder.iterdir()}
     figures = {"accuracy.png", "loss.png", "batch_loss.png"}
-    assert names == {"config.json", "metrics.csv", "batch_loss.npy", "checkpoints", "summary.json"} | figures
+    assert names == {".lock", "config.json", "metrics.csv", "batch_loss.npy", "checkpoints", "summary.json"} | figures
     for figure in figures:
         assert (folder / figure).read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader(io.StringIO((folder / "metrics.csv").read_text())))
@@ -105,13 +105,12 @@ def test_a_run_writes_all_its_files(uninterrupted):
     ],
 )
 def test_resumed_is_uninterrupted_bit_for_bit(
-    where, when, signum, uninterrupted, use_tiny_dataset, interrupt, tmp_path, monkeypatch, capsys
+    where, when, signum, uninterrupted, use_tiny_dataset, interrupt, tmp_path, capsys
 ):
     config = dataclasses.replace(uninterrupted, workdir=str(tmp_path / "run"))
-    with monkeypatch.context():
-        interrupt(when, signum)
-        with pytest.raises(Interrupted) as interrupted:
-            train_and_evaluate(config)
+    interrupt(when, signum)
+    with pytest.raises(Interrupted) as interrupted:
+        train_and_evaluate(config)
     assert interrupted.value.exit_status == 128 + signum
     assert len(read_metrics(tmp_path / "run")) == 1, where
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 1
@@ -128,13 +127,29 @@ def test_a_crash_between_log_and_checkpoint(uninterrupted, use_tiny_dataset, tmp
     shutil.copytree(uninterrupted.workdir, tmp_path / "run")
     config = dataclasses.replace(uninterrupted, workdir=str(tmp_path / "run"))
     checkpoints = tmp_path / "run" / "checkpoints"
-    best = max(read_metrics(tmp_path / "run"), key=lambda row: row.test_accuracy)
-    kept = {folder.name for folder in checkpoints.iterdir() if folder.name.isdecimal()}
-    assert kept == {str(best.epoch), "3"}
-    shutil.rmtree(checkpoints / "3")
+    kept = sorted(folder.name for folder in checkpoints.iterdir())
+    assert kept[-1] == "3"
+    shutil.rmtree(checkpoints / "3")  # leaves the best, if that is an earlier one, else none
     train_and_evaluate(config)
     assert untimed_rows(config) == untimed_rows(uninterrupted)
     assert len(read_batch_loss(tmp_path / "run")) == 18
+
+
+def test_many_steps_a_call_and_two_devices(uninterrupted, use_tiny_dataset, tmp_path, interrupt):
+    """As on accelerators: 6 steps in calls of 4, evaluation too; interrupted and resumed."""
+    config = dataclasses.replace(uninterrupted, workdir=str(tmp_path / "one"), steps_per_call=4)
+    train_and_evaluate(config)
+    for row, expected in zip(untimed_rows(config), untimed_rows(uninterrupted), strict=True):
+        assert dataclasses.asdict(row) == pytest.approx(dataclasses.asdict(expected), rel=1e-4)
+
+    config = dataclasses.replace(config, workdir=str(tmp_path / "whole"), num_devices=2, num_epochs=2)
+    train_and_evaluate(config)
+    resumed = dataclasses.replace(config, workdir=str(tmp_path / "resumed"))
+    interrupt(3, signal.SIGTERM)  # before the first epoch, its first call, its second call
+    with pytest.raises(Interrupted, match="saved after 0 epochs and 4/6 steps"):
+        train_and_evaluate(resumed)
+    train_and_evaluate(resumed)
+    assert untimed_rows(resumed) == untimed_rows(config)
 
 
 def test_a_finished_run_is_left_alone(uninterrupted, use_tiny_dataset, capsys):
@@ -145,11 +160,14 @@ def test_a_finished_run_is_left_alone(uninterrupted, use_tiny_dataset, capsys):
     assert (train.Path(uninterrupted.workdir) / "metrics.csv").read_bytes() == before
 
 
-def test_output_that_is_no_terminal(uninterrupted, use_tiny_dataset, tmp_path, run_command):
-    """One line an epoch on stdout, no progress bar."""
-    arguments = ["--workdir", tmp_path / "run", "--num-epochs", 2, "--warmup-epochs", 0, "--num-devices", 1]
+def test_output_that_is_no_terminal(use_tiny_dataset, tmp_path, run_command, monkeypatch):
+    """One line an epoch on stdout, no progress bar; and each epoch has its own order."""
+    orders, original = [], train.epoch_order
+    monkeypatch.setattr(train, "epoch_order", lambda *arguments: orders.append(arguments) or original(*arguments))
+    arguments = ["--workdir", tmp_path / "run", "--num-epochs", 2, "--num-devices", 1]
     status, output, error = run_command(train.main, "quickstart", *arguments)
     assert (status, error) == (0, "")
+    assert set(orders) == {(0, 0, 90), (0, 1, 90)}
     lines = output.splitlines()
     assert len(lines) == 4
     assert lines[0].startswith("lenet5, 395,006 parameters, float32, on 1 × cpu; 90 images from tiny digits")
@@ -223,10 +241,82 @@ def test_a_changed_config_is_refused(uninterrupted, use_tiny_dataset, capsys):
     config = train.Path(uninterrupted.workdir) / "config.json"
     before = config.read_bytes()
     changed = dataclasses.replace(uninterrupted, learning_rate=0.01, seed=3)
-    with pytest.raises(UserError, match=r"another config \(seed 0 → 3, learning_rate 0.02 → 0.01\)|learning_rate"):
+    with pytest.raises(UserError, match=r"another config \(learning_rate 0.02 → 0.01, seed 0 → 3\)"):
         train_and_evaluate(changed)
     assert config.read_bytes() == before
-    train_and_evaluate(dataclasses.replace(uninterrupted, eval_batch_size=30, num_devices=2))  # does not matter
+    capsys.readouterr()
+    train_and_evaluate(dataclasses.replace(uninterrupted, eval_batch_size=30, num_devices=2))
+    output = capsys.readouterr()
+    assert "already complete" in output.out
+    assert "going on with 2 devices where 1 began" in output.err
+    config.write_bytes(before)
+
+
+def test_only_one_training_at_a_time(tiny_config, monkeypatch):
+    def second(*_):
+        with pytest.raises(UserError, match="another training is at work there"):
+            train_and_evaluate(tiny_config)
+        raise UserError("the first goes on")
+
+    monkeypatch.setattr(train, "load_dataset", second)
+    with pytest.raises(UserError, match="the first goes on"):
+        train_and_evaluate(tiny_config)
+    assert not train.Path(tiny_config.workdir).exists()  # nothing was done, nothing is left
+
+
+def test_divergence_is_said_and_not_logged(tiny_config):
+    with pytest.raises(UserError, match=r"training diverged in epoch 1 \(loss nan\)"):
+        train_and_evaluate(dataclasses.replace(tiny_config, learning_rate=1e30))
+    assert read_metrics(train.Path(tiny_config.workdir)) == []
+
+
+def test_a_closed_pipe_loses_no_epoch(use_tiny_dataset, tmp_path, monkeypatch, run_command):
+    def closed(self, row):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(train.MetricsWriter, "print", closed)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    status, _, _ = run_command(train.main, "quickstart", "--workdir", tmp_path / "run", "--num-devices", 1)
+    assert status == 141
+    state = create_train_state(RECIPES["quickstart"], 3)
+    assert Checkpoints(tmp_path / "run").restore_state("latest", state)[1].epoch == 1
+
+
+def test_stopped_before_the_first_step(use_tiny_dataset, interrupt, tmp_path, run_command):
+    interrupt(1, signal.SIGTERM)
+    status, _, error = run_command(train.main, "quickstart", "--workdir", tmp_path / "run", "--num-devices", 1)
+    assert status == 143
+    assert "stopped before the first step, so nothing was saved. To go on:" in error
+
+
+def test_a_batch_larger_than_the_dataset(tiny_config):
+    with pytest.raises(UserError, match="--batch-size 91: there are only 90 training images"):
+        train_and_evaluate(dataclasses.replace(tiny_config, batch_size=91))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: (run / "config.json").unlink(), "has checkpoints but no config.json"),
+        (lambda run: (run / "metrics.csv").unlink(), "metrics.csv: lacks some of the run's epochs"),
+        (lambda run: (run / "metrics.csv").write_text("epoch\ninf\n"), "metrics.csv: not a metrics.csv"),
+        (lambda run: (run / "batch_loss.npy").unlink(), "batch_loss.npy: lacks some of the run's steps"),
+        (lambda run: np.save(run / "batch_loss.npy", np.zeros((18, 2))), "batch_loss.npy: damaged"),
+    ],
+)
+def test_a_half_lost_run_is_refused(damage, message, uninterrupted, use_tiny_dataset, tmp_path):
+    shutil.copytree(uninterrupted.workdir, tmp_path / "run")
+    damage(tmp_path / "run")
+    with pytest.raises(UserError, match=message):
+        train_and_evaluate(dataclasses.replace(uninterrupted, workdir=str(tmp_path / "run")))
+
+
+def test_a_lost_summary_is_written_again(uninterrupted, use_tiny_dataset, tmp_path):
+    shutil.copytree(uninterrupted.workdir, tmp_path / "run")
+    before = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (tmp_path / "run" / "summary.json").write_text("{")
+    train_and_evaluate(dataclasses.replace(uninterrupted, workdir=str(tmp_path / "run")))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == before
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"dropout_rates": []}', '{"batch_size": 1}'])

@@ -58,7 +58,7 @@ def test_pytorch_schedule_is_constant():
 
 
 def test_cosine_schedule_warms_up_and_ends_at_zero():
-    config = dataclasses.replace(RECIPES["lenet5"], num_epochs=10, warmup_epochs=2.0, learning_rate=0.1)
+    config = dataclasses.replace(RECIPES["lenet5"], num_epochs=10, warmup_fraction=0.2, learning_rate=0.1)
     schedule = create_schedule(config, 100)
     rates = [float(schedule(step)) for step in (0, 100, 200, 600, 1000)]
     np.testing.assert_allclose(rates, [0, 0.05, 0.1, 0.05, 0], atol=1e-7)
@@ -194,6 +194,29 @@ def test_seed_decides_everything(tiny_dataset, tiny_config):
     ]
     np.testing.assert_array_equal(losses[0], losses[1])
     assert np.abs(losses[0] - losses[2]).max() > 1e-3
+
+
+@pytest.mark.parametrize("what", ["dropout", "augmentation"])
+def test_randomness_differs_by_step(what, tiny_dataset, tiny_config):
+    """The same images at a rate of almost nothing: only the draws can change the loss."""
+    changes = {"dropout_rates": (0.0, 0.0)} if what == "augmentation" else {"crop_padding": 0, "random_flip": False}
+    config = dataclasses.replace(tiny_config, batch_size=4, learning_rate=1e-12, **changes)
+    images, labels = np.repeat(tiny_dataset.train_images[:1], 12, 0), np.repeat(tiny_dataset.train_labels[:1], 12)
+    dataset = dataclasses.replace(tiny_dataset, train_images=images, train_labels=labels)
+    losses = np.asarray(train_epoch(config, dataset)[1]["loss"])
+    assert len(set(losses.tolist())) == 3
+
+
+def test_dropout_differs_by_device(tiny_dataset, tiny_config):
+    """The same image once on each device: with one mask for all, the mean would be the one device's loss."""
+    config = dataclasses.replace(tiny_config, crop_padding=0, random_flip=False)
+    losses = []
+    for n in (1, 4):
+        images, labels = np.repeat(tiny_dataset.train_images[:1], n, 0), np.repeat(tiny_dataset.train_labels[:1], n)
+        dataset = dataclasses.replace(tiny_dataset, train_images=images, train_labels=labels)
+        _, history = train_epoch(dataclasses.replace(config, batch_size=n, num_devices=n), dataset)
+        losses.append(float(history["loss"][0]))
+    assert abs(losses[0] - losses[1]) > 1e-5
 
 
 def test_bfloat16_trains_float32_parameters(tiny_dataset, tiny_config):

@@ -17,7 +17,7 @@ CONFIG = Config(
     nesterov=True,
     weight_decay=5e-4,
     schedule="cosine",
-    warmup_epochs=3.0,
+    warmup_fraction=0.05,
     crop_padding=4,
     random_flip=True,
 )

@@ -49,8 +49,8 @@ class Config:
     """Learning rate by step; inverse_time is learning_rate / (1 + lr_decay·step)."""
     lr_decay: float = 0.0
     """Of the inverse_time schedule, per step."""
-    warmup_epochs: float = 0.0
-    """Linear warm-up from 0 before the cosine schedule."""
+    warmup_fraction: float = 0.0
+    """Share of all steps in which the rate rises linearly from 0, before the cosine schedule."""
     label_smoothing: float = 0.0
     """Share of each target that is spread evenly over the classes."""
 
@@ -66,9 +66,9 @@ class Config:
     """Side of the square that is set to 0, in pixels."""
 
     eval_batch_size: int = 500
-    """Images of one evaluation step, over all devices; does not change results."""
+    """Images of one evaluation step, over all devices."""
     num_devices: int | None = None
-    """Local devices to use; None: all."""
+    """Local devices to use; None: all. Each draws its own dropout."""
     steps_per_call: int | None = None
     """Training steps of one compiled call; None: 1 on the CPU (where loops are slow), up to 1,000 elsewhere."""
 
@@ -91,12 +91,13 @@ class Config:
         check(self.momentum > 0 or not self.nesterov, "momentum", "above 0 with --nesterov")
         check(0 <= self.label_smoothing < 1, "label_smoothing", "at least 0 and below 1")
         check(0 <= self.crop_padding < 32, "crop_padding", "from 0 to 31")
-        for field in ("weight_decay", "lr_decay", "warmup_epochs", "rotation_degrees", "shift_fraction", "cutout_size"):
+        for field in ("weight_decay", "lr_decay", "rotation_degrees", "shift_fraction", "cutout_size"):
             check(0 <= getattr(self, field) < math.inf, field, "0 or more")
         check(self.lr_decay == 0 or self.schedule == "inverse_time", "lr_decay", "0 unless --schedule inverse_time")
-        check(self.warmup_epochs == 0 or self.schedule == "cosine", "warmup_epochs", "0 unless --schedule cosine")
-        check(self.warmup_epochs < self.num_epochs, "warmup_epochs", "below --num-epochs")
+        check(0 <= self.warmup_fraction < 1, "warmup_fraction", "at least 0 and below 1")
+        check(self.warmup_fraction == 0 or self.schedule == "cosine", "warmup_fraction", "0 unless --schedule cosine")
 
 
-# What a run may change when it is resumed: where things lie and how the work is cut, not what is computed.
+# What a run may change when it is resumed: where things lie and how the work is cut. Of these only the number of
+# devices has an effect beyond rounding: on the dropout masks.
 EXECUTION_FIELDS = ("workdir", "data_dir", "eval_batch_size", "num_devices", "steps_per_call")

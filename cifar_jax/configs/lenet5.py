@@ -17,7 +17,7 @@ CONFIG = Config(
     nesterov=True,
     weight_decay=1e-3,
     schedule="cosine",
-    warmup_epochs=2.5,
+    warmup_fraction=0.05,
     crop_padding=3,
     random_flip=True,
 )

@@ -17,5 +17,5 @@ CONFIG = Config(
     momentum=0.9,
     nesterov=True,
     schedule="cosine",
-    warmup_epochs=1.0,
+    warmup_fraction=0.1,
 )
