@@ -43,7 +43,7 @@ def command(main: Callable[[], int]) -> Callable[[], int]:
             print("interrupted", file=sys.stderr)
             return 130
         except BrokenPipeError:  # the reader of our output (`| head`) left; Python would complain again at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 128 + signal.SIGPIPE
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):

@@ -70,9 +70,7 @@ class MetricsWriter:
         self.rows = [row for row in read_metrics(workdir) if row.epoch <= epoch]
         self.batch_loss = read_batch_loss(workdir)[: epoch * steps_per_epoch]
         if [row.epoch for row in self.rows] != list(range(1, epoch + 1)):
-            raise UserError(
-                f"{workdir}/metrics.csv: lacks some of the {epoch} epochs of the run: name another --workdir"
-            )
+            raise UserError(f"{workdir}/metrics.csv: lacks some of the run's epochs: name another --workdir")
         if self.batch_loss.size != epoch * steps_per_epoch:
             raise UserError(f"{workdir}/batch_loss.npy: lacks some of the run's steps: name another --workdir")
 
