@@ -20,40 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 # Test accuracy in percent by epoch: the notebook's log, and the notebook's recipe run again in PyTorch 2.13 (seed 0).
-NOTEBOOK_LOG = [
-    "39.51",
-    "48.87",
-    "52.37",
-    "56.81",
-    "60.08",
-    "60.89",
-    "62.53",
-    "66.10",
-    "67.48",
-    "67.80",
-    "68.20",
-    "69.47",
-    "70.12",
-    "70.54",
-    "70.20",
-]
-PYTORCH_AGAIN = [
-    "39.05",
-    "49.11",
-    "52.36",
-    "57.99",
-    "60.43",
-    "63.28",
-    "64.36",
-    "65.72",
-    "66.64",
-    "69.46",
-    "70.32",
-    "68.88",
-    "71.44",
-    "71.84",
-    "71.50",
-]
+NOTEBOOK_LOG = (39.51, 48.87, 52.37, 56.81, 60.08, 60.89, 62.53, 66.1, 67.48, 67.8, 68.2, 69.47, 70.12, 70.54, 70.2)
+PYTORCH_AGAIN = (39.05, 49.11, 52.36, 57.99, 60.43, 63.28, 64.36, 65.72, 66.64, 69.46, 70.32, 68.88, 71.44, 71.84, 71.5)
 KERAS_CURVE = {1: "31", 2: "46"}  # read off the original's plotted curve, in percent
 
 
@@ -82,7 +50,7 @@ def lenet5_reference() -> str:
     result, dropout = load("lenet5_reference"), load("lenet5_reference_eval_dropout")
     columns = ["epoch", "the notebook's log (dropout on)", "the notebook again, PyTorch 2.13", "cifar_jax", "train"]
     rows = [
-        [str(row["epoch"]), log, again, percent(row["test_accuracy"]), percent(row["train_accuracy"])]
+        [str(row["epoch"]), f"{log:.2f}", f"{again:.2f}", percent(row["test_accuracy"]), percent(row["train_accuracy"])]
         for row, log, again in zip(result["metrics"], NOTEBOOK_LOG, PYTORCH_AGAIN, strict=True)
     ]
     last = (

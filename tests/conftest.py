@@ -6,6 +6,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import sys
+import tempfile
 
 import jax
 import numpy as np
@@ -13,6 +14,10 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Most tests compile the same few programs: a cache for this session alone halves the time.
+_compilation_cache = tempfile.TemporaryDirectory(prefix="cifar_jax-tests-")
+jax.config.update("jax_compilation_cache_dir", _compilation_cache.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 from cifar_jax import evaluate, input_pipeline, train
 from cifar_jax.configs.default import Config
