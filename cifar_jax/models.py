@@ -14,6 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cifar_jax import ops
+
 Initializer = Callable[..., jax.Array]
 
 
@@ -39,21 +41,25 @@ class AllCNN(nn.Module):
         def conv(x: jax.Array, features: int, size: int, padding: str) -> jax.Array:
             # Keras' defaults: glorot_uniform kernels and zero biases (Flax's own would be truncated lecun_normal).
             glorot_uniform = nn.initializers.glorot_uniform()
-            return nn.Conv(features, (size, size), padding=padding, kernel_init=glorot_uniform, dtype=self.dtype)(x)
-
-        def pool(x: jax.Array) -> jax.Array:
-            return nn.max_pool(x, (3, 3), (2, 2), "VALID")
+            return nn.Conv(
+                features,
+                (size, size),
+                padding=padding,
+                kernel_init=glorot_uniform,
+                dtype=self.dtype,
+                conv_general_dilated=ops.conv_general_dilated,
+            )(x)
 
         first, second, third = (nn.Dropout(rate, deterministic=not train) for rate in self.dropout_rates)
         x = images.astype(self.dtype)
         x = first(nn.relu(conv(x, 96, 3, "SAME")))
         x = nn.relu(conv(x, 96, 3, "SAME"))
         x = nn.relu(conv(x, 96, 3, "SAME"))
-        x = second(pool(x))
+        x = second(ops.max_pool(x, window=3, stride=2))
         x = nn.relu(conv(x, 192, 3, "SAME"))
         x = nn.relu(conv(x, 192, 3, "VALID"))
         x = nn.relu(conv(x, 192, 3, "SAME"))
-        x = third(pool(x))
+        x = third(ops.max_pool(x, window=3, stride=2))
         x = nn.relu(conv(x, 192, 3, "SAME"))
         x = nn.relu(conv(x, 192, 1, "SAME"))
         x = conv(x, self.num_classes, 1, "SAME")
@@ -91,7 +97,13 @@ class LeNet5(nn.Module):
         def conv(x: jax.Array, features: int) -> jax.Array:
             bias = _pytorch_bias(5 * 5 * x.shape[-1])
             return nn.Conv(
-                features, (5, 5), padding="VALID", kernel_init=pytorch_kernel, bias_init=bias, dtype=self.dtype
+                features,
+                (5, 5),
+                padding="VALID",
+                kernel_init=pytorch_kernel,
+                bias_init=bias,
+                dtype=self.dtype,
+                conv_general_dilated=ops.conv_general_dilated,
             )(x)
 
         def dense(x: jax.Array, features: int, kernel_init: Initializer = pytorch_kernel) -> jax.Array:
@@ -100,8 +112,8 @@ class LeNet5(nn.Module):
 
         first, second = (nn.Dropout(rate, deterministic=not train) for rate in self.dropout_rates)
         x = images.astype(self.dtype)
-        x = nn.max_pool(first(nn.relu(conv(x, 32))), (2, 2), (2, 2))
-        x = nn.max_pool(second(nn.relu(conv(x, 64))), (2, 2), (2, 2))
+        x = ops.max_pool(first(nn.relu(conv(x, 32))), window=2, stride=2)
+        x = ops.max_pool(second(nn.relu(conv(x, 64))), window=2, stride=2)
         x = x.reshape(x.shape[0], -1)  # NHWC; PyTorch flattens NCHW, which matters when weights move
         x = nn.relu(dense(x, 200, xavier_normal))
         x = nn.relu(dense(x, 100))

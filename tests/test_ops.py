@@ -1,0 +1,83 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cifar_jax import ops
+
+# (images NHWC, kernel HWIO, padding): every shape of both networks in small batches, and odd ones.
+CONVOLUTIONS = [
+    ((4, 32, 32, 3), (3, 3, 3, 96), "SAME"),
+    ((4, 32, 32, 96), (3, 3, 96, 96), "SAME"),
+    ((4, 15, 15, 96), (3, 3, 96, 192), "SAME"),
+    ((4, 15, 15, 192), (3, 3, 192, 192), "VALID"),
+    ((4, 13, 13, 192), (3, 3, 192, 192), "SAME"),
+    ((8, 6, 6, 192), (3, 3, 192, 192), "SAME"),
+    ((8, 6, 6, 192), (1, 1, 192, 192), "SAME"),
+    ((8, 6, 6, 192), (1, 1, 192, 10), "SAME"),
+    ((4, 32, 32, 3), (5, 5, 3, 32), "VALID"),
+    ((4, 14, 14, 32), (5, 5, 32, 64), "VALID"),
+    ((1, 7, 5, 2), (2, 3, 2, 3), "SAME"),
+    ((6, 9, 8, 5), (4, 2, 5, 7), "SAME"),
+    ((5, 7, 7, 4), (7, 7, 4, 1), "VALID"),
+    ((12, 5, 6, 1), (3, 3, 1, 2), ((2, 0), (1, 3))),
+]
+POOLS = [((4, 32, 32, 96), 3, 2), ((4, 13, 13, 192), 3, 2), ((4, 28, 28, 32), 2, 2), ((4, 10, 10, 64), 2, 2)]
+ODD_POOLS = [((1, 7, 5, 2), 3, 2), ((3, 9, 4, 1), 2, 3), ((2, 5, 6, 3), 4, 1)]
+
+
+def normal(seed, shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def value_and_gradients(function, *arguments):
+    """The result, and the gradients for a fixed random cotangent, which bfloat16 holds exactly."""
+    result, vjp = jax.vjp(function, *arguments)
+    return result, *vjp(normal(9, result.shape).astype(jnp.bfloat16).astype(result.dtype))
+
+
+@pytest.mark.parametrize(("images", "kernel", "padding"), CONVOLUTIONS)
+def test_matmul_convolution_is_laxs(images, kernel, padding):
+    arguments = normal(0, images), normal(1, kernel)
+    actual = value_and_gradients(lambda x, k: ops.matmul_convolution(x, k, padding), *arguments)
+    expected = value_and_gradients(lambda x, k: ops.lax_convolution(x, k, padding), *arguments)
+    for a, b in zip(actual, expected, strict=True):
+        # Sums of up to thousands of products in another order.
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.abs(b).max())
+
+
+def test_matmul_convolution_in_bfloat16():
+    images, kernel = normal(0, (16, 15, 15, 8), jnp.bfloat16), normal(1, (3, 3, 8, 16), jnp.bfloat16)
+    actual = value_and_gradients(lambda x, k: ops.matmul_convolution(x, k, "SAME"), images, kernel)
+    exact = value_and_gradients(
+        lambda x, k: ops.lax_convolution(x, k, "SAME"), images.astype(jnp.float32), kernel.astype(jnp.float32)
+    )
+    for a, b in zip(actual, exact, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.02 * np.abs(b).max())
+
+
+@pytest.mark.parametrize(("images", "window", "stride"), POOLS + ODD_POOLS)
+@pytest.mark.parametrize("ties", [False, True])
+def test_slices_max_pool_is_laxs(images, window, stride, ties):
+    x = normal(0, images)
+    if ties:  # few values, so that most windows hold equals: their gradient goes to the first
+        x = jnp.round(x)
+    actual = value_and_gradients(lambda x: ops.slices_max_pool(x, window, stride), x)
+    expected = value_and_gradients(lambda x: ops.lax_max_pool(x, window, stride), x)
+    np.testing.assert_array_equal(actual[0], expected[0])
+    np.testing.assert_allclose(actual[1], expected[1], rtol=1e-6, atol=1e-6)
+
+
+def test_the_platform_decides(monkeypatch):
+    images, kernel = normal(0, (4, 8, 8, 8)), normal(1, (3, 3, 8, 8))
+    gradient = lambda: str(
+        jax.make_jaxpr(jax.grad(lambda k: ops.conv_general_dilated(images, k, (1, 1), "SAME").sum()))(kernel)
+    )
+    pool = lambda: str(jax.make_jaxpr(lambda x: ops.max_pool(x, 2, 2))(images))
+    assert "dot_general" in gradient()
+    assert "reduce_window" not in pool()
+    monkeypatch.setattr(ops, "on_cpu", lambda: False)
+    jax.clear_caches()
+    assert "dot_general" not in gradient()
+    assert "reduce_window" in pool()
