@@ -78,8 +78,21 @@ def quickstart() -> str:
     )
 
 
+def kernels() -> str:
+    result = load("kernels")
+    names = {"lenet5_batch4": "LeNet-5, batch 4", "lenet5_batch128": "LeNet-5, batch 128"}
+    names["all_cnn_batch64"] = "All-CNN, batch 64"
+    forms = list(result["results"]["lenet5_batch4"])
+    rows = [
+        [title, *(f"{form['ms_per_step']:.2f} ({form['speedup']:.2f}×)" for form in result["results"][name].values())]
+        for name, title in names.items()
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return f"{table(['ms a step', *forms], rows)}\n\n{result['hardware']}; {versions}; {result['date']}."
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
-    function.__name__: function for function in (quickstart, lenet5_reference, all_cnn_reference)
+    function.__name__: function for function in (quickstart, lenet5_reference, all_cnn_reference, kernels)
 }
 
 

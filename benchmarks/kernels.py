@@ -1,0 +1,145 @@
+"""What each kernel of cifar_jax/ops.py gains in the whole training step, on this machine.
+
+python -m benchmarks.kernels --out DIR [--rounds N] [--workloads …]
+
+The forms of a workload are compiled first, then timed in turn, round by round, so that a drifting machine hurts all
+alike; medians over the rounds, and ratios to the plain form, go to DIR/kernels.json. A step is forward, backward and
+update, dropout and the recipe's augmentation on, float32, one device, random images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+import tyro
+
+from cifar_jax import ops
+from cifar_jax.configs import RECIPES
+from cifar_jax.errors import UserError, command, parse_arguments
+from cifar_jax.training import create_history, create_train_state, create_train_steps, replicate, select_devices
+
+# name: (recipe, batch size, steps of a round)
+WORKLOADS = {
+    "lenet5_batch4": ("lenet5_reference", 4, 200),
+    "lenet5_batch128": ("lenet5", 128, 8),
+    "all_cnn_batch64": ("all_cnn_reference", 64, 2),
+}
+# name: the parts of ops that are not lax's
+FORMS = {
+    "plain": (),
+    "kernel gradient": ("gradient",),
+    "max pool": ("pool",),
+    "kernel gradient and few channels": ("gradient", "few channels"),
+    "all": ("gradient", "few channels", "pool"),
+}
+
+
+@contextlib.contextmanager
+def only(parts: tuple[str, ...]) -> Iterator[None]:
+    """While entered, programs are traced with these parts of ops, and lax's form of the others."""
+
+    def conv_general_dilated(images, kernel, window_strides, padding, **_):  # type: ignore[no-untyped-def]
+        convolution = ops.matmul_convolution if "gradient" in parts else ops.lax_convolution
+        return convolution(images, kernel, padding if isinstance(padding, str) else tuple(map(tuple, padding)))
+
+    pool = ops.slices_max_pool if "pool" in parts else ops.lax_max_pool
+    few_channels = ops._FEW_CHANNELS if "few channels" in parts else 0
+    with (
+        mock.patch.object(ops, "conv_general_dilated", conv_general_dilated),
+        mock.patch.object(ops, "max_pool", pool),
+        mock.patch.object(ops, "_FEW_CHANNELS", few_channels),
+    ):
+        yield
+
+
+def create_timer(recipe: str, batch_size: int) -> Callable[[int], float]:
+    """Compiles the step; the timer takes a number of steps and returns milliseconds a step."""
+    config = dataclasses.replace(RECIPES[recipe], batch_size=batch_size, num_devices=1)
+    devices = select_devices(config)
+    images = np.random.default_rng(0).integers(0, 256, (4 * batch_size, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(4 * batch_size, dtype=np.int32) % 10
+    data = replicate((images, labels, jnp.arange(4 * batch_size, dtype=jnp.int32)), devices)
+    state, history = replicate((create_train_state(config, 4), create_history(4)), devices)
+    train_steps = create_train_steps(config, devices, steps_per_call=1)(state, history, *data, np.int32(0), np.int32(0))
+
+    def timer(num_steps: int) -> float:
+        nonlocal state, history
+        start = time.perf_counter()
+        for i in range(num_steps):
+            state, history, _ = train_steps(state, history, *data, np.int32(i % 4), np.int32(1))
+        jax.block_until_ready(state)
+        return (time.perf_counter() - start) / num_steps * 1000
+
+    timer(2)
+    return timer
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Times the training step with each kernel of cifar_jax.ops by itself, and with all."""
+
+    out: Path
+    """Folder for kernels.json."""
+    rounds: int = 5
+    """Each form is timed once a round."""
+    workloads: tuple[str, ...] = tuple(WORKLOADS)
+    """Which of lenet5_batch4, lenet5_batch128, all_cnn_batch64."""
+
+
+@command
+def main() -> int:
+    arguments = parse_arguments(lambda: tyro.cli(Arguments, prog="python -m benchmarks.kernels"))
+    unknown = [name for name in arguments.workloads if name not in WORKLOADS]
+    if unknown or arguments.rounds < 1:
+        raise UserError(f"--workloads takes {', '.join(WORKLOADS)}, and --rounds 1 or more")
+    results: dict[str, dict[str, dict[str, object]]] = {}
+    for workload in arguments.workloads:
+        recipe, batch_size, num_steps = WORKLOADS[workload]
+        timers = {}
+        for form, parts in FORMS.items():
+            with only(parts):
+                timers[form] = create_timer(recipe, batch_size)
+        times: dict[str, list[float]] = {form: [] for form in FORMS}
+        for _ in range(arguments.rounds):
+            for form, timer in timers.items():
+                times[form].append(timer(num_steps))
+        plain = statistics.median(times["plain"])
+        results[workload] = {}
+        for form, values in times.items():
+            median = statistics.median(values)
+            results[workload][form] = {
+                "ms_per_step": round(median, 3),
+                "images_per_second": round(1000 * batch_size / median, 1),
+                "speedup": round(plain / median, 3),
+                "rounds_ms": [round(value, 3) for value in values],
+            }
+            print(f"{workload:16} {form:33} {median:9.2f} ms a step, {plain / median:.2f}× plain")
+    content = {
+        "command": "python -m benchmarks.kernels --out DIR",
+        "hardware": f"{jax.local_devices()[0].device_kind}, {os.cpu_count()} CPU cores ({platform.machine()})",
+        "versions": {"python": platform.python_version(), "jax": jax.__version__, "jaxlib": jaxlib.__version__},
+        "date": datetime.date.today().isoformat(),
+        "results": results,
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "kernels.json").write_text(json.dumps(content, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+import json
+
+from benchmarks import kernels
+
+
+def test_every_form_is_timed_and_written(tmp_path, run_command, monkeypatch):
+    monkeypatch.setitem(kernels.WORKLOADS, "lenet5_batch4", ("lenet5_reference", 4, 1))
+    status, output, _ = run_command(
+        kernels.main, "--out", tmp_path / "new", "--rounds", 1, "--workloads", "lenet5_batch4"
+    )
+    assert status == 0
+    assert len(output.splitlines()) == len(kernels.FORMS)
+    content = json.loads((tmp_path / "new" / "kernels.json").read_text())
+    assert list(content["results"]) == ["lenet5_batch4"]
+    forms = content["results"]["lenet5_batch4"]
+    assert list(forms) == list(kernels.FORMS)
+    assert forms["plain"]["speedup"] == 1
+    assert all(form["ms_per_step"] > 0 for form in forms.values())
+
+
+def test_the_forms_differ(monkeypatch):
+    """Each part by itself changes the program that is traced."""
+    import jax
+    import jax.numpy as jnp
+
+    from cifar_jax.models import LeNet5
+
+    texts = set()
+    variables = LeNet5().init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    for parts in kernels.FORMS.values():
+        jax.clear_caches()
+        with kernels.only(parts):
+            loss = lambda variables: LeNet5().apply(variables, jnp.ones((4, 32, 32, 3))).sum()
+            texts.add(str(jax.make_jaxpr(jax.grad(loss))(variables)))
+    assert len(texts) == len(kernels.FORMS)
+
+
+def test_bad_input_is_one_line_and_status_2(tmp_path, run_command):
+    status, _, error = run_command(kernels.main, "--out", tmp_path, "--workloads", "resnet")
+    assert status == 2
+    assert error.startswith("error: --workloads takes lenet5_batch4, lenet5_batch128, all_cnn_batch64")
