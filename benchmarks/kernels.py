@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import json
 import os
 import platform
 import statistics
@@ -31,6 +30,7 @@ import tyro
 from cifar_jax import ops
 from cifar_jax.configs import RECIPES
 from cifar_jax.errors import UserError, command, parse_arguments
+from cifar_jax.metrics import write_json
 from cifar_jax.training import create_history, create_train_state, create_train_steps, replicate, select_devices
 
 # name: (recipe, batch size, steps of a round)
@@ -52,15 +52,10 @@ FORMS = {
 @contextlib.contextmanager
 def only(parts: tuple[str, ...]) -> Iterator[None]:
     """While entered, programs are traced with these parts of ops, and lax's form of the others."""
-
-    def conv_general_dilated(images, kernel, window_strides, padding, **_):  # type: ignore[no-untyped-def]
-        convolution = ops.matmul_convolution if "gradient" in parts else ops.lax_convolution
-        return convolution(images, kernel, padding if isinstance(padding, str) else tuple(map(tuple, padding)))
-
     pool = ops.slices_max_pool if "pool" in parts else ops.lax_max_pool
     few_channels = ops._FEW_CHANNELS if "few channels" in parts else 0
     with (
-        mock.patch.object(ops, "conv_general_dilated", conv_general_dilated),
+        mock.patch.object(ops, "on_cpu", return_value="gradient" in parts),  # decides the convolution
         mock.patch.object(ops, "max_pool", pool),
         mock.patch.object(ops, "_FEW_CHANNELS", few_channels),
     ):
@@ -137,7 +132,7 @@ def main() -> int:
         "results": results,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "kernels.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_json(arguments.out / "kernels.json", content)
     return 0
 
 
