@@ -1,6 +1,8 @@
 """Loss and accuracy of a trained network on the test set, every example counted once.
 
 python -m cifar_jax.evaluate --workdir RUN [--checkpoint best|latest] [--eval-dropout] [--json]
+python -m cifar_jax.evaluate --weights FILE [--architecture JSON] [--model …] [--input-scaling …] [--json]
+python -m cifar_jax.evaluate --pretrained NAME [--dtype bfloat16] [--json]
 """
 
 from __future__ import annotations
@@ -10,17 +12,21 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
 
-from cifar_jax.checkpoint import Checkpoints
-from cifar_jax.configs.default import Config
+from cifar_jax.checkpoint import Checkpoints, Progress
+from cifar_jax.configs import RECIPES
+from cifar_jax.configs.default import Config, InputScaling, ModelName
 from cifar_jax.errors import UserError, command, parse_arguments
 from cifar_jax.input_pipeline import load_dataset
+from cifar_jax.interop.files import Weights, load_weights
+from cifar_jax.pretrained import pretrained_path
 from cifar_jax.training import (
     TrainState,
     create_eval_steps,
@@ -29,6 +35,7 @@ from cifar_jax.training import (
     default_steps_per_call,
     eval_batch_size,
     replicate,
+    use_cpu_cores,
 )
 
 
@@ -49,9 +56,8 @@ class Evaluator:
         self._devices, self._size = devices, len(labels)
         self._num_steps = -(-self._size // eval_batch_size(config, self._size, devices))
         self._per_call = config.steps_per_call or default_steps_per_call(devices)
-        start = replicate(jnp.int32(0), devices)
         compile_for = create_eval_steps(config, devices, self._per_call, dropout)
-        self._eval_steps = compile_for(self._history(), state, *self._data, start, start)
+        self._eval_steps = compile_for(self._history(), state, *self._data, np.int32(0), np.int32(0))
 
     def _history(self) -> dict[str, jax.Array]:
         return replicate(create_history(self._num_steps), self._devices)
@@ -76,6 +82,7 @@ def read_config(workdir: Path) -> Config:
     try:
         fields = json.loads(path.read_text())
         fields["dropout_rates"] = tuple(fields["dropout_rates"])
+        fields["image_sizes"] = tuple(map(tuple, fields.get("image_sizes", ())))
         return Config(**fields)
     except FileNotFoundError as error:
         raise UserError(f"{workdir}: no config.json, so not the workdir of a run") from error
@@ -83,14 +90,44 @@ def read_config(workdir: Path) -> Config:
         raise UserError(f"{path}: not a config of this program ({error})") from error
 
 
+def load_run(workdir: Path, checkpoint: Literal["best", "latest"]) -> tuple[Config, TrainState, Progress]:
+    """A run's config and the state of one of its checkpoints. Raises UserError if there is none, or it is damaged."""
+    config = read_config(workdir)
+    state = replicate(create_train_state(config, steps_per_epoch=1), jax.local_devices())
+    state, progress = Checkpoints(workdir).restore_state(checkpoint, state)
+    return config, state, progress
+
+
+def load_file(weights: Weights, dtype: Literal["float32", "bfloat16"]) -> tuple[Config, TrainState]:
+    """A config that says how to evaluate these weights, and a state that holds them."""
+    config = dataclasses.replace(RECIPES[f"{weights.model}_reference"], input_scaling=weights.input_scaling)
+    model = weights.create_module(dropout_rates=config.dropout_rates, dtype=jnp.dtype(dtype))
+    state = TrainState.create(
+        apply_fn=model.apply, params=weights.params, tx=optax.identity(), rng=jax.random.key(config.seed)
+    )
+    return config, replicate(state, jax.local_devices())
+
+
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Evaluates a run's checkpoint on the test set."""
+    """Evaluates a run's checkpoint, or a weight file of any framework, on the test set."""
 
-    workdir: Path
+    workdir: Path | None = None
     """The run's folder, as given to cifar_jax.train."""
     checkpoint: Literal["best", "latest"] = "latest"
     """The latest checkpoint, or the best. The best was chosen by test accuracy, so its accuracy is biased upwards."""
+    weights: Path | None = None
+    """A weight file: .safetensors, .pth (PyTorch), .h5, .weights.h5 or .keras (Keras)."""
+    architecture: Path | None = None
+    """With --weights: the Keras architecture JSON beside it, which says whether there is a final ReLU."""
+    model: ModelName | None = None
+    """With --weights: the network; None: guessed from the number of tensors."""
+    input_scaling: InputScaling | None = None
+    """With --weights: how pixels are scaled; None: as the file says, else as the model's original program does."""
+    pretrained: str | None = None
+    """A released network, by the name of its model card in cifar_jax/pretrained."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """With --weights and --pretrained: type of the computation."""
     data_dir: str | None = None
     """Where to look for CIFAR-10 first."""
     eval_dropout: bool = False
@@ -101,38 +138,41 @@ class Arguments:
 
 @command
 def main() -> int:
+    use_cpu_cores()
     flags = (tyro.conf.FlagCreatePairsOff,)
     arguments = parse_arguments(lambda: tyro.cli(Arguments, prog="python -m cifar_jax.evaluate", config=flags))
-    config = read_config(arguments.workdir)
-    config = dataclasses.replace(config, data_dir=arguments.data_dir or config.data_dir, num_devices=None)
+    source: dict[str, Any]
+    if [arguments.workdir, arguments.weights, arguments.pretrained].count(None) != 2:
+        raise UserError("name a run with --workdir, a weight file with --weights, or a network with --pretrained")
+    if arguments.workdir is not None:
+        config, state, progress = load_run(arguments.workdir, arguments.checkpoint)
+        name = f"{arguments.checkpoint} checkpoint, epoch {progress.epoch}"
+        source = {"workdir": str(arguments.workdir), "checkpoint": arguments.checkpoint}
+        source |= {"epoch": progress.epoch, "step": int(state.step)}
+    else:
+        path = arguments.weights or pretrained_path(str(arguments.pretrained))
+        weights = load_weights(path, arguments.model, arguments.architecture, arguments.input_scaling)
+        config, state = load_file(weights, arguments.dtype)
+        name = arguments.pretrained or str(path)
+        source = {"weights": name, "model": weights.model, "final_relu": weights.final_relu}
+        source |= {"input_scaling": weights.input_scaling, "dtype": arguments.dtype}
     # The batch of training need not divide over this machine's devices.
-    devices = jax.local_devices()
+    config = dataclasses.replace(config, data_dir=arguments.data_dir or config.data_dir, num_devices=None)
     dataset = load_dataset(config.dataset, config.data_dir)
-    steps_per_epoch = -(-len(dataset.train_labels) // config.batch_size)
-    state = replicate(create_train_state(config, steps_per_epoch), devices)
-    state, progress = Checkpoints(arguments.workdir).restore_state(arguments.checkpoint, state)
-    evaluator = Evaluator(
-        config, state, dataset.test_images, dataset.test_labels, devices, dropout=arguments.eval_dropout
-    )
+    images, labels = dataset.test_images, dataset.test_labels
+    evaluator = Evaluator(config, state, images, labels, jax.local_devices(), dropout=arguments.eval_dropout)
     metrics = evaluator(state)
     assert metrics is not None  # nothing stops it
-    result = {
-        "workdir": str(arguments.workdir),
-        "checkpoint": arguments.checkpoint,
-        "epoch": progress.epoch,
-        "step": int(state.step),
+    result = source | {
         "eval_dropout": arguments.eval_dropout,
         "test_loss": metrics["loss"],
         "test_accuracy": metrics["accuracy"],
-        "num_examples": len(dataset.test_labels),
+        "num_examples": len(labels),
     }
     if arguments.json:
         print(json.dumps(result, indent=2))
     else:
-        print(
-            f"{arguments.checkpoint} checkpoint, epoch {progress.epoch}: test loss {metrics['loss']:.4f} "
-            f"accuracy {metrics['accuracy']:.2%} of {result['num_examples']:,} images"
-        )
+        print(f"{name}: test loss {metrics['loss']:.4f} accuracy {metrics['accuracy']:.2%} of {len(labels):,} images")
     return 0
 
 

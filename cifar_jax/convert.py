@@ -1,0 +1,68 @@
+"""Converts the weights of a file or of a run into another framework's file.
+
+python -m cifar_jax.convert IN OUT [--architecture JSON] [--model …] [--input-scaling …] [--checkpoint best|latest]
+
+The files' names say what they are: see interop/files.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import numpy as np
+import tyro
+
+from cifar_jax.configs.default import InputScaling, ModelName
+from cifar_jax.errors import UserError, command, parse_arguments
+from cifar_jax.evaluate import load_run
+from cifar_jax.interop.files import Weights, load_weights, save_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Converts weights: .safetensors, .pth (PyTorch), .h5, .weights.h5 and .keras (Keras), or a run's folder."""
+
+    input: Annotated[Path, tyro.conf.arg(metavar="IN")]
+    """A weight file, or a run's folder."""
+    output: Annotated[Path, tyro.conf.arg(metavar="OUT")]
+    """The file to write; it must not exist."""
+    architecture: Path | None = None
+    """The Keras architecture JSON beside a weight file: says whether there is a final ReLU."""
+    model: ModelName | None = None
+    """The network; None: guessed from the number of tensors."""
+    input_scaling: InputScaling | None = None
+    """How pixels are scaled for these weights; None: as the file says, else as the model's original program does."""
+    checkpoint: Literal["best", "latest"] = "latest"
+    """Of a run's folder."""
+
+
+@command
+def main() -> int:
+    arguments = parse_arguments(
+        lambda: tyro.cli(Arguments, prog="python -m cifar_jax.convert", config=(tyro.conf.PositionalRequiredArgs,))
+    )
+    if arguments.input.is_dir():
+        config, state, _ = load_run(arguments.input, arguments.checkpoint)
+        if arguments.model not in (None, config.model):
+            raise UserError(f"{arguments.input}: holds the weights of {config.model}, not of {arguments.model}")
+        weights = Weights(config.model, jax.tree.map(np.asarray, state.eval_params), config.input_scaling)
+    else:
+        weights = load_weights(arguments.input, arguments.model, arguments.architecture, arguments.input_scaling)
+    save_weights(arguments.output, weights)
+    count = sum(x.size for x in jax.tree.leaves(weights.params))
+    relu = ", with the final ReLU" if weights.final_relu else ""
+    print(f"{arguments.output}: {weights.model}, {count:,} parameters{relu}, for {weights.input_scaling} pixels")
+    written = load_weights(arguments.output)
+    if written.input_scaling != weights.input_scaling:
+        print(f"such a file does not hold the scaling: use it with --input-scaling {weights.input_scaling}")
+    if written.final_relu != weights.final_relu:
+        print("such a file does not hold the final ReLU: use it with an --architecture that has it")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

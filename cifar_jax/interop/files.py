@@ -1,0 +1,238 @@
+"""Weight files of every framework, read and written by the file's name.
+
+| name | what it is | read with |
+| --- | --- | --- |
+| .safetensors | our own: Flax params, metadata says model, final_relu and input_scaling | safetensors |
+| .pth, .pt | a PyTorch state_dict | torch, weights_only=True |
+| .h5, .hdf5 | Keras 2 or 3, weights alone or the full model | h5py |
+| .weights.h5, .keras | Keras 3 | h5py |
+
+Nothing in a file is executed: tensors are checked for name, number, shape, type and finiteness, in that order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import pickle
+import re
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import flax.linen as nn
+import h5py
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+
+from cifar_jax.configs import RECIPES
+from cifar_jax.configs.default import InputScaling, ModelName
+from cifar_jax.errors import UserError
+from cifar_jax.interop import keras as interop_keras
+from cifar_jax.interop import pytorch as interop_pytorch
+from cifar_jax.interop.layers import Params, expected_shapes, layers_from_params
+from cifar_jax.metrics import write_atomically
+from cifar_jax.models import MODELS
+
+MAX_BYTES = 2**26  # of the weights in a .keras archive: with an optimizer's state about 20 MB
+MAX_VALUES = 2**22  # of one tensor: the largest has 331,776
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A trained network. `params`: Flax, float32 numpy; `input_scaling`: how pixels must be scaled for it."""
+
+    model: ModelName
+    params: Params
+    input_scaling: InputScaling
+    final_relu: bool = False
+
+    def create_module(self, **fields: Any) -> nn.Module:
+        """The Flax network that these weights fit, with these fields (dropout_rates, dtype)."""
+        return MODELS[self.model](**fields, **({"final_relu": True} if self.final_relu else {}))
+
+
+def load_weights(
+    path: Path,
+    model: str | None = None,
+    architecture: Path | None = None,
+    input_scaling: InputScaling | None = None,
+) -> Weights:
+    """Reads a weight file.
+
+    Args: model: None guesses it from the number of tensors. architecture: the Keras JSON that lies beside an `.h5` of
+    weights alone, which says whether there is a final ReLU (.keras and full-model files hold it). input_scaling: None
+    takes the file's own word for it (.safetensors), else the scaling of the model's original program.
+    Raises: UserError naming the file, and the tensor if one is missing, too many, misshapen or not finite.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+    try:
+        scaling: str | None = None
+        final_relu = False
+        if path.name.endswith(".safetensors"):
+            params, metadata = _read_safetensors(path)
+            scaling, final_relu = metadata.get("input_scaling"), metadata.get("final_relu") == "True"
+            if scaling not in (None, "unit", "symmetric", "standardized"):
+                raise UserError(f"its metadata have an unknown input_scaling {scaling!r}")
+        elif path.name.endswith((".pth", ".pt")):
+            params = interop_pytorch.params_from_pytorch(_read_pytorch(path), model)
+        elif path.name.endswith((".h5", ".hdf5", ".keras")):
+            tensors, config = _read_keras(path)
+            params = interop_keras.params_from_keras(tensors, model)
+            final_relu = _has_final_relu(config, params) if config else False
+        else:
+            raise UserError("unknown kind of file: name a .safetensors, .pth, .pt, .h5, .hdf5, .weights.h5 or .keras")
+        _, found = layers_from_params(params)
+        if model not in (None, found):
+            raise UserError(f"holds the weights of {found}, not of {model}")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    if architecture is not None:
+        try:
+            final_relu = _has_final_relu(json.loads(architecture.read_text()), params)
+        except UserError as error:
+            raise UserError(f"{architecture}: {error}") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"{architecture}: not a Keras architecture ({error})") from error
+    original = RECIPES[f"{found}_reference"].input_scaling
+    chosen = input_scaling or cast("InputScaling | None", scaling) or original
+    params = jax.tree.map(lambda array: array.astype(np.float32), params)
+    return Weights(cast(ModelName, found), params, chosen, final_relu)
+
+
+def save_weights(path: Path, weights: Weights) -> None:
+    """Writes a weight file of the kind that its name asks for. Raises UserError if it exists or can't be written."""
+    if path.exists():
+        raise UserError(f"{path} exists: remove it, or name another file")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}")
+    if path.name.endswith(".safetensors"):
+        metadata = {"format": "cifar_jax", "model": weights.model, "input_scaling": weights.input_scaling}
+        tensors = {"/".join(key): x for key, x in traverse_util.flatten_dict(weights.params).items()}
+        data = safetensors.numpy.save(tensors, metadata | {"final_relu": str(weights.final_relu)})
+    elif path.name.endswith((".pth", ".pt")):
+        torch = interop_pytorch.import_torch()
+        state_dict = interop_pytorch.params_to_pytorch(weights.params)
+        buffer = io.BytesIO()
+        torch.save({name: torch.tensor(array) for name, array in state_dict.items()}, buffer)
+        data = buffer.getvalue()
+    elif path.name.endswith((".h5", ".hdf5", ".keras")):
+        network = interop_keras.create_model(weights.model, final_relu=weights.final_relu)
+        network.set_weights(interop_keras.params_to_keras(weights.params))
+        with tempfile.TemporaryDirectory() as folder:
+            partial = Path(folder) / path.name
+            network.save_weights(partial) if path.name.endswith(".weights.h5") else network.save(partial)
+            data = partial.read_bytes()
+    else:
+        raise UserError(f"{path}: unknown kind of file: name a .safetensors, .pth, .h5, .weights.h5 or .keras")
+    write_atomically(path, data)
+
+
+def _read_safetensors(path: Path) -> tuple[Params, dict[str, str]]:
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
+        raise UserError(f"damaged or not a safetensors file ({error})") from error
+    if metadata.get("format") != "cifar_jax":
+        raise UserError("not written by cifar_jax (convert a PyTorch state_dict from its .pth)")
+    params = traverse_util.unflatten_dict({tuple(name.split("/")): tensor for name, tensor in tensors.items()})
+    layers_from_params(params)  # checks names, number and shapes
+    return params, metadata
+
+
+def _read_pytorch(path: Path) -> Mapping[str, Any]:
+    torch = interop_pytorch.import_torch()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch says of a foreign pickle, before it refuses it
+            state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"damaged, or holds more than tensors ({reason[0]})") from error
+    if not isinstance(state_dict, Mapping) or not all(isinstance(x, torch.Tensor) for x in state_dict.values()):
+        raise UserError("not a state_dict: save model.state_dict(), not the model or a checkpoint around it")
+    return state_dict
+
+
+def _read_keras(path: Path) -> tuple[list[tuple[str, np.ndarray]], Any]:
+    """The (name, tensor) in the order of the network, and its architecture or None."""
+    try:
+        if path.suffix != ".keras":
+            with h5py.File(path) as file:
+                return _read_hdf5(file)
+        with zipfile.ZipFile(path) as archive:
+            config = json.loads(_read_member(archive, "config.json"))
+            with h5py.File(io.BytesIO(_read_member(archive, "model.weights.h5"))) as file:
+                return _read_hdf5(file)[0], config
+    except (OSError, KeyError, ValueError, RuntimeError, TypeError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise UserError(f"damaged or not a Keras file ({str(error).strip() or type(error).__name__})") from error
+
+
+def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
+    if archive.getinfo(name).file_size > MAX_BYTES:
+        raise UserError(f"{name} in it has more than {MAX_BYTES // 2**20} MiB")
+    return archive.read(name)
+
+
+def _read_hdf5(file: h5py.File) -> tuple[list[tuple[str, np.ndarray]], Any]:
+    as_text = lambda name: name.decode() if isinstance(name, bytes) else str(name)
+    config = json.loads(as_text(file.attrs["model_config"])) if "model_config" in file.attrs else None
+    root = file.get("model_weights", file)
+    names: list[str] = []
+    if "layer_names" in root.attrs:  # Keras 2, and Keras 3's .h5: attributes list the tensors in order
+        for layer in map(as_text, root.attrs["layer_names"]):
+            names += [f"{layer}/{as_text(weight)}" for weight in root[layer].attrs["weight_names"]]
+    else:  # Keras 3: layers/conv2d_1/vars/0, numbered by class; convolutions come first in both networks
+        root.visit(names.append)  # follows no links
+        names = [name for name in names if re.search(r"/vars/\d+$", name) and "seed_generator" not in name]
+        names = [name for name in names if not name.startswith("optimizer")]
+        names.sort(key=lambda name: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name)])
+    tensors = []
+    for name in names:
+        dataset = root.get(name)
+        if not isinstance(dataset, h5py.Dataset) or dataset.file.filename != file.filename or dataset.external:
+            raise UserError(f"tensor {name} is missing")
+        if dataset.size is None or dataset.size > MAX_VALUES:
+            raise UserError(f"tensor {name} has shape {dataset.shape}, larger than any of these networks")
+        tensors.append((name, dataset[()]))
+    return tensors, config
+
+
+def _has_final_relu(config: Any, params: Params) -> bool:
+    """Whether a Keras architecture has a ReLU after its last layer with weights.
+
+    Raises: UserError if its layers with weights are not those of `params`.
+    """
+    try:
+        layers = config["config"] if isinstance(config["config"], list) else config["config"]["layers"]
+        sizes: list[tuple[int, ...]] = []
+        final_relu = False
+        for layer in layers:
+            kind, options = layer["class_name"], layer["config"]
+            if kind in ("Conv2D", "Convolution2D"):
+                sizes.append((*options["kernel_size"], options["filters"]))
+            elif kind == "Dense":
+                sizes.append((options["units"],))
+            elif kind not in ("Activation", "ReLU"):
+                continue
+            has_relu = kind == "ReLU" or options["activation"] == "relu"
+            final_relu = has_relu or (final_relu and kind == "Activation")
+    except (KeyError, TypeError, IndexError) as error:
+        raise UserError(f"not a Keras architecture ({type(error).__name__} {error})") from error
+    _, model = layers_from_params(params)
+    expected = [kernel[:2] + kernel[3:] if len(kernel) == 4 else kernel[1:] for _, kernel, _ in expected_shapes(model)]
+    if sizes != expected:
+        raise UserError(f"its layers with weights {sizes} are not those of {model} {expected}")
+    if final_relu and model != "all_cnn":
+        raise UserError(f"has a final ReLU, which {model} can't have")
+    return final_relu

@@ -1,0 +1,316 @@
+import dataclasses
+import json
+import pickle
+import zipfile
+
+import h5py
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+
+from cifar_jax import convert, evaluate
+from cifar_jax.errors import UserError
+from cifar_jax.interop import files, keras, pytorch
+from cifar_jax.interop.files import Weights, load_weights, save_weights
+from cifar_jax.interop.layers import expected_shapes, layers_from_params
+from cifar_jax.models import MODELS
+
+KINDS = ("safetensors", "pth", "pt", "h5", "hdf5", "weights.h5", "keras")
+
+
+def random_weights(model, **fields):
+    rng = np.random.default_rng(1)
+    tensor = lambda shape: rng.normal(0, 0.1, shape).astype(np.float32)
+    params = {name: {"kernel": tensor(kernel), "bias": tensor(bias)} for name, kernel, bias in expected_shapes(model)}
+    return Weights(model, params, {"all_cnn": "unit", "lenet5": "symmetric"}[model], **fields)
+
+
+@pytest.fixture(scope="module")
+def lenet5():
+    return random_weights("lenet5")
+
+
+@pytest.fixture(scope="module")
+def all_cnn():
+    return random_weights("all_cnn")
+
+
+def assert_same(left, right):
+    jax.tree.map(np.testing.assert_array_equal, left.params, right.params)
+    assert dataclasses.replace(left, params={}) == dataclasses.replace(right, params={})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model", list(MODELS))
+def test_round_trip(tmp_path, kind, model):
+    weights = random_weights(model)
+    path = tmp_path / f"file.{kind}"
+    save_weights(path, weights)
+    assert_same(load_weights(path), weights)
+    with pytest.raises(UserError, match="exists"):
+        save_weights(path, weights)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "h5", "keras"])
+def test_final_relu_survives_where_the_file_can_hold_it(tmp_path, kind):
+    path = tmp_path / f"file.{kind}"
+    save_weights(path, random_weights("all_cnn", final_relu=True))
+    assert load_weights(path).final_relu
+
+
+def test_safetensors_keep_the_scaling(tmp_path, lenet5):
+    path = tmp_path / "file.safetensors"
+    save_weights(path, dataclasses.replace(lenet5, input_scaling="standardized"))
+    assert load_weights(path).input_scaling == "standardized"
+    assert load_weights(path, input_scaling="unit").input_scaling == "unit"
+
+
+def write_keras2(path, weights, *, full_model, as_bytes, architecture=None):
+    """As Keras 2 writes: layer_names, a group a layer with weight_names, layers without weights as well."""
+    text = (lambda s: np.bytes_(s)) if as_bytes else (lambda s: s)
+    layers, _ = layers_from_params(weights.params)
+    with h5py.File(path, "w") as file:
+        root = file.create_group("model_weights") if full_model else file
+        if architecture:
+            file.attrs["model_config"] = text(json.dumps(architecture))
+        names = []
+        for i, (kernel, bias) in enumerate(layers):
+            layer = f"{'conv2d' if kernel.ndim == 4 else 'dense'}_{11 - i}"  # the names' order misleads
+            group = root.create_group(layer)
+            parts = [f"{layer}/kernel:0", f"{layer}/bias:0"]
+            group.attrs["weight_names"] = [text(part) for part in parts]
+            for part, array in zip(parts, (kernel, bias)):
+                group[part] = array
+            activation = f"activation_{i}"
+            root.create_group(activation).attrs["weight_names"] = np.array([], "S1")
+            names += [text(layer), text(activation)]
+        root.attrs["layer_names"] = names
+
+
+@pytest.mark.parametrize("full_model", [False, True])
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_keras_2_files(tmp_path, all_cnn, full_model, as_bytes):
+    path = tmp_path / "file.h5"
+    write_keras2(path, all_cnn, full_model=full_model, as_bytes=as_bytes)
+    assert_same(load_weights(path), all_cnn)
+
+
+def keras2_architecture(final_relu, filters=(96, 96, 96, 192, 192, 192, 192, 192, 10)):
+    layers = []
+    for i, count in enumerate(filters):
+        size = [1, 1] if i >= 7 else [3, 3]
+        layers.append(
+            {"class_name": "Conv2D", "config": {"filters": count, "kernel_size": size, "activation": "linear"}}
+        )
+        if i < 8 or final_relu:
+            layers.append({"class_name": "Activation", "config": {"activation": "relu"}})
+    layers.append({"class_name": "GlobalAveragePooling2D", "config": {}})
+    layers.append({"class_name": "Activation", "config": {"activation": "softmax"}})
+    return {"class_name": "Sequential", "config": {"layers": layers}, "keras_version": "2.3.1"}
+
+
+@pytest.mark.parametrize("final_relu", [False, True])
+def test_the_originals_pair_of_json_and_h5(tmp_path, all_cnn, final_relu):
+    write_keras2(tmp_path / "w.h5", all_cnn, full_model=False, as_bytes=True)
+    architecture = tmp_path / "model.json"
+    for document in (keras2_architecture(final_relu), keras2_architecture(final_relu)["config"]["layers"]):
+        if isinstance(document, list):  # Keras before 2.2.3
+            document = {"class_name": "Sequential", "config": document}
+        architecture.write_text(json.dumps(document))
+        assert load_weights(tmp_path / "w.h5", architecture=architecture).final_relu is final_relu
+    full = tmp_path / "full.h5"
+    write_keras2(full, all_cnn, full_model=True, as_bytes=False, architecture=keras2_architecture(final_relu))
+    assert load_weights(full).final_relu is final_relu
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not a Keras architecture"),
+        ("[]", "not a Keras architecture"),
+        ('{"config": {"layers": [{"class_name": "Conv2D", "config": {}}]}}', "not a Keras architecture"),
+        (json.dumps(keras2_architecture(True, (64, 10))), "are not those of all_cnn"),
+        (None, "not a Keras architecture .*No such file"),
+    ],
+)
+def test_bad_architectures(tmp_path, all_cnn, text, message):
+    save_weights(tmp_path / "w.safetensors", all_cnn)
+    path = tmp_path / "model.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=f"^{path}: .*{message}"):
+        load_weights(tmp_path / "w.safetensors", architecture=path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_truncated_and_foreign_files(tmp_path, lenet5, kind):
+    whole = tmp_path / f"whole.{kind}"
+    save_weights(whole, lenet5)
+    data = whole.read_bytes()
+    path = tmp_path / f"bad.{kind}"
+    for content in (b"", b"\x00" * 100, b"hello", data[: len(data) // 2], data[:-100] if kind != "h5" else data[:5000]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"^{path}: "):
+            load_weights(path)
+    with pytest.raises(UserError, match="no such file"):
+        load_weights(tmp_path / f"absent.{kind}")
+
+
+def test_the_wrong_model_is_refused(tmp_path, lenet5):
+    for kind in ("safetensors", "pth", "h5"):
+        path = tmp_path / f"file.{kind}"
+        save_weights(path, lenet5)
+        with pytest.raises(UserError, match=f"^{path}: "):
+            load_weights(path, model="all_cnn")
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("EVIL",))
+
+
+def test_a_hostile_pickle_is_not_run(tmp_path, capsys):
+    path = tmp_path / "evil.pth"
+    torch.save({"conv1.weight": Evil()}, path)
+    with pytest.raises(UserError, match="holds more than tensors"):
+        load_weights(path)
+    path.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(UserError, match="holds more than tensors"):
+        load_weights(path)
+    assert "EVIL" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], {"a": 3}])
+def test_a_checkpoint_that_is_no_state_dict(tmp_path, content):
+    torch.save(content, tmp_path / "file.pth")
+    with pytest.raises(UserError, match="not a state_dict"):
+        load_weights(tmp_path / "file.pth")
+
+
+def test_hostile_hdf5_reads_no_other_file_and_no_giant(tmp_path, lenet5):
+    secret, path = tmp_path / "secret.h5", tmp_path / "file.h5"
+    write_keras2(secret, lenet5, full_model=False, as_bytes=False)
+    write_keras2(path, lenet5, full_model=False, as_bytes=False)
+    name = "conv2d_11/conv2d_11/kernel:0"
+    with h5py.File(path, "a") as file:
+        del file[name]
+        file[name] = h5py.ExternalLink(str(secret), name)
+    with pytest.raises(UserError, match="kernel:0 is missing"):
+        load_weights(path)
+    with h5py.File(path, "a") as file:
+        del file[name]
+        file.create_dataset(name, (10**6, 10**6), "f4", chunks=(1000, 1000))  # declared, never written
+    with pytest.raises(UserError, match=r"kernel:0 has shape .* larger than any"):
+        load_weights(path)
+
+
+def test_hostile_keras_archive(tmp_path, monkeypatch, lenet5):
+    monkeypatch.setattr(files, "MAX_BYTES", 10**6)
+    path = tmp_path / "bomb.keras"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("config.json", json.dumps(keras2_architecture(False)))
+        archive.writestr("model.weights.h5", b"\x00" * 2 * 10**6)
+    with pytest.raises(UserError, match="more than 0 MiB"):
+        load_weights(path)
+
+
+def test_foreign_safetensors(tmp_path):
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(safetensors.numpy.save({"a": np.zeros(3, np.float32)}))
+    with pytest.raises(UserError, match="not written by cifar_jax"):
+        load_weights(path)
+
+
+def test_a_trained_keras_file_brings_no_optimizer_state_along(tmp_path, lenet5):
+    network = keras.create_model("lenet5")
+    network.set_weights(keras.params_to_keras(lenet5.params))
+    network.compile("adam", "mse")
+    network.optimizer.build(network.trainable_variables)
+    for kind in ("keras", "h5", "weights.h5"):
+        path = tmp_path / f"file.{kind}"
+        network.save_weights(path) if kind == "weights.h5" else network.save(path)
+        assert_same(load_weights(path), lenet5)
+
+
+# --- the commands ---
+
+
+def test_convert_there_and_back(tmp_path, run_command, all_cnn):
+    save_weights(tmp_path / "a.safetensors", all_cnn)
+    for source, target in (("a.safetensors", "b.pth"), ("b.pth", "c.keras"), ("c.keras", "d.safetensors")):
+        status, output, _ = run_command(convert.main, tmp_path / source, tmp_path / target)
+        assert status == 0
+        assert "all_cnn, 1,369,738 parameters" in output
+    assert_same(load_weights(tmp_path / "d.safetensors"), all_cnn)
+
+
+def test_convert_says_what_a_file_cannot_hold(tmp_path, run_command, lenet5):
+    save_weights(tmp_path / "a.safetensors", dataclasses.replace(lenet5, input_scaling="standardized"))
+    status, output, _ = run_command(convert.main, tmp_path / "a.safetensors", tmp_path / "b.pth")
+    assert status == 0
+    assert "use it with --input-scaling standardized" in output
+    status, output, _ = run_command(convert.main, tmp_path / "a.safetensors", tmp_path / "c.safetensors")
+    assert "use it with" not in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("absent.pth", "out.keras"), "no such file"),
+        (("a.safetensors", "out.onnx"), "unknown kind"),
+        (("a.safetensors", "no/out.pth"), "no folder"),
+        (("a.safetensors", "a.safetensors"), "exists"),
+        (("a.safetensors", "out.pth", "--model", "all_cnn"), "holds the weights of lenet5"),
+        (("a.safetensors",), "OUT"),
+    ],
+)
+def test_convert_refuses_in_one_line(tmp_path, monkeypatch, run_command, lenet5, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    save_weights(tmp_path / "a.safetensors", lenet5)
+    before = (tmp_path / "a.safetensors").read_bytes()
+    status, _, errors = run_command(convert.main, *arguments)
+    assert status == 2
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert (tmp_path / "a.safetensors").read_bytes() == before
+
+
+def test_evaluate_weights(tmp_path, run_command, use_tiny_dataset, tiny_dataset, lenet5):
+    """The file's accuracy is PyTorch's own, computed here on the same images."""
+    path = tmp_path / "file.pth"
+    save_weights(path, lenet5)
+    status, output, _ = run_command(evaluate.main, "--weights", path, "--json")
+    assert status == 0
+    result = json.loads(output)
+    network = pytorch.create_model("lenet5").eval()
+    network.load_state_dict(torch.load(path, weights_only=True))
+    images = (torch.tensor(tiny_dataset.test_images).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
+    labels = torch.tensor(tiny_dataset.test_labels, dtype=torch.int64)
+    with torch.no_grad():
+        logits = network(images)
+    assert result["test_accuracy"] == pytest.approx((logits.argmax(-1) == labels).double().mean().item())
+    assert result["test_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert (result["model"], result["num_examples"]) == ("lenet5", 30)
+    _, unit, _ = run_command(evaluate.main, "--weights", path, "--json", "--input-scaling", "unit")
+    assert json.loads(unit)["test_loss"] != result["test_loss"]
+
+
+def test_evaluate_wants_one_source(tmp_path, run_command):
+    for arguments in ((), ("--workdir", tmp_path, "--weights", tmp_path / "file.pth")):
+        status, _, errors = run_command(evaluate.main, *arguments)
+        assert status == 2
+        assert "--workdir" in errors
+        assert errors.count("\n") == 1
+
+
+def test_a_run_converts(tmp_path, run_command, tiny_config):
+    from cifar_jax.train import train_and_evaluate
+
+    config = dataclasses.replace(tiny_config, num_epochs=1)
+    summary = train_and_evaluate(config)
+    status, _, _ = run_command(convert.main, config.workdir, tmp_path / "run.pth")
+    assert status == 0
+    _, output, _ = run_command(evaluate.main, "--weights", tmp_path / "run.pth", "--json")
+    assert json.loads(output)["test_loss"] == pytest.approx(summary["test_loss"], rel=1e-6)
