@@ -1,0 +1,143 @@
+"""Parity with the Keras program: networks, losses, gradients, optimizer, initialisers, augmentation, predictions.
+
+python scripts/parity_keras.py [--layers] [--json] [--out FILE] [--data-dir DATA] [--weights FILE …]
+
+Keras runs on its PyTorch backend; the augmentation is keras-preprocessing 1.1.2's, the original's own.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+os.environ["KERAS_BACKEND"] = "torch"  # gradients are taken through torch.autograd
+
+import jax
+import keras
+import numpy as np
+import parity
+import torch
+from keras.src.backend.common import dtypes
+from keras_preprocessing.image import ImageDataGenerator
+from parity import Arguments, Check
+
+from cifar_jax import augmentation
+from cifar_jax.configs import RECIPES
+from cifar_jax.configs.default import Config
+from cifar_jax.input_pipeline import Dataset
+from cifar_jax.interop import keras as interop_keras
+from cifar_jax.interop.layers import Params
+
+# Except with TensorFlow, Keras computes dense layers and means of float64 in float32; the float64 checks need them.
+dtypes.BIT64_TO_BIT32_DTYPE["float64"] = "float64"
+
+
+class KerasReference:
+    """parity.Reference of cifar_jax.interop.keras."""
+
+    def __init__(self, model: str, params: Params | None = None, dtype: str = "float32") -> None:
+        self.model, self.dtype = model, dtype
+        keras.config.set_floatx(dtype)  # Input's type
+        keras.config.set_dtype_policy(dtype)
+        # Keras draws initial weights from seeds that Python's random makes: tie them to torch.manual_seed's state.
+        keras.utils.set_random_seed(torch.initial_seed() % 2**32)
+        self.network = interop_keras.create_model(model)
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy("float32")
+        if params is not None:
+            self.network.set_weights(interop_keras.params_to_keras(params))
+
+    def params(self) -> Params:
+        return interop_keras.params_from_keras(self.network, self.model)
+
+    def logits(self, images: np.ndarray, dropout: bool = False) -> torch.Tensor:
+        return self.network(torch.tensor(images), training=dropout)
+
+    def gradients(self, loss: torch.Tensor) -> Params:
+        variables = [variable.value for variable in self.network.trainable_weights]
+        gradients = torch.autograd.grad(loss, variables)
+        return interop_keras.params_from_keras([gradient.numpy() for gradient in gradients], self.model)
+
+    def activations(self, images: np.ndarray) -> list[np.ndarray]:
+        outputs: list[np.ndarray] = []
+        x = torch.tensor(images)
+        for layer in self.network.layers:
+            x = layer(x, training=False) if isinstance(layer, keras.layers.Dropout) else layer(x)
+            if layer.weights and not isinstance(layer, keras.layers.Dropout):
+                outputs.append(x.detach().numpy())
+        return outputs
+
+    def train(self, config: Config, batches: Sequence[tuple[np.ndarray, np.ndarray]]) -> Params:
+        optimizer = sgd(config)
+        for images, labels in batches:
+            variables = self.network.trainable_weights
+            loss = parity.torch_loss(self.logits(images), labels)
+            gradients = torch.autograd.grad(loss, [variable.value for variable in variables])
+            with torch.no_grad():
+                optimizer.apply(list(gradients), variables)
+        return self.params()
+
+
+def sgd(config: Config) -> keras.optimizers.Optimizer:
+    """Keras 2's SGD(decay=…): Keras 3 ignores `decay` with a mere warning, InverseTimeDecay replaces it."""
+    schedule = keras.optimizers.schedules.InverseTimeDecay(config.learning_rate, 1, config.lr_decay)
+    return keras.optimizers.SGD(schedule, momentum=config.momentum, nesterov=config.nesterov)
+
+
+def fed_optimizer(config: Config, params: Params, gradients: Sequence[Params]) -> Params:
+    """keras.optimizers.SGD over given gradients."""
+    variables: Any = {name: keras.Variable(values, dtype=str(values.dtype)) for name, values in params.items()}
+    optimizer = sgd(config)
+    with torch.no_grad():
+        for gradient in gradients:
+            optimizer.apply([torch.tensor(values) for values in gradient.values()], list(variables.values()))
+    return {name: variable.value.detach().numpy() for name, variable in variables.items()}
+
+
+def check_augmentation(images: np.ndarray) -> list[Check]:
+    """The same drawn parameters through keras-preprocessing's warp and flip, and through ours."""
+    config = RECIPES["all_cnn_reference"]
+    generator = ImageDataGenerator(
+        rotation_range=config.rotation_degrees, width_shift_range=config.shift_fraction,
+        height_shift_range=config.shift_fraction, horizontal_flip=True,
+    )  # fmt: skip
+    inputs = parity.scaled(images, "all_cnn")
+    np.random.seed(0)
+    drawn = [generator.get_random_transform(inputs.shape[1:]) for _ in range(2000)]
+    theirs = np.stack([generator.apply_transform(image, draw) for image, draw in zip(inputs, drawn)])
+    angle, shift_y, shift_x = (np.array([draw[name] for draw in drawn], np.float32) for name in ("theta", "tx", "ty"))
+    angle = np.deg2rad(angle)
+    count = len(inputs)
+    ours = np.asarray(jax.jit(jax.vmap(augmentation.affine))(inputs, angle[:count], shift_y[:count], shift_x[:count]))
+    flip = np.array([draw["flip_horizontal"] for draw in drawn], bool)
+    ours = np.where(flip[:count, None, None, None], ours[:, :, ::-1], ours)
+    error = parity.difference(ours, theirs)
+    result = [Check(f"augmentation of {count} images", error, 2e-5, "float32 coordinates: floor 2.4e-6; 0 in float64")]
+    keys = jax.random.split(jax.random.key(0), len(drawn))
+    draw_affine = lambda key: augmentation.draw_affine(key, config.rotation_degrees, config.shift_fraction)
+    our_draws = [np.asarray(values) for values in jax.jit(jax.vmap(draw_affine))(keys)]
+    names = ("angle", "height shift", "width shift")
+    for name, a, b in zip(names, our_draws, (angle, shift_y, shift_x)):
+        result += parity.distribution_checks(f"augmentation: {name}", a, b)
+    marked = np.arange(2, dtype=np.float32).reshape(1, 2, 1)
+    flips = np.asarray(jax.vmap(lambda key: augmentation.random_flip(key, marked))(keys))[:, 0, 0, 0]
+    spread = 5 * float(np.sqrt(0.5 / len(drawn)))
+    result.append(Check("augmentation: share of flips", abs(flips.mean() - flip.mean()), spread, "five deviations"))
+    return result
+
+
+def checks(arguments: Arguments, dataset: Dataset) -> list[Check]:
+    config = RECIPES["all_cnn_reference"]
+    count = arguments.steps * arguments.batch_size
+    images, labels = dataset.train_images[:count], dataset.train_labels[:count]
+    result = parity.common_checks(KerasReference, arguments, dataset)
+    result += parity.check_optimizer(config, fed_optimizer)
+    result += parity.check_trajectory(KerasReference, config, images, labels, arguments.batch_size)
+    result += check_augmentation(dataset.test_images[:500])
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(parity.run("scripts/parity_keras.py", ("keras", "torch", "keras-preprocessing"), checks))

@@ -1,0 +1,96 @@
+"""Parity with the PyTorch notebook: networks, losses, gradients, optimizer, initialisers, predictions.
+
+python scripts/parity_pytorch.py [--layers] [--json] [--out FILE] [--data-dir DATA] [--weights FILE …]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import parity
+import torch
+from parity import Arguments, Check
+
+from cifar_jax.configs import RECIPES
+from cifar_jax.configs.default import Config
+from cifar_jax.input_pipeline import Dataset
+from cifar_jax.interop import pytorch
+from cifar_jax.interop.files import load_weights
+from cifar_jax.interop.layers import Params
+
+
+class PyTorchReference:
+    """parity.Reference of cifar_jax.interop.pytorch."""
+
+    def __init__(self, model: str, params: Params | None = None, dtype: str = "float32") -> None:
+        self.model = model
+        self.dtype = getattr(torch, dtype)
+        self.network = pytorch.create_model(model).to(self.dtype)
+        if params is not None:
+            pytorch.load_params(self.network, params)
+
+    def params(self) -> Params:
+        return pytorch.params_from_pytorch(self.network.state_dict(), self.model)
+
+    def _images(self, images: np.ndarray) -> torch.Tensor:
+        return torch.tensor(images, dtype=self.dtype).permute(0, 3, 1, 2)
+
+    def logits(self, images: np.ndarray, dropout: bool = False) -> torch.Tensor:
+        return self.network.train(dropout)(self._images(images))
+
+    def gradients(self, loss: torch.Tensor) -> Params:
+        names, parameters = zip(*self.network.named_parameters())
+        return pytorch.params_from_pytorch(dict(zip(names, torch.autograd.grad(loss, parameters))), self.model)
+
+    def activations(self, images: np.ndarray) -> list[np.ndarray]:
+        outputs: list[np.ndarray] = []
+        x = self._images(images)
+        for name, layer in self.network.eval().named_children():
+            x = layer(x)
+            if name.startswith("relu") or name in ("conv9", "fullyc3"):
+                outputs.append(x.detach().numpy().transpose(0, 2, 3, 1) if x.ndim == 4 else x.detach().numpy())
+        return outputs if self.model == "lenet5" else outputs[:9]
+
+    def train(self, config: Config, batches: Sequence[tuple[np.ndarray, np.ndarray]]) -> Params:
+        optimizer = sgd(config, self.network.parameters())
+        for images, labels in batches:
+            optimizer.zero_grad()
+            parity.torch_loss(self.logits(images), labels).backward()
+            optimizer.step()
+        return self.params()
+
+
+def sgd(config: Config, parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, config.learning_rate, momentum=config.momentum, nesterov=config.nesterov)
+
+
+def fed_optimizer(config: Config, params: Params, gradients: Sequence[Params]) -> Params:
+    """torch.optim.SGD over given gradients."""
+    parameters: Any = {name: torch.nn.Parameter(torch.tensor(values)) for name, values in params.items()}
+    optimizer = sgd(config, parameters.values())
+    for gradient in gradients:
+        for name, values in gradient.items():
+            parameters[name].grad = torch.tensor(values)
+        optimizer.step()
+    return {name: parameter.detach().numpy() for name, parameter in parameters.items()}
+
+
+def checks(arguments: Arguments, dataset: Dataset) -> list[Check]:
+    config = RECIPES["lenet5_reference"]
+    count = arguments.steps * config.batch_size
+    images, labels = dataset.train_images[:count], dataset.train_labels[:count]
+    result = parity.common_checks(PyTorchReference, arguments, dataset)
+    result += parity.check_optimizer(config, fed_optimizer)
+    result += parity.check_trajectory(PyTorchReference, config, images, labels, config.batch_size)
+    test = dataset.test_images[: arguments.test_images], dataset.test_labels[: arguments.test_images]
+    for path in arguments.weights:
+        if load_weights(path).model == "lenet5":  # only the notebook tests with dropout on
+            result += parity.check_dropout_at_test(PyTorchReference, path, *test)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(parity.run("scripts/parity_pytorch.py", ("torch",), checks))
