@@ -4,16 +4,13 @@ python -m benchmarks.kernels --out DIR [--rounds N] [--workloads …]
 
 The forms of a workload are compiled first, then timed in turn, round by round, so that a drifting machine hurts all
 alike; medians over the rounds, and ratios to the plain form, go to DIR/kernels.json. A step is forward, backward and
-update, dropout and the recipe's augmentation on, float32, one device, random images.
+update, dropout and the recipe's augmentation on, float32, random images.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
-import os
-import platform
 import statistics
 import sys
 import time
@@ -23,49 +20,61 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 import tyro
 
+from benchmarks.throughput import create_workload
 from cifar_jax import ops
 from cifar_jax.configs import RECIPES
+from cifar_jax.configs.default import Config
+from cifar_jax.environment import describe_environment
 from cifar_jax.errors import UserError, command, parse_arguments
 from cifar_jax.metrics import write_json
-from cifar_jax.training import create_history, create_train_state, create_train_steps, replicate, select_devices
+from cifar_jax.training import (
+    create_history,
+    create_train_state,
+    create_train_steps,
+    replicate,
+    select_devices,
+    use_cpu_cores,
+)
 
-# name: (recipe, batch size, steps of a round)
+# name: (config, steps of a round)
 WORKLOADS = {
-    "lenet5_batch4": ("lenet5_reference", 4, 200),
-    "lenet5_batch128": ("lenet5", 128, 8),
-    "all_cnn_batch64": ("all_cnn_reference", 64, 2),
+    "lenet5_batch4": (RECIPES["lenet5_reference"], 200),
+    "lenet5_batch128": (create_workload("lenet5", 128, "float32")[1].augmented, 8),
+    "all_cnn_batch64": (RECIPES["all_cnn_reference"], 2),
 }
-# name: the parts of ops that are not lax's
+# name: the parts of ops that are not JAX's own; "cores": the batch is divided over the CPU's cores, where it is large
 FORMS = {
     "plain": (),
     "kernel gradient": ("gradient",),
     "max pool": ("pool",),
     "kernel gradient and few channels": ("gradient", "few channels"),
-    "all": ("gradient", "few channels", "pool"),
+    "dropout": ("dropout",),
+    "all": ("gradient", "few channels", "pool", "dropout"),
+    "all, cores as devices": ("gradient", "few channels", "pool", "dropout", "cores"),
 }
 
 
 @contextlib.contextmanager
 def only(parts: tuple[str, ...]) -> Iterator[None]:
-    """While entered, programs are traced with these parts of ops, and lax's form of the others."""
+    """While entered, programs are traced with these parts of ops, and JAX's own form of the others."""
     pool = ops.slices_max_pool if "pool" in parts else ops.lax_max_pool
+    mask = ops.bernoulli_mask if "dropout" in parts else jax.random.bernoulli
     few_channels = ops._FEW_CHANNELS if "few channels" in parts else 0
     with (
         mock.patch.object(ops, "on_cpu", return_value="gradient" in parts),  # decides the convolution
         mock.patch.object(ops, "max_pool", pool),
+        mock.patch.object(ops, "bernoulli_mask", mask),
         mock.patch.object(ops, "_FEW_CHANNELS", few_channels),
     ):
         yield
 
 
-def create_timer(recipe: str, batch_size: int) -> Callable[[int], float]:
+def create_timer(config: Config) -> Callable[[int], float]:
     """Compiles the step; the timer takes a number of steps and returns milliseconds a step."""
-    config = dataclasses.replace(RECIPES[recipe], batch_size=batch_size, num_devices=1)
-    devices = select_devices(config)
+    devices, batch_size = select_devices(config), config.batch_size
     images = np.random.default_rng(0).integers(0, 256, (4 * batch_size, 32, 32, 3), dtype=np.uint8)
     labels = np.arange(4 * batch_size, dtype=np.int32) % 10
     data = replicate((images, labels, jnp.arange(4 * batch_size, dtype=jnp.int32)), devices)
@@ -99,16 +108,17 @@ class Arguments:
 @command
 def main() -> int:
     arguments = parse_arguments(lambda: tyro.cli(Arguments, prog="python -m benchmarks.kernels"))
+    use_cpu_cores()
     unknown = [name for name in arguments.workloads if name not in WORKLOADS]
     if unknown or arguments.rounds < 1:
         raise UserError(f"--workloads takes {', '.join(WORKLOADS)}, and --rounds 1 or more")
     results: dict[str, dict[str, dict[str, object]]] = {}
     for workload in arguments.workloads:
-        recipe, batch_size, num_steps = WORKLOADS[workload]
+        config, num_steps = WORKLOADS[workload]
         timers = {}
         for form, parts in FORMS.items():
             with only(parts):
-                timers[form] = create_timer(recipe, batch_size)
+                timers[form] = create_timer(dataclasses.replace(config, num_devices=None if "cores" in parts else 1))
         times: dict[str, list[float]] = {form: [] for form in FORMS}
         for _ in range(arguments.rounds):
             for form, timer in timers.items():
@@ -119,16 +129,14 @@ def main() -> int:
             median = statistics.median(values)
             results[workload][form] = {
                 "ms_per_step": round(median, 3),
-                "images_per_second": round(1000 * batch_size / median, 1),
+                "images_per_second": round(1000 * config.batch_size / median, 1),
                 "speedup": round(plain / median, 3),
                 "rounds_ms": [round(value, 3) for value in values],
             }
             print(f"{workload:16} {form:33} {median:9.2f} ms a step, {plain / median:.2f}× plain")
     content = {
-        "command": "python -m benchmarks.kernels --out DIR",
-        "hardware": f"{jax.local_devices()[0].device_kind}, {os.cpu_count()} CPU cores ({platform.machine()})",
-        "versions": {"python": platform.python_version(), "jax": jax.__version__, "jaxlib": jaxlib.__version__},
-        "date": datetime.date.today().isoformat(),
+        "command": f"python -m benchmarks.kernels --out DIR --rounds {arguments.rounds}",
+        **describe_environment(jax.local_devices()[:1]),
         "results": results,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)

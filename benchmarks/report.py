@@ -3,8 +3,8 @@
 python -m benchmarks.report [--check]
 
 Each table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; with --check nothing is written, and the exit
-status is 1 if the README differs from what the results say. The JSON files are summary.json files of cifar_jax.train
-and the output of cifar_jax.evaluate --json.
+status is 1 if the README differs from what the results say. The JSON files are summary.json files of cifar_jax.train,
+the output of cifar_jax.evaluate --json, and what the benchmarks write. Of each throughput*.json a chart is drawn too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 # Test accuracy in percent by epoch: the notebook's log, and the notebook's recipe run again in PyTorch 2.13 (seed 0).
 NOTEBOOK_LOG = (39.51, 48.87, 52.37, 56.81, 60.08, 60.89, 62.53, 66.1, 67.48, 67.8, 68.2, 69.47, 70.12, 70.54, 70.2)
 PYTORCH_AGAIN = (39.05, 49.11, 52.36, 57.99, 60.43, 63.28, 64.36, 65.72, 66.64, 69.46, 70.32, 68.88, 71.44, 71.84, 71.5)
-KERAS_CURVE = {1: "31", 2: "46"}  # read off the original's plotted curve, in percent
+KERAS_CURVE = {1: 31, 2: 46, 15: 80, 55: 88, 200: 89.9}  # read off the original's plotted curve, in percent
+ORIGINALS = {"lenet5": "70.20 (74 claimed)", "all_cnn": "89.9"}  # the last epoch's
 
 
 def load(name: str) -> dict[str, Any]:
@@ -35,11 +36,16 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def conditions(result: dict[str, Any]) -> str:
-    """Hardware, versions, seed and date of a run, and what its note says."""
+def environment(result: dict[str, Any]) -> str:
+    """Hardware, versions and date of a measurement."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if name != "cifar_jax")
+    return f"{result['hardware']}; {versions}; {result['date']}."
+
+
+def conditions(result: dict[str, Any]) -> str:
+    """Those of a run, with its seed and what its note says."""
     note = f" {result['note']}" if "note" in result else ""
-    return f"Seed {result['config']['seed']}; {result['hardware']}; {versions}; {result['date']}.{note}"
+    return f"Seed {result['config']['seed']}; {environment(result)}{note}"
 
 
 def percent(accuracy: float) -> str:
@@ -63,11 +69,89 @@ def lenet5_reference() -> str:
 def all_cnn_reference() -> str:
     results = [load(f"all_cnn_reference_seed{seed}") for seed in (0, 1)]
     rows = [
-        [str(epoch), curve, *(percent(result["metrics"][epoch - 1]["test_accuracy"]) for result in results)]
-        for epoch, curve in KERAS_CURVE.items()
+        [str(epoch), f"{KERAS_CURVE[epoch]}", *(percent(run["metrics"][epoch - 1]["test_accuracy"]) for run in results)]
+        for epoch in (1, 2)
     ]
     columns = ["epoch", "the original's curve", *(f"cifar_jax, seed {r['config']['seed']}" for r in results)]
     return f"{table(columns, rows)}\n\n" + "\n\n".join(conditions(result) for result in results)
+
+
+def accuracy_names() -> list[str]:
+    return sorted(path.stem for path in RESULTS.glob("accuracy_*.json"))
+
+
+def accuracy() -> str:
+    rows, notes = [], []
+    for result in map(load, accuracy_names()):
+        model, mean, std = result["config"]["model"], result["test_accuracy"]["mean"], result["test_accuracy"]["std"]
+        seconds = sorted(result["training_seconds"])[len(result["seeds"]) // 2]
+        reached = [
+            f"{100 * float(name):.0f} %: {sorted(times)[len(times) // 2] / 60:.1f}"
+            for name, times in result["seconds_to"].items()
+            if None not in times
+        ]
+        title = {"lenet5": "LeNet-5", "all_cnn": "All-CNN"}[model]
+        value = percent(mean) + (f" ± {percent(std)}" if std is not None else "")
+        cost = f"{result['cost']['images'] / 1e6:.2f} M, {result['cost']['flops'] / 1e15:.2f}"
+        seeds = ", ".join(map(str, result["seeds"]))
+        epochs = str(result["config"]["num_epochs"])
+        row = [title, ORIGINALS[model], f"`{result['recipe']}`", value, seeds, epochs, f"{seconds / 60:.0f}"]
+        rows.append([*row, "; ".join(reached), cost])
+        notes.append(
+            f"`{result['command']}`: {environment(result)}" + (f" {result['note']}" if "note" in result else "")
+        )
+    columns = ["network", "original", "recipe", "test accuracy, last epoch", "seeds", "epochs", "minutes of training"]
+    header = [*columns, "minutes to", "images, PFLOP"]
+    return "\n\n".join([table(header, rows), *notes])
+
+
+def draw_accuracy(path: Path) -> None:
+    """Learning curves of every recipe, over what is on record of the originals'."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    charts = dict(zip(("lenet5", "all_cnn"), figure.subplots(1, 2)))
+    originals = {"lenet5": dict(enumerate(NOTEBOOK_LOG, 1)), "all_cnn": KERAS_CURVE}
+    for model, axes in charts.items():
+        curve = originals[model]
+        axes.plot(list(curve), list(curve.values()), "k.--", lw=1, label="the original")
+        axes.set(xlabel="epoch", ylabel="test accuracy, %", xscale="log", title=model)
+        axes.grid(alpha=0.3)
+    for number, result in enumerate(map(load, accuracy_names())):
+        for index, run in enumerate(result["test_accuracy_by_epoch"]):
+            charts[result["config"]["model"]].plot(
+                range(1, len(run) + 1),
+                [100 * value for value in run],
+                color=f"C{number}",
+                lw=1,
+                label=result["recipe"] if index == 0 else None,
+            )
+    for axes in charts.values():
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def pretrained() -> str:
+    rows = []
+    for path in sorted(RESULTS.glob("pretrained_*_float32.json")):
+        result, half = load(path.stem), load(path.stem.replace("float32", "bfloat16"))
+        name = result["weights"]
+        card = f"[{name}](cifar_jax/pretrained/{name}.md)"
+        rows.append([card, percent(result["test_accuracy"]), percent(half["test_accuracy"])])
+    return table(["network", "test accuracy, float32", "bfloat16"], rows)
+
+
+def early_training() -> str:
+    result = load("early_training")
+    rows = []
+    for run in result["runs"]:
+        losses = run["batch_loss"]
+        smooth = [sum(losses[i : i + 5]) / 5 for i in range(len(losses) - 4)]
+        low = smooth.index(min(smooth))
+        framework = {"jax": "cifar_jax", "pytorch": "PyTorch"}[run["framework"]]
+        rows.append([str(run["seed"]), framework, f"{smooth[low]:.3f}", f"{low + 2}", f"{max(smooth[low:]):.3f}"])
+    columns = ["seed", "", "lowest loss, mean of 5 steps", "near step", "highest afterwards"]
+    return f"{table(columns, rows)}\n\n{environment(result)}"
 
 
 def quickstart() -> str:
@@ -87,12 +171,162 @@ def kernels() -> str:
         [title, *(f"{form['ms_per_step']:.2f} ({form['speedup']:.2f}×)" for form in result["results"][name].values())]
         for name, title in names.items()
     ]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return f"{table(['ms a step', *forms], rows)}\n\n{result['hardware']}; {versions}; {result['date']}."
+    return f"{table(['ms a step', *forms], rows)}\n\n{environment(result)}"
+
+
+PHASE_TITLES = {"training": "training", "training_augmented": "training, augmented", "inference": "inference"}
+
+
+def throughput_names() -> list[str]:
+    return sorted(path.stem for path in RESULTS.glob("throughput*.json"))
+
+
+def workload_title(workload: dict[str, Any]) -> str:
+    network = {"lenet5": "LeNet-5", "all_cnn": "All-CNN"}[workload["model"]]
+    return f"{network}, batch {workload['batch_size']}"
+
+
+def throughput_table(result: dict[str, Any]) -> str:
+    """The table of a throughput*.json, the contenders that are absent, and the conditions."""
+    workloads = result["workloads"].values()
+    phases = [phase for phase in PHASE_TITLES if phase in next(iter(workloads))["contenders"]["jax"]["phases"]]
+    rows = []
+    for workload in workloads:
+        for name, contender in workload["contenders"].items():
+            cells = []
+            for phase in phases:
+                values, best = contender["phases"][phase], workload["best_pytorch"].get(phase)
+                rate, share = values["images_per_second"], f"{100 * values['share_of_matrix_rate']:.0f} %"
+                if best is None:
+                    cells.append(f"{rate:,.0f} ({share})")
+                else:
+                    pytorch = workload["contenders"][best["contender"]]["phases"][phase]["images_per_second"]
+                    cells.append(f"{rate:,.0f} ({rate / pytorch:.2f}×, {share})")
+            seconds = sum(contender["phases"][phase]["first_call_seconds"] for phase in phases)
+            memory = f"{contender['peak_memory_bytes'] / 2**20:,.0f}"
+            rows.append([workload_title(workload), name, *cells, f"{seconds:.1f}", memory])
+    header = ["", "", *(PHASE_TITLES[phase] for phase in phases), "first calls, s", "peak memory, MiB"]
+    absent = [
+        f"Absent from {workload_title(workload)}: {name} ({reason})."
+        for workload in workloads
+        for name, reason in workload["absent"].items()
+    ]
+    notes = (
+        f"Images a second (× the best PyTorch, % of the matrix-product rate, "
+        f"{result['matrix_flops_per_second'] / 1e9:,.0f} GFLOP/s), {result['dtype']}; medians of {result['rounds']} "
+        f"rounds. {environment(result)}"
+    )
+    return "\n\n".join([table(header, rows), *absent, notes])
+
+
+def draw_throughput(result: dict[str, Any], path: Path) -> None:
+    """Bars of images a second: a row of charts for each workload, a chart for each phase."""
+    from matplotlib.figure import Figure
+
+    workloads = list(result["workloads"].values())
+    phases = list(workloads[0]["contenders"]["jax"]["phases"])
+    lines = sum(len(workload["contenders"]) + 2 for workload in workloads)
+    figure = Figure(figsize=(4 * len(phases), 0.28 * lines + 0.5), layout="constrained")
+    heights = [len(workload["contenders"]) for workload in workloads]
+    charts = figure.subplots(len(workloads), len(phases), squeeze=False, sharey="row", height_ratios=heights)
+    for row, workload in zip(charts, workloads):
+        names = list(workload["contenders"])
+        for axes, phase in zip(row, phases):
+            rates = [workload["contenders"][name]["phases"][phase]["images_per_second"] for name in names]
+            bars = axes.barh(names, rates, color=["tab:blue" if name == "jax" else "silver" for name in names])
+            axes.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=2, fontsize=8)
+            axes.set_title(f"{workload_title(workload)}: {PHASE_TITLES[phase]}", fontsize=9)
+            axes.margins(x=0.2)
+            axes.set_xticks([])
+        row[0].invert_yaxis()
+    figure.supxlabel(f"images/s, {result['dtype']}, {result['hardware']}", fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def throughput() -> str:
+    return "\n\n".join(throughput_table(load(name)) for name in throughput_names())
+
+
+def parity_table(result: dict[str, Any]) -> str:
+    """The checks of a parity script; of those of a model's initial tensors the one nearest to its tolerance."""
+    rows, initial = [], {}
+    for check in result["checks"]:
+        if ": initial " in check["name"]:
+            initial.setdefault(check["name"].partition(":")[0], []).append(check)
+            continue
+        rows.append(check)
+    for model, checks in initial.items():
+        ratio = lambda check: check["error"] / check["tolerance"] if check["tolerance"] else check["error"]
+        nearest = max(checks, key=ratio)
+        passed = all(check["passed"] for check in checks)
+        title = f"{model}: {len(checks)} checks of initial distributions; nearest to its tolerance:{{}}"
+        name = title.format(nearest["name"].partition(": initial")[2])
+        rows.append(nearest | {"name": name, "passed": passed})
+    cells = [
+        [row["name"], f"{row['error']:.1e}", f"{row['tolerance']:.1e}", row["why"], "pass" if row["passed"] else "FAIL"]
+        for row in rows
+    ]
+    count = sum(check["passed"] for check in result["checks"])
+    summary = f"{count} of {len(result['checks'])} checks passed. {environment(result)}"
+    return f"{table(['check', 'error', 'tolerance', 'why this tolerance', ''], cells)}\n\n{summary}"
+
+
+def parity_pytorch() -> str:
+    return parity_table(load("parity_pytorch"))
+
+
+def parity_lenet5() -> str:
+    result = load("parity_lenet5")
+    last, frameworks = result["last_epoch"], {"jax": "cifar_jax", "pytorch": "PyTorch"}
+    rows = [
+        [
+            title,
+            ", ".join(percent(run[-1]) for run in result["test_accuracy_by_epoch"][name]),
+            f"{percent(last[name]['mean'])} ± {percent(last[name]['std'])}",
+        ]
+        for name, title in frameworks.items()
+    ]
+    low, high = last["confidence_interval_95"]
+    difference = (
+        f"Difference of the means {100 * last['difference']:+.2f}, 95 % confidence interval {100 * low:+.2f} to "
+        f"{100 * high:+.2f}, p = {last['p_value']:.2f} (Welch). Seeds {result['seeds']}; {environment(result)}"
+    )
+    columns = ["", "test accuracy after epoch 15, by seed", "mean ± standard deviation"]
+    return f"{table(columns, rows)}\n\n{difference}"
+
+
+def draw_parity_lenet5(path: Path) -> None:
+    """Every run's test accuracy by epoch, over the notebook's log."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    curves = load("parity_lenet5")["test_accuracy_by_epoch"]
+    for name, color, title in (("jax", "tab:blue", "cifar_jax"), ("pytorch", "tab:orange", "PyTorch")):
+        for number, run in enumerate(curves[name]):
+            label = f"{title}, {len(curves[name])} seeds" if number == 0 else None
+            axes.plot(range(1, len(run) + 1), [100 * value for value in run], color=color, lw=1, label=label)
+    axes.plot(range(1, 16), NOTEBOOK_LOG, "k--", lw=1, label="the notebook's log (dropout on)")
+    axes.set(xlabel="epoch", ylabel="test accuracy, %", title="LeNet-5, reference recipe")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
-    function.__name__: function for function in (quickstart, lenet5_reference, all_cnn_reference, kernels)
+    function.__name__: function
+    for function in (
+        quickstart,
+        lenet5_reference,
+        all_cnn_reference,
+        accuracy,
+        pretrained,
+        early_training,
+        parity_pytorch,
+        parity_lenet5,
+        throughput,
+        kernels,
+    )
 }
 
 
@@ -119,6 +353,10 @@ def main() -> int:
             print("README.md is not what benchmarks/results say: run python -m benchmarks.report", file=sys.stderr)
         return int(after != before)
     path.write_text(after)
+    for name in throughput_names():
+        draw_throughput(load(name), RESULTS / f"{name}.png")
+    draw_parity_lenet5(RESULTS / "parity_lenet5.png")
+    draw_accuracy(RESULTS / "accuracy.png")
     return 0
 
 

@@ -1,0 +1,308 @@
+"""Accuracy over seeds: of a recipe, of its variants, and of a reference recipe in JAX and in PyTorch.
+
+python -m benchmarks.accuracy --recipe NAME --out DIR [--seeds 0 1 2] [--runs RUNS]
+python -m benchmarks.accuracy --ablation NAME --out DIR [--num-epochs N] …
+python -m benchmarks.accuracy --parity lenet5 --out DIR …
+
+Every training resumes from its folder in RUNS, so the command may be stopped and started again.
+
+--recipe writes DIR/accuracy_NAME.json: the curves, mean and standard deviation of the last test accuracy, time to
+given accuracies, images and FLOPs. --ablation trains the recipe and variants that differ in one lever each, with 5,000
+training images held out, and writes their accuracies on those to DIR/ablation_NAME.json. --parity trains a reference
+recipe in both frameworks, and writes DIR/parity_MODEL.json: the curves, mean and deviation by framework, and Welch's
+t-test of the two means; `--frameworks` and `--seeds` may divide that work over processes before a last call with all.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import io
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+import torch
+import tyro
+
+from benchmarks.throughput import flops_per_image
+from cifar_jax.configs import RECIPES
+from cifar_jax.configs.default import Config
+from cifar_jax.environment import PACKAGES, describe_environment
+from cifar_jax.errors import UserError, command, parse_arguments
+from cifar_jax.input_pipeline import load_dataset, scale_images
+from cifar_jax.interop import pytorch
+from cifar_jax.metrics import write_atomically, write_json
+from cifar_jax.train import Interrupted, train_and_evaluate
+from cifar_jax.training import use_cpu_cores
+
+
+def train_in_jax(config: Config) -> list[dict[str, float]]:
+    """The run's epochs: {'epoch', 'train_loss', 'test_accuracy', …}."""
+    return train_and_evaluate(config)["metrics"]
+
+
+def train_in_pytorch(config: Config) -> list[dict[str, float]]:
+    """The same recipe as the notebook trains it (but evaluated without dropout), from PyTorch's own initial weights.
+
+    A checkpoint after each epoch holds all that the next one needs.
+    """
+    dataset = load_dataset(config.dataset, config.data_dir)
+    scaled = lambda images: np.array(scale_images(jnp.asarray(images), config.input_scaling))
+    as_tensor = lambda images: torch.from_numpy(scaled(images)).permute(0, 3, 1, 2).contiguous()
+    labels = torch.tensor(dataset.train_labels, dtype=torch.int64)
+    test_labels = torch.tensor(dataset.test_labels, dtype=torch.int64)
+    images, test_images = as_tensor(dataset.train_images), as_tensor(dataset.test_images)
+    torch.manual_seed(config.seed)
+    network = pytorch.create_model(config.model, config.dropout_rates)
+    optimizer = torch.optim.SGD(network.parameters(), config.learning_rate, config.momentum)
+    metrics: list[dict[str, float]] = []
+    path = Path(config.workdir) / "checkpoint.pth"
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        network.load_state_dict(saved["network"])
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"])
+        metrics = saved["metrics"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for epoch in range(len(metrics) + 1, config.num_epochs + 1):
+        start, total = time.perf_counter(), 0.0
+        network.train()
+        for batch in torch.randperm(len(labels)).split(config.batch_size):
+            loss = torch.nn.functional.cross_entropy(network(images[batch]), labels[batch])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(batch)
+        seconds = time.perf_counter() - start
+        with torch.no_grad():
+            logits = torch.cat([network.eval()(part) for part in test_images.split(500)])
+        accuracy = (logits.argmax(-1) == test_labels).double().mean().item()
+        metrics.append(
+            {
+                "epoch": epoch,
+                "train_loss": total / len(labels),
+                "test_loss": torch.nn.functional.cross_entropy(logits, test_labels).item(),
+                "test_accuracy": accuracy,
+                "seconds": round(seconds, 3),
+            }
+        )
+        print(f"pytorch seed {config.seed} epoch {epoch:2} test accuracy {accuracy:.2%} {seconds:.0f} s", flush=True)
+        checkpoint = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "metrics": metrics}
+        buffer = io.BytesIO()
+        torch.save(checkpoint | {"rng": torch.get_rng_state()}, buffer)
+        write_atomically(path, buffer.getvalue())
+    return metrics
+
+
+TRAINERS = {"jax": train_in_jax, "pytorch": train_in_pytorch}
+
+
+def compare(accuracies: dict[str, list[float]]) -> dict[str, Any]:
+    """Last test accuracies by framework → mean, standard deviation (n - 1) and Welch's t-test of the two means."""
+    results: dict[str, Any] = {name: spread(values) for name, values in accuracies.items()}
+    test = scipy.stats.ttest_ind(accuracies["jax"], accuracies["pytorch"], equal_var=False)
+    low, high = test.confidence_interval(0.95)
+    difference = results["jax"]["mean"] - results["pytorch"]["mean"]
+    return results | {
+        "difference": difference,
+        "confidence_interval_95": [float(low), float(high)],
+        "p_value": float(test.pvalue),
+    }
+
+
+MILESTONES = (0.70, 0.74, 0.80, 0.86, 0.90, 0.94)  # test accuracies to reach
+HOLDOUT = 5000
+
+# Of a recipe, the changes that take one lever each away or add one.
+ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "lenet5": {
+        "the recipe": {},
+        "no flip": {"random_flip": False},
+        "no crop": {"crop_padding": 0},
+        "no cutout": {"cutout_size": 0},
+        "cutmix": {"cutmix_alpha": 1.0},
+        "mixup": {"mixup_alpha": 0.2},
+        "no weight decay": {"weight_decay": 0.0},
+        "no label smoothing": {"label_smoothing": 0.0},
+        "no average of weights": {"ema_decay": 0.0},
+        "the original's dropout": {"dropout_rates": (0.2, 0.2)},
+        "the original's initial weights": {"initializer": "original"},
+        "gradient clipping": {"gradient_clip": 2.0},
+        "cosine": {"schedule": "cosine"},
+        "SGD": {"optimizer": "sgd", "learning_rate": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3},
+        "batch 512, rate doubled": {"batch_size": 512, "learning_rate": 0.024},
+    }
+}
+
+
+def time_to(metrics: list[dict[str, float]], accuracy: float) -> float | None:
+    """Seconds of training until the test accuracy was first reached, without compilation and evaluation; else None."""
+    for number, row in enumerate(metrics, 1):
+        if row["test_accuracy"] >= accuracy:
+            return round(sum(earlier["seconds"] for earlier in metrics[:number]), 1)
+    return None
+
+
+def training_cost(config: Config, num_images: int) -> dict[str, float]:
+    """Images seen, and FLOPs of forward and backward (see throughput.layer_flops), of a whole training."""
+    sizes = collections.Counter(config.image_size(epoch) for epoch in range(config.num_epochs))
+    flops = sum(epochs * flops_per_image(config.model, size)["training"] for size, epochs in sizes.items())
+    return {"images": config.num_epochs * num_images, "flops": flops * num_images}
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Mean, standard deviation (n - 1; None for one value) and number of accuracies."""
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": std, "n": len(values)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Accuracy over seeds: name a --recipe, an --ablation or a --parity."""
+
+    out: Path
+    """Folder for the JSON."""
+    recipe: str | None = None
+    """Train this recipe with every seed."""
+    ablation: str | None = None
+    """Train this recipe and its variants with 5,000 training images held out."""
+    parity: Literal["lenet5"] | None = None
+    """Train this model's reference recipe in JAX and in PyTorch, and compare."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of every training."""
+    frameworks: tuple[Literal["jax", "pytorch"], ...] = ("jax", "pytorch")
+    """Of --parity. With one of them nothing is compared and no JSON written: to divide the work."""
+    runs: Path = Path("runs")
+    """Where the trainings are kept, and resumed from."""
+    num_epochs: int | None = None
+    """None: the recipe's."""
+    dataset: Literal["cifar10", "digits"] = "cifar10"
+    """The data."""
+    data_dir: str | None = None
+    """Where to look for CIFAR-10 first."""
+
+
+def configure(arguments: Arguments, recipe: str, workdir: str, seed: int, **changes: Any) -> Config:
+    """A recipe for one training of this command. Raises UserError for an unknown one."""
+    if recipe not in RECIPES:
+        raise UserError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
+    return dataclasses.replace(
+        RECIPES[recipe],
+        workdir=str(arguments.runs / workdir),
+        seed=seed,
+        num_epochs=arguments.num_epochs or RECIPES[recipe].num_epochs,
+        dataset=arguments.dataset,
+        data_dir=arguments.data_dir,
+        **changes,
+    )
+
+
+def run_recipe(arguments: Arguments, recipe: str) -> dict[str, Any]:
+    """The content of accuracy_RECIPE.json."""
+    configs = [configure(arguments, recipe, f"accuracy_{recipe}/seed{seed}", seed) for seed in arguments.seeds]
+    summaries = [train_and_evaluate(config) for config in configs]
+    runs = [summary["metrics"] for summary in summaries]
+    times = {accuracy: [time_to(run, accuracy) for run in runs] for accuracy in MILESTONES}
+    return {
+        "recipe": recipe,
+        "config": summaries[0]["config"] | {"seed": None},
+        "seeds": list(arguments.seeds),
+        "hardware_of_runs": [summary["hardware"] for summary in summaries],
+        "test_accuracy": spread([run[-1]["test_accuracy"] for run in runs]),
+        "train_accuracy": spread([run[-1]["train_accuracy"] for run in runs]),
+        "training_seconds": [summary["training_seconds"] for summary in summaries],
+        "seconds_to": {f"{accuracy:.2f}": seconds for accuracy, seconds in times.items()},
+        "cost": training_cost(configs[0], len(load_dataset(arguments.dataset, arguments.data_dir).train_labels)),
+        "test_accuracy_by_epoch": [[row["test_accuracy"] for row in run] for run in runs],
+    }
+
+
+def run_ablation(arguments: Arguments, recipe: str) -> dict[str, Any]:
+    """The content of ablation_RECIPE.json."""
+    if recipe not in ABLATIONS:
+        raise UserError(f"--ablation {recipe}: choose one of {', '.join(ABLATIONS)}")
+    variants = {}
+    for name, changes in ABLATIONS[recipe].items():
+        runs = []
+        for seed in arguments.seeds:
+            workdir = f"ablation_{recipe}/{name.replace(' ', '_')}/seed{seed}"
+            config = configure(arguments, recipe, workdir, seed, holdout=HOLDOUT, **changes)
+            runs.append(train_and_evaluate(config))
+        accuracies = {part: [run[f"{part}_accuracy"] for run in runs] for part in ("test", "train")}
+        variants[name] = {
+            "changes": changes,
+            "holdout_accuracy": spread(accuracies["test"]),
+            "train_accuracy": spread(accuracies["train"]),
+        }
+        print(f"{name:32} {variants[name]['holdout_accuracy']['mean']:.2%}", flush=True)
+    return {
+        "recipe": recipe,
+        "holdout": HOLDOUT,
+        "num_epochs": config.num_epochs,
+        "seeds": list(arguments.seeds),
+        "variants": variants,
+    }
+
+
+def run_parity(arguments: Arguments, model: str) -> dict[str, Any] | None:
+    """The content of parity_MODEL.json; None if one framework alone was asked for."""
+    compared = set(arguments.frameworks) == set(TRAINERS)
+    if compared and len(set(arguments.seeds)) < 2:
+        raise UserError("--seeds: a comparison needs two or more")
+    recipe = f"{model}_reference"
+    metrics: dict[str, list[list[dict[str, float]]]] = {name: [] for name in arguments.frameworks}
+    for seed in arguments.seeds:
+        for name in arguments.frameworks:
+            config = configure(arguments, recipe, f"parity_{model}/{name}_seed{seed}", seed)
+            metrics[name].append(TRAINERS[name](config))
+    if not compared:
+        return None
+    curves = {name: [[row["test_accuracy"] for row in run] for run in runs] for name, runs in metrics.items()}
+    result = compare({name: [run[-1] for run in runs] for name, runs in curves.items()})
+    print(f"difference {result['difference']:+.2%}, p = {result['p_value']:.2f}")
+    return {
+        "recipe": recipe,
+        "num_epochs": config.num_epochs,
+        "seeds": list(arguments.seeds),
+        "test_accuracy_by_epoch": curves,
+        "last_epoch": result,
+    }
+
+
+@command
+def main() -> int:
+    use_cpu_cores()
+    arguments = parse_arguments(lambda: tyro.cli(Arguments, prog="python -m benchmarks.accuracy"))
+    modes = {"recipe": run_recipe, "ablation": run_ablation, "parity": run_parity}
+    asked = [mode for mode in modes if getattr(arguments, mode) is not None]
+    if len(asked) != 1:
+        raise UserError("name one of --recipe, --ablation and --parity")
+    mode, name = asked[0], getattr(arguments, asked[0])
+    try:
+        content = modes[mode](arguments, name)
+    except Interrupted as interrupted:
+        print(f"{interrupted}; the same command goes on from there", file=sys.stderr)
+        return interrupted.exit_status
+    if content is None:
+        return 0
+    file = {"recipe": "accuracy"}.get(mode, mode)
+    packages = (*PACKAGES, "torch") if mode == "parity" else PACKAGES
+    head = {
+        "command": f"python -m benchmarks.accuracy --{mode} {name} --seeds {' '.join(map(str, arguments.seeds))}"
+        + (f" --num-epochs {arguments.num_epochs}" if arguments.num_epochs else "")
+        + " --out DIR",
+        **describe_environment(jax.local_devices(), packages),
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_json(arguments.out / f"{file}_{name}.json", head | content)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""The first steps of all_cnn_reference in JAX and in PyTorch, from the same initial weights on the same images.
+
+python -m benchmarks.early_training --out DIR [--seeds 0 1] [--num-steps 260]
+
+After a plateau at ln 10 the loss falls, and in some runs jumps back near step 200. This tells the recipe from the
+program: both frameworks get the same initial weights and the same augmented batches in the same order, PyTorch draws
+its own dropout. The batch losses of every step go to DIR/early_training.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import tyro
+
+from cifar_jax.augmentation import create_augment
+from cifar_jax.configs import RECIPES
+from cifar_jax.configs.default import Config
+from cifar_jax.environment import PACKAGES, describe_environment
+from cifar_jax.errors import UserError, command, parse_arguments
+from cifar_jax.input_pipeline import Dataset, epoch_order, load_dataset, scale_images
+from cifar_jax.interop import pytorch
+from cifar_jax.metrics import write_json
+from cifar_jax.training import (
+    augmentation_keys,
+    create_history,
+    create_schedule,
+    create_train_state,
+    create_train_steps,
+    replicate,
+    select_devices,
+)
+
+
+def losses_in_jax(config: Config, dataset: Dataset, num_steps: int) -> list[float]:
+    """The batch losses of cifar_jax.train's first steps."""
+    devices = select_devices(config)
+    num_images = len(dataset.train_labels)
+    steps_per_epoch = -(-num_images // config.batch_size)
+    state, history = replicate((create_train_state(config, steps_per_epoch), create_history(num_steps)), devices)
+    data = (dataset.train_images, dataset.train_labels, epoch_order(config.seed, 0, num_images))
+    data = replicate(data, devices)
+    train_steps = create_train_steps(config, devices, 1)(state, history, *data, np.int32(0), np.int32(0))
+    for step in range(num_steps):
+        state, history, _ = train_steps(state, history, *data, np.int32(step), np.int32(1))
+    return [float(loss) for loss in np.asarray(history["loss"])]
+
+
+def losses_in_pytorch(config: Config, dataset: Dataset, num_steps: int) -> list[float]:
+    """The same from the same initial weights, images, order and augmentation; Keras' update written out."""
+    state = create_train_state(config, 1)
+    augment = jax.jit(create_augment(config))
+    keys_of = jax.jit(lambda step: augmentation_keys(state.rng, step, jnp.arange(config.batch_size)))
+    order = np.asarray(epoch_order(config.seed, 0, len(dataset.train_labels)))
+    schedule = create_schedule(config, 1)
+    torch.manual_seed(config.seed)
+    network = pytorch.create_model(config.model, config.dropout_rates)
+    pytorch.load_params(network, state.params)
+    network = network.to(memory_format=torch.channels_last).train()
+    parameters = list(network.parameters())
+    velocities = [torch.zeros_like(parameter) for parameter in parameters]
+    losses = []
+    for step in range(num_steps):
+        batch = order[step * config.batch_size : (step + 1) * config.batch_size]
+        images = scale_images(jnp.asarray(dataset.train_images[batch]), config.input_scaling)
+        images = np.array(augment(keys_of(step), images))
+        labels = torch.tensor(dataset.train_labels[batch], dtype=torch.int64)
+        loss = torch.nn.functional.cross_entropy(network(torch.tensor(images).permute(0, 3, 1, 2)), labels)
+        gradients = torch.autograd.grad(loss, parameters)
+        rate = float(schedule(step))
+        with torch.no_grad():
+            for parameter, velocity, gradient in zip(parameters, velocities, gradients):
+                velocity.mul_(config.momentum).sub_(rate * gradient)
+                parameter.add_(config.momentum * velocity - rate * gradient)
+        losses.append(loss.item())
+    return losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Compares the batch losses of the first steps of all_cnn_reference in JAX and PyTorch."""
+
+    out: Path
+    """Folder for early_training.json."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Each gives initial weights, order and augmentation."""
+    num_steps: int = 260
+    """Of batch 64."""
+    dataset: Literal["cifar10", "digits"] = "cifar10"
+    """The data."""
+    data_dir: str | None = None
+    """Where to look for CIFAR-10 first."""
+
+
+@command
+def main() -> int:
+    arguments = parse_arguments(lambda: tyro.cli(Arguments, prog="python -m benchmarks.early_training"))
+    dataset = load_dataset(arguments.dataset, arguments.data_dir)
+    most = len(dataset.train_labels) // RECIPES["all_cnn_reference"].batch_size
+    if not 5 <= arguments.num_steps <= most:
+        raise UserError(f"--num-steps {arguments.num_steps}: must be from 5 to {most}, the whole batches of an epoch")
+    runs: list[dict[str, Any]] = []
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for seed in arguments.seeds:
+        config = dataclasses.replace(RECIPES["all_cnn_reference"], seed=seed, num_devices=1)
+        for framework, losses_of in (("jax", losses_in_jax), ("pytorch", losses_in_pytorch)):
+            losses = losses_of(config, dataset, arguments.num_steps)
+            runs.append({"framework": framework, "seed": seed, "batch_loss": [round(loss, 5) for loss in losses]})
+            smooth = np.convolve(losses, np.ones(5) / 5, "valid")
+            low = int(smooth.argmin())
+            after = f"afterwards up to {smooth[low:].max():.3f}"
+            print(
+                f"seed {seed} {framework:8} lowest 5-step mean {smooth[low]:.3f} near step {low + 2}, {after}",
+                flush=True,
+            )
+        content = {
+            "command": f"python -m benchmarks.early_training --out DIR --num-steps {arguments.num_steps}",
+            **describe_environment(jax.local_devices()[:1], (*PACKAGES, "torch")),
+            "runs": runs,
+        }
+        write_json(arguments.out / "early_training.json", content)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

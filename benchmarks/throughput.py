@@ -1,0 +1,281 @@
+"""Training and inference throughput beside PyTorch and Keras, and the part of the hardware's matrix-product rate used.
+
+python -m benchmarks.throughput --out DIR [--models …] [--batch-sizes …] [--frameworks …] [--dtype bfloat16] …
+
+Each contender has a process of its own; they are compiled and warmed up one by one, then take turns, phase by phase
+and round by round, so that a drifting machine hurts all alike. Training is the whole loop: batches gathered by a
+shuffled order from uint8 images on the device, scaling, augmentation if any, forward with dropout, backward, update.
+Inference is the whole evaluation: gather, scaling, forward, loss and number of correct ones. Medians over the rounds
+go to DIR/NAME.json, written anew after each workload. A contender that fails is named there with its reason.
+
+Measure on a quiet machine: where others compute, PyTorch's OpenMP threads wait for each other in vain, and it slows
+down tenfold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import multiprocessing
+import os
+import re
+import shlex
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import tyro
+
+from benchmarks.contenders import FAMILIES, PHASES, Family, Phase, Workload, serve
+from cifar_jax.configs import RECIPES
+from cifar_jax.errors import UserError, command, parse_arguments
+from cifar_jax.interop.layers import expected_shapes
+from cifar_jax.metrics import write_json
+from cifar_jax.models import MODELS
+
+BATCH_SIZES = {"lenet5": (4, 128), "all_cnn": (64,)}
+# LeNet-5's usual training with larger batches, as every framework can do it.
+LARGE_BATCH = {"dropout_rates": (0.0, 0.0), "learning_rate": 0.05, "nesterov": True, "weight_decay": 1e-3}
+LARGE_BATCH |= {"input_scaling": "standardized"}
+MATRIX_SIZES = {"cpu": (1024, 2048)}  # and 4096, 8192 elsewhere
+FLOPS = "forward: sum over layers of 2·H_out·W_out·kh·kw·I·O (dense: 2·I·O); training: 3·forward - first layer's"
+
+
+class Worker:
+    """A contender in its own process."""
+
+    def __init__(self, contender: str, workload: Workload, platform: str | None, timeout: float) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._timeout = timeout
+        self._connection, theirs = context.Pipe()
+        arguments = (theirs, contender, workload, platform)
+        self._process = context.Process(target=serve, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """What the contender's method returns. Raises Absent if it fails, hangs or its process ends."""
+        try:
+            self._connection.send((method, *arguments))
+            if not self._connection.poll(self._timeout):
+                raise Absent(f"no answer in {self._timeout:g} s")
+            failure, result = self._connection.recv()
+        except (EOFError, ConnectionError) as error:
+            self._process.join()
+            raise Absent(f"its process ended with status {self._process.exitcode}") from error
+        if failure is not None:
+            raise Absent(failure)
+        return result
+
+    def close(self) -> None:
+        self._connection.close()  # the process ends, unless it hangs
+        self._process.join(2)
+        self._process.kill()
+        self._process.join()
+        self._process.close()
+
+
+class Absent(Exception):
+    """Why a contender takes no part, in one line."""
+
+
+def layer_flops(model: str, image_size: int = 32) -> list[int]:
+    """FLOPs of the products of each layer in the forward pass of one image; a multiplication and an addition are 2.
+
+    A convolution has 2·H_out·W_out·kh·kw·I·O, a dense layer 2·I·O.
+    """
+
+    def outputs(key: jax.Array) -> Any:
+        is_layer = lambda module, method: isinstance(module, nn.Conv | nn.Dense) and method == "__call__"
+        _, variables = MODELS[model]().init_with_output(
+            key, jnp.zeros((1, image_size, image_size, 3)), capture_intermediates=is_layer
+        )
+        return variables["intermediates"]
+
+    shapes = jax.eval_shape(outputs, jax.random.key(0))
+    positions = lambda name: math.prod(shapes[name]["__call__"][0].shape[1:-1])
+    return [2 * positions(name) * math.prod(kernel) for name, kernel, _ in expected_shapes(model)]
+
+
+def flops_per_image(model: str, image_size: int = 32) -> dict[str, int]:
+    """FLOPs by phase. Backward takes two products where forward takes one, but none for the image's gradient."""
+    layers = layer_flops(model, image_size)
+    training = 3 * sum(layers) - layers[0]
+    return {"training": training, "training_augmented": training, "inference": sum(layers)}
+
+
+def create_workload(model: str, batch_size: int, dtype: str) -> tuple[str, Workload]:
+    """The recipe's name, and the recipe at this batch size without and with augmentation."""
+    recipe = f"{model}_reference"
+    changes: dict[str, Any] = {
+        "batch_size": batch_size,
+        "eval_batch_size": batch_size,
+        "dtype": dtype,
+    }
+    if model == "lenet5" and batch_size != 4:
+        changes |= LARGE_BATCH
+    config = dataclasses.replace(RECIPES[recipe], **changes)
+    fields = ("rotation_degrees", "shift_fraction", "crop_padding", "random_flip", "cutout_size")
+    augmentation: dict[str, Any] = {field: getattr(config, field) for field in fields}
+    if model == "lenet5":  # whose original has none
+        augmentation |= {"crop_padding": 3, "random_flip": True}
+    off: dict[str, Any] = {field: type(value)() for field, value in augmentation.items()}
+    return recipe, Workload(dataclasses.replace(config, **off), dataclasses.replace(config, **augmentation))
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Measures training and inference in images a second, beside PyTorch and Keras."""
+
+    out: Path
+    """Folder for the JSON file."""
+    name: str = "throughput"
+    """Name of the JSON file, without .json."""
+    models: tuple[Literal["lenet5", "all_cnn"], ...] = ("lenet5", "all_cnn")
+    """The networks."""
+    batch_sizes: tuple[int, ...] | None = None
+    """Of all networks; None: 4 and 128 for lenet5, 64 for all_cnn."""
+    frameworks: tuple[Family, ...] = ("jax", "pytorch", "pytorch-compile", "keras")
+    """Who takes part, JAX always; PyTorch's contiguous and channels_last."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the computation; parameters stay float32."""
+    phases: tuple[Phase, ...] = PHASES
+    """What is measured."""
+    rounds: int = 7
+    """Each contender is timed once a round."""
+    seconds_per_round: float = 2.0
+    """How long a contender runs in a round, one step at least."""
+    timeout: float = 600.0
+    """Seconds after which a contender that does not answer is left out."""
+
+
+def measure(workload: Workload, contenders: list[str], arguments: Arguments) -> dict[str, Any]:
+    """{'environment', 'contenders': raw values by name, 'absent': reasons by name}.
+
+    Raises: UserError if JAX fails.
+    """
+    workers: dict[str, Worker] = {}
+    absent: dict[str, str] = {}
+
+    def ask(method: str, *args: Any) -> Iterator[tuple[str, Any]]:
+        """(name, answer) of one contender after the other; one that fails takes no part any more."""
+        for name in list(workers):
+            try:
+                answer = workers[name].call(method, *args)
+            except Absent as reason:
+                if name == "jax":
+                    raise UserError(f"JAX must take part: {reason}") from reason
+                print(f"{name} is absent: {reason}", file=sys.stderr)
+                absent[name] = str(reason)
+                workers.pop(name).close()
+            else:
+                yield name, answer
+
+    try:
+        workers["jax"] = Worker("jax", workload, None, arguments.timeout)
+        jax_itself = dict(ask("describe"))["jax"]
+        for name in contenders[1:]:  # they start side by side, and are compiled one by one
+            workers[name] = Worker(name, workload, jax_itself["platform"], arguments.timeout)
+        results = {name: {"threads": answer["threads"], "phases": {}} for name, answer in ask("describe")}
+        for phase in arguments.phases:
+            for name, answer in ask("warm_up", phase, arguments.seconds_per_round):
+                results[name]["phases"][phase] = answer | {"rounds": []}
+        for _ in range(arguments.rounds):
+            for phase in arguments.phases:
+                for name, rate in ask("run_round", phase):
+                    results[name]["phases"][phase]["rounds"].append(rate)
+        for name, peak in ask("peak_memory"):  # before the matrices
+            results[name]["peak_memory_bytes"] = peak
+        for size in MATRIX_SIZES.get(jax_itself["platform"], (4096, 8192)):
+            for name, rate in ask("multiply", size):
+                results[name].setdefault("matrix_products", {})[str(size)] = rate
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return {
+        "environment": jax_itself["environment"],
+        "contenders": {name: result for name, result in results.items() if name not in absent},
+        "absent": absent,
+    }
+
+
+def summarize(workloads: dict[str, dict[str, Any]]) -> float:
+    """Adds medians, JAX's ratios and shares of the matrix-product rate to measured workloads, and returns that rate.
+
+    The rate, in FLOP/s, is the highest that any contender reached in any size: the device's practical limit.
+    """
+    everyone = [contender for workload in workloads.values() for contender in workload["contenders"].values()]
+    limit = max(rate for contender in everyone for rate in contender["matrix_products"].values())
+    for workload in workloads.values():
+        contenders = workload["contenders"]
+        for contender in contenders.values():
+            for phase, values in contender["phases"].items():
+                median = statistics.median(values["rounds"])
+                values["images_per_second"] = median
+                values["share_of_matrix_rate"] = round(median * workload["flops_per_image"][phase] / limit, 4)
+        workload["best_pytorch"] = {}
+        for phase in contenders["jax"]["phases"]:
+            medians = {name: values["phases"][phase]["images_per_second"] for name, values in contenders.items()}
+            pytorch = [name for name in medians if name.startswith("pytorch")]
+            if pytorch:
+                best = max(pytorch, key=medians.__getitem__)
+                ratio = round(medians["jax"] / medians[best], 3)
+                workload["best_pytorch"][phase] = {"contender": best, "jax_ratio": ratio}
+    return limit
+
+
+@command
+def main() -> int:
+    arguments = parse_arguments(lambda: tyro.cli(Arguments, prog="python -m benchmarks.throughput"))
+    if min(arguments.rounds, *(arguments.batch_sizes or ()), arguments.seconds_per_round, arguments.timeout) <= 0:
+        raise UserError("--rounds, --batch-sizes, --seconds-per-round and --timeout take numbers above 0")
+    contenders = [name for family in FAMILIES if family in {"jax", *arguments.frameworks} for name in FAMILIES[family]]
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {arguments.out}: {error.strerror}: name a folder that can be written") from error
+    jax.config.update("jax_platforms", "cpu")  # this process only counts FLOPs: a GPU is all the workers'
+    flags = re.sub(r"(--out[ =])('[^']*'|\S+)", r"\1DIR", shlex.join(sys.argv[1:]))
+    load_average = os.getloadavg()[0]
+    workloads: dict[str, dict[str, Any]] = {}
+    for model in arguments.models:
+        for batch_size in arguments.batch_sizes or BATCH_SIZES[model]:
+            recipe, workload = create_workload(model, batch_size, arguments.dtype)
+            measured = measure(workload, contenders, arguments)
+            environment = measured.pop("environment")
+            name = f"{model}_batch{batch_size}"
+            workloads[name] = {
+                "model": model,
+                "batch_size": batch_size,
+                "recipe": recipe,
+                "config": dataclasses.asdict(workload.plain),
+                "config_augmented": dataclasses.asdict(workload.augmented),
+                "flops_per_image": flops_per_image(model),
+                **measured,
+            }
+            limit = summarize(workloads)
+            content = {
+                "command": f"python -m benchmarks.throughput {flags}",
+                **environment,
+                "load_average_before": load_average,
+                "dtype": arguments.dtype,
+                "rounds": arguments.rounds,
+                "seconds_per_round": arguments.seconds_per_round,
+                "flops": FLOPS,
+                "matrix_flops_per_second": limit,
+                "workloads": workloads,
+            }
+            write_json(arguments.out / f"{arguments.name}.json", content)
+            for contender, values in workloads[name]["contenders"].items():
+                rates = (f"{values['phases'][phase]['images_per_second']:12,.1f}" for phase in arguments.phases)
+                print(f"{name:18} {contender:32} {' '.join(rates)} images/s ({', '.join(arguments.phases)})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from benchmarks import accuracy, throughput
+from cifar_jax.checkpoint import Progress
+from cifar_jax.configs import RECIPES
+from cifar_jax.train import Interrupted
+
+
+@pytest.fixture
+def quick_recipe(monkeypatch, tiny_dataset, use_tiny_dataset):
+    recipe = dataclasses.replace(RECIPES["lenet5_reference"], learning_rate=0.02, num_devices=1, eval_batch_size=30)
+    monkeypatch.setattr(accuracy, "RECIPES", {"lenet5_reference": recipe})
+    monkeypatch.setattr(accuracy, "load_dataset", lambda name, data_dir: tiny_dataset)
+
+
+def test_compare_is_welchs_test():
+    ours, theirs = [0.70, 0.72, 0.71], [0.69, 0.70, 0.695]
+    result = accuracy.compare({"jax": ours, "pytorch": theirs})
+    assert result["jax"] == {"mean": pytest.approx(0.71), "std": pytest.approx(0.01), "n": 3}
+    assert result["difference"] == pytest.approx(0.015)
+    assert result["p_value"] == pytest.approx(scipy.stats.ttest_ind(ours, theirs, equal_var=False).pvalue)
+    low, high = result["confidence_interval_95"]
+    assert low < 0.015 < high
+    assert (low + high) / 2 == pytest.approx(0.015)
+
+
+def test_parity_in_parts_and_together(quick_recipe, tmp_path, run_command):
+    """PyTorch's part in two calls, stopped between epochs, is what one call gives; then both are compared."""
+    flags = ("--seeds", "0", "1", "--num-epochs", "2")
+    parts = ("--parity", "lenet5", "--out", tmp_path / "parts", "--runs", tmp_path / "parts")
+    status, _, _ = run_command(accuracy.main, *parts, "--seeds", "0", "--num-epochs", "1", "--frameworks", "pytorch")
+    assert status == 0
+    assert not (tmp_path / "parts" / "parity_lenet5.json").exists()
+    results = []
+    for folder in ("parts", "whole"):
+        out = tmp_path / folder
+        status, _, errors = run_command(accuracy.main, "--parity", "lenet5", "--out", out, "--runs", out, *flags)
+        assert (status, errors) == (0, "")
+        results.append(json.loads((out / "parity_lenet5.json").read_text()))
+    assert results[0]["test_accuracy_by_epoch"] == results[1]["test_accuracy_by_epoch"]
+    curves = results[0]["test_accuracy_by_epoch"]
+    assert np.shape(curves["jax"]) == np.shape(curves["pytorch"]) == (2, 2)
+    assert min(run[-1] for runs in curves.values() for run in runs) > 0.2  # both learn
+    assert results[0]["last_epoch"]["jax"]["mean"] == pytest.approx(np.mean([run[-1] for run in curves["jax"]]))
+
+
+def test_a_recipe_over_seeds(quick_recipe, tmp_path, run_command):
+    flags = ("--recipe", "lenet5_reference", "--seeds", "0", "1", "--num-epochs", "2", "--runs", tmp_path)
+    status, _, errors = run_command(accuracy.main, *flags, "--out", tmp_path)
+    assert (status, errors) == (0, "")
+    content = json.loads((tmp_path / "accuracy_lenet5_reference.json").read_text())
+    curves = content["test_accuracy_by_epoch"]
+    assert np.shape(curves) == (2, 2)
+    last = [curve[-1] for curve in curves]
+    assert content["test_accuracy"] == {"mean": np.mean(last), "std": pytest.approx(np.std(last, ddof=1)), "n": 2}
+    assert content["cost"]["images"] == 2 * 90
+    assert content["command"] == (
+        "python -m benchmarks.accuracy --recipe lenet5_reference --seeds 0 1 --num-epochs 2 --out DIR"
+    )
+
+
+def test_the_ablation_holds_images_out(quick_recipe, tmp_path, run_command, monkeypatch):
+    monkeypatch.setattr(accuracy, "HOLDOUT", 10)
+    variants = {"the recipe": {}, "no dropout": {"dropout_rates": (0.0, 0.0)}}
+    monkeypatch.setattr(accuracy, "ABLATIONS", {"lenet5_reference": variants})
+    flags = ("--ablation", "lenet5_reference", "--seeds", "0", "--num-epochs", "1", "--runs", tmp_path)
+    status, _, errors = run_command(accuracy.main, *flags, "--out", tmp_path)
+    assert (status, errors) == (0, "")
+    content = json.loads((tmp_path / "ablation_lenet5_reference.json").read_text())
+    assert {name: variant["changes"] for name, variant in content["variants"].items()} == {
+        "the recipe": {},
+        "no dropout": {"dropout_rates": [0.0, 0.0]},
+    }
+    for variant in content["variants"].values():
+        assert variant["holdout_accuracy"]["mean"] * 10 == pytest.approx(
+            round(variant["holdout_accuracy"]["mean"] * 10)
+        )
+
+
+def test_an_interrupted_training_is_one_line(quick_recipe, tmp_path, run_command, monkeypatch):
+    def interrupted(config):
+        raise Interrupted(15, Progress(1, 2), 6)
+
+    monkeypatch.setattr(accuracy, "train_and_evaluate", interrupted)
+    status, _, errors = run_command(accuracy.main, "--recipe", "lenet5_reference", "--out", tmp_path)
+    assert status == 143
+    assert errors == "saved after 1 epochs and 2/6 steps; the same command goes on from there\n"
+
+
+def test_every_ablations_variants_are_valid():
+    for recipe, variants in accuracy.ABLATIONS.items():
+        configs = [dataclasses.replace(RECIPES[recipe], **changes) for changes in variants.values()]
+        assert configs.count(RECIPES[recipe]) == 1  # each of the others changes something
+
+
+def test_time_and_cost():
+    metrics = [{"test_accuracy": value, "seconds": 2.0} for value in (0.5, 0.7, 0.69, 0.8)]
+    assert [accuracy.time_to(metrics, value) for value in (0.5, 0.7, 0.75, 0.81)] == [2.0, 4.0, 8.0, None]
+    config = dataclasses.replace(RECIPES["all_cnn_reference"], num_epochs=3, image_sizes=((16, 1),))
+    cost = accuracy.training_cost(config, 10)
+    flops = lambda size: throughput.flops_per_image("all_cnn", size)["training"]
+    assert cost == {"images": 30, "flops": 10 * (flops(16) + 2 * flops(32))}
+    assert 0.15 < flops(16) / flops(32) < 0.25
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "name one of --recipe"),
+        (("--recipe", "resnet"), "unknown recipe 'resnet': choose one of lenet5"),
+        (("--ablation", "quickstart"), "choose one of lenet5"),
+    ],
+)
+def test_bad_input_is_one_line(flags, message, tmp_path, run_command):
+    status, _, errors = run_command(accuracy.main, "--out", tmp_path, *flags)
+    assert status == 2
+    assert message in errors
+    assert errors.count("\n") == 1
+
+
+def test_one_seed_is_no_comparison(run_command, tmp_path):
+    status, _, errors = run_command(accuracy.main, "--parity", "lenet5", "--out", tmp_path, "--seeds", "0")
+    assert status == 2
+    assert "two or more" in errors

@@ -1,0 +1,256 @@
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import pytorch_contenders, report, throughput
+from benchmarks.contenders import JaxContender
+from cifar_jax import augmentation
+from cifar_jax.input_pipeline import scale_images
+
+
+@pytest.fixture(autouse=True)
+def _quick_workers(monkeypatch):
+    """OpenMP's threads do not spin on a busy machine."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def test_flops_are_those_counted_by_hand():
+    conv1, conv2 = 2 * 28 * 28 * 25 * 3 * 32, 2 * 10 * 10 * 25 * 32 * 64
+    assert throughput.layer_flops("lenet5") == [conv1, conv2, 2 * 1600 * 200, 2 * 200 * 100, 2 * 100 * 10]
+    forward = 14_685_200
+    assert throughput.flops_per_image("lenet5") == {
+        "training": 3 * forward - 3_763_200,
+        "training_augmented": 3 * forward - 3_763_200,
+        "inference": forward,
+    }
+    assert throughput.layer_flops("all_cnn") == [
+        5_308_416, 169_869_312, 169_869_312,  # 32×32
+        74_649_600, 112_140_288, 112_140_288,  # 15×15, then 13×13
+        23_887_872, 2_654_208, 138_240,  # 6×6
+    ]  # fmt: skip
+
+
+def phase(*rounds):
+    return {"first_call_seconds": 1.5, "steps_of_a_round": 1, "rounds": list(rounds)}
+
+
+def measured(**rates):
+    """A workload as `measure` leaves it, with training alone."""
+    contenders = {
+        name.replace("_", " ", 1): {
+            "threads": 2,
+            "phases": {"training": phase(*rounds)},
+            "peak_memory_bytes": 3 * 2**20,
+            "matrix_products": {"1024": 4e9, "2048": 1e10 if name == "pytorch" else 1e9},
+        }
+        for name, rounds in rates.items()
+    }
+    absent = {"keras": "no module"}
+    return {
+        "model": "lenet5",
+        "batch_size": 4,
+        "flops_per_image": {"training": 10_000_000},
+        "contenders": contenders,
+        "absent": absent,
+    }
+
+
+def test_medians_ratios_and_shares():
+    with_pytorch = measured(jax=[100, 300, 110], pytorch=[90, 95, 900], pytorch_channels_last=[220, 1, 200])
+    alone = measured(jax=[500])
+    assert throughput.summarize({"a": with_pytorch, "b": alone}) == 1e10
+    medians = {name: c["phases"]["training"]["images_per_second"] for name, c in with_pytorch["contenders"].items()}
+    assert medians == {"jax": 110, "pytorch": 95, "pytorch channels_last": 200}
+    assert with_pytorch["best_pytorch"] == {"training": {"contender": "pytorch channels_last", "jax_ratio": 0.55}}
+    assert with_pytorch["contenders"]["jax"]["phases"]["training"]["share_of_matrix_rate"] == 0.11
+    assert alone["best_pytorch"] == {}
+
+
+def test_the_report_shows_them(tmp_path):
+    workloads = {"a": measured(jax=[110], pytorch=[200])}
+    result = {
+        "matrix_flops_per_second": throughput.summarize(workloads),
+        "workloads": workloads,
+        "dtype": "float32",
+        "rounds": 1,
+        "hardware": "an abacus",
+        "versions": {"jax": "1"},
+        "date": "2026-01-01",
+    }
+    text = report.throughput_table(result)
+    assert "| LeNet-5, batch 4 | jax | 110 (0.55×, 11 %) | 1.5 | 3 |" in text
+    assert "Absent from LeNet-5, batch 4: keras (no module)." in text
+    assert "10 GFLOP/s), float32; medians of 1 rounds. an abacus; jax 1; 2026-01-01." in text
+    report.draw_throughput(result, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 1000
+
+
+def test_a_tiny_run(tmp_path, run_command, monkeypatch):
+    monkeypatch.setattr(throughput, "MATRIX_SIZES", {"cpu": (64, 128)})
+    flags = ["--models", "lenet5", "--batch-sizes", 4, "--frameworks", "pytorch", "pytorch-cudagraphs"]
+    flags += ["--phases", "training_augmented", "inference", "--rounds", 1, "--seconds-per-round", 0.001]
+    status, output, error = run_command(throughput.main, *flags, "--out", tmp_path / "new", "--name", "tiny")
+    assert status == 0
+    assert len(output.splitlines()) == 3
+    content = json.loads((tmp_path / "new" / "tiny.json").read_text())
+    assert {"command", "hardware", "versions", "date", "dtype", "rounds", "load_average_before"} <= set(content)
+    assert {"jax", "torch", "keras"} <= set(content["versions"])
+    assert content["command"].endswith("--seconds-per-round 0.001 --out DIR --name tiny")
+    workload = content["workloads"]["lenet5_batch4"]
+    assert workload["recipe"] == "lenet5_reference"
+    assert (workload["config"]["crop_padding"], workload["config_augmented"]["crop_padding"]) == (0, 3)
+    assert list(workload["contenders"]) == ["jax", "pytorch", "pytorch channels_last"]
+    assert set(workload["absent"]) == {"pytorch-cudagraphs", "pytorch-cudagraphs channels_last"}
+    assert all(reason == "RuntimeError: CUDA graphs need a GPU" for reason in workload["absent"].values())
+    assert "pytorch-cudagraphs is absent: RuntimeError: CUDA graphs need a GPU" in error
+    for contender in workload["contenders"].values():
+        assert contender["peak_memory_bytes"] > 2**20
+        assert set(contender["matrix_products"]) == {"64", "128"}
+        for values in contender["phases"].values():
+            assert len(values["rounds"]) == 1
+            assert values["images_per_second"] == values["rounds"][0] > 0
+    assert set(workload["best_pytorch"]) == {"training_augmented", "inference"}
+    assert report.throughput_table(content)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--frameworks", "jax", "tensorflow"], "error: "),
+        (["--models", "resnet"], "error: "),
+        (["--rounds", "0"], "error: --rounds, --batch-sizes, --seconds-per-round and --timeout take"),
+        (["--batch-sizes", "0"], "error: --rounds, --batch-sizes"),
+        (["--out", "/dev/null/here"], "error: --out /dev/null/here: Not a directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(tmp_path, run_command, flags, message):
+    status, _, error = run_command(throughput.main, "--out", tmp_path, *flags)
+    assert status == 2
+    assert error.startswith(message)
+    assert len(error.splitlines()) == 1
+
+
+def test_a_worker_that_dies_or_hangs_is_absent_with_the_reason():
+    _, workload = throughput.create_workload("lenet5", 4, "float32")
+    worker = throughput.Worker("pytorch-cudagraphs", workload, "cpu", 60)
+    with pytest.raises(throughput.Absent, match="CUDA graphs need a GPU"):
+        worker.call("describe")
+    worker._timeout = 0.1
+    os.kill(worker._process.pid, signal.SIGSTOP)
+    with pytest.raises(throughput.Absent, match=r"no answer in 0\.1 s"):
+        worker.call("describe")
+    os.kill(worker._process.pid, signal.SIGKILL)
+    worker._process.join()
+    with pytest.raises(throughput.Absent, match="its process ended with status -9"):
+        worker.call("describe")
+    worker.close()
+
+
+def test_workloads_are_the_recipes():
+    recipe, workload = throughput.create_workload("all_cnn", 64, "bfloat16")
+    assert recipe == "all_cnn_reference"
+    assert (workload.augmented.rotation_degrees, workload.augmented.shift_fraction) == (10, 0.1)
+    assert workload.augmented.random_flip
+    assert not workload.plain.random_flip
+    assert workload.plain == dataclasses.replace(
+        workload.augmented, rotation_degrees=0.0, shift_fraction=0.0, random_flip=False
+    )
+    lenet5 = throughput.create_workload("lenet5", 128, "float32")[1]
+    assert (lenet5.plain.crop_padding, lenet5.augmented.crop_padding, lenet5.augmented.random_flip) == (0, 3, True)
+    assert (lenet5.plain.optimizer, lenet5.plain.ema_decay, lenet5.plain.weight_decay) == ("sgd", 0, 1e-3)
+    images, labels, order = workload.data()
+    assert len(images) == len(labels) == 4096
+    assert sorted(order[:64].ravel()) == list(range(4096))
+
+
+# --- PyTorch does the same work ---
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).random((8, 32, 32, 3), dtype=np.float32)
+
+
+def nchw(images):
+    return torch.from_numpy(images.transpose(0, 3, 1, 2))
+
+
+def test_pytorchs_affine_is_the_packages(images):
+    rng = np.random.default_rng(1)
+    parameters = [rng.uniform(-bound, bound, 8).astype(np.float32) for bound in (math.radians(10), 3.2, 3.2)]
+    expected = jax.vmap(augmentation.affine)(images, *map(jnp.asarray, parameters))
+    result = pytorch_contenders.affine(nchw(images), *map(torch.from_numpy, parameters))
+    np.testing.assert_allclose(result.numpy().transpose(0, 2, 3, 1), expected, atol=1e-4)
+
+
+def test_pytorchs_crop_is_the_packages(images):
+    offsets = np.random.default_rng(2).integers(0, 7, (8, 2))
+    padded = np.pad(images, ((0, 0), (3, 3), (3, 3), (0, 0)), mode="reflect")
+    expected = np.stack([image[y : y + 32, x : x + 32] for image, (y, x) in zip(padded, offsets)])
+    result = pytorch_contenders.crop(nchw(images), 3, *torch.from_numpy(offsets).T)
+    np.testing.assert_array_equal(result.numpy().transpose(0, 2, 3, 1), expected)
+
+
+@pytest.mark.parametrize("input_scaling", ["unit", "symmetric", "standardized"])
+def test_pytorchs_scaling_is_the_packages(input_scaling):
+    images = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    scale, shift = pytorch_contenders.scaling(input_scaling)
+    expected = np.asarray(scale_images(images, input_scaling)).transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(images.transpose(0, 3, 1, 2) * scale + shift, expected, atol=1e-6)
+
+
+def test_every_phase_of_pytorch_and_keras_trains_or_leaves_the_weights_alone():
+    _, workload = throughput.create_workload("lenet5", 4, "float32")
+    for kind, name in (
+        (pytorch_contenders.PyTorchContender, "pytorch channels_last"),
+        (pytorch_contenders.KerasContender, "keras"),
+    ):
+        contender = kind(name, workload, "cpu")
+        weights = lambda contender=contender: torch.cat([p.detach().ravel() for p in contender._network.parameters()])
+        for phase, changes in (("training", True), ("training_augmented", True), ("inference", False)):
+            before = weights()
+            assert contender.run(phase, 2) > 0
+            assert torch.equal(before, weights()) != changes
+
+
+def test_jax_goes_over_the_data_again_and_again():
+    _, workload = throughput.create_workload("lenet5", 4, "float32")
+    contender = JaxContender(workload)
+    calls = []
+    contender._phases = dict.fromkeys(("training", "inference"), lambda *call: calls.append(call))
+    contender.run("inference", 1026)
+    assert calls[1022:] == [(1022, 1), (1023, 1), (0, 1), (1, 1)]
+    calls.clear()
+    contender._per_call = 1000  # as on an accelerator
+    contender.run("training", 1500)
+    contender.run("inference", 1500)
+    assert calls == [(0, 1000), (0, 500), (0, 1000), (0, 500)]
+
+
+def test_the_gpu_campaign_on_a_cpu(tmp_path):
+    environment = os.environ | {
+        "PYTHON": sys.executable,
+        "XLA_FLAGS": "--xla_backend_optimization_level=1",
+        "CAMPAIGN_RUNS": "nonsense:1:60 quickstart:1:100",
+        "CAMPAIGN_THROUGHPUT": "lenet5:float32:4:100",
+        "CAMPAIGN_FLAGS": "--frameworks jax --phases inference --rounds 1 --seconds-per-round 0.001",
+    }
+    script = report.ROOT / "benchmarks" / "gpu_campaign.sh"
+    result = subprocess.run([script, tmp_path / "out"], env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert result.stderr.startswith("failed: nonsense")
+    assert len(result.stderr.splitlines()) == 1
+    content = {path.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
+    assert set(content) == {"quickstart.json", "quickstart_evaluate.json", "throughput_lenet5_float32.json"}
+    assert content["quickstart.json"]["epochs"] == content["quickstart_evaluate.json"]["epoch"] == 1
+    assert "error: unknown recipe 'nonsense'" in (tmp_path / "out" / "nonsense.log").read_text()
