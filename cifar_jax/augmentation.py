@@ -33,14 +33,19 @@ def affine(image: jax.Array, angle: jax.Array, shift_y: jax.Array, shift_x: jax.
     return jax.vmap(warp_channel, in_axes=-1, out_axes=-1)(image)
 
 
-def random_affine(key: jax.Array, image: jax.Array, rotation_degrees: float, shift_fraction: float) -> jax.Array:
-    """`affine` with angle U(±rotation_degrees) and shifts U(±shift_fraction) of height and width, in Keras' order."""
+def draw_affine(
+    key: jax.Array, rotation_degrees: float, shift_fraction: float, height: int = 32, width: int = 32
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The angle, U(±rotation_degrees) in radians, and the shifts, U(±shift_fraction) of height and width in pixels."""
     angle_key, y_key, x_key = jax.random.split(key, 3)
-    uniform = lambda key, bound: jax.random.uniform(key, (), image.dtype, -bound, bound)
+    uniform = lambda key, bound: jax.random.uniform(key, (), jnp.float32, -bound, bound)
     angle = jnp.deg2rad(uniform(angle_key, rotation_degrees))
-    shift_y = uniform(y_key, shift_fraction * image.shape[0])
-    shift_x = uniform(x_key, shift_fraction * image.shape[1])
-    return affine(image, angle, shift_y, shift_x)
+    return angle, uniform(y_key, shift_fraction * height), uniform(x_key, shift_fraction * width)
+
+
+def random_affine(key: jax.Array, image: jax.Array, rotation_degrees: float, shift_fraction: float) -> jax.Array:
+    """`affine` with the parameters of `draw_affine`."""
+    return affine(image, *draw_affine(key, rotation_degrees, shift_fraction, *image.shape[:2]))
 
 
 def random_crop(key: jax.Array, image: jax.Array, padding: int) -> jax.Array:
@@ -66,6 +71,29 @@ def cutout(key: jax.Array, image: jax.Array, size: int) -> jax.Array:
     inside_columns = (columns >= left) & (columns < left + size)
     inside = inside_rows[:, None, None] & inside_columns[None, :, None]
     return jnp.where(inside, jnp.zeros((), image.dtype), image)
+
+
+def mix(key: jax.Array, images: jax.Array, mixup_alpha: float, cutmix_alpha: float) -> tuple[jax.Array, jax.Array]:
+    """Mixes images with those of the reversed batch: mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899).
+
+    Args: images float [N, H, W, C]; one alpha above 0. Returns: the mixed images, and each one's own share of itself,
+    float32 [N], to weigh its label with.
+    """
+    size, height, width, _ = images.shape
+    share_key, y_key, x_key = jax.random.split(key, 3)
+    alpha = mixup_alpha or cutmix_alpha
+    share = jax.random.beta(share_key, alpha, alpha, (size,))
+    if mixup_alpha:
+        weight = share.reshape(-1, 1, 1, 1).astype(images.dtype)
+        return weight * images + (1 - weight) * images[::-1], share
+
+    def inside(key: jax.Array, length: int) -> jax.Array:
+        centre = jax.random.uniform(key, (size, 1)) * length
+        half = length * jnp.sqrt(1 - share)[:, None] / 2
+        return jnp.abs(jnp.arange(0.5, length)[None, :] - centre) < half
+
+    box = inside(y_key, height)[:, :, None] & inside(x_key, width)[:, None, :]  # cut at the edges, so count it anew
+    return jnp.where(box[..., None], images[::-1], images), 1 - box.mean((1, 2))
 
 
 def create_augment(config: Config) -> Callable[[jax.Array, jax.Array], jax.Array]:

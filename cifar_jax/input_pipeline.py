@@ -85,6 +85,22 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> D
     return Dataset(**_cached(read, path), class_names=CIFAR10_CLASSES, source=str(path))
 
 
+def hold_out(dataset: Dataset, count: int) -> Dataset:
+    """Splits the last `count` training images off as the test set. Raises: UserError if that leaves none."""
+    if count == 0:
+        return dataset
+    kept = len(dataset.train_labels) - count
+    if kept < 1:
+        raise UserError(f"--holdout {count}: there are only {len(dataset.train_labels)} training images")
+    return dataclasses.replace(
+        dataset,
+        train_images=dataset.train_images[:kept],
+        train_labels=dataset.train_labels[:kept],
+        test_images=dataset.train_images[kept:],
+        test_labels=dataset.train_labels[kept:],
+    )
+
+
 def _search_path(data_dir: str | os.PathLike[str] | None) -> Iterator[Path]:
     if data_dir is not None:
         yield Path(data_dir)

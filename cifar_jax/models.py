@@ -8,6 +8,7 @@ Both take float images [N, 32, 32, 3] (scaled as their recipe says) and return f
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +20,11 @@ from cifar_jax import ops
 Initializer = Callable[..., jax.Array]
 
 
+def _logits_dtype(dtype: Any) -> Any:
+    """float32, and float64 for computations in it, which parity checks make."""
+    return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
+
+
 class AllCNN(nn.Module):
     """All-CNN variant of the Keras program: 1,369,738 parameters. After All-CNN-C of arXiv:1412.6806.
 
@@ -26,12 +32,14 @@ class AllCNN(nn.Module):
       dropout_rates: after the first convolution, after the first pool, after the second pool.
       final_relu: one more ReLU between the 10-channel convolution and the average pool, as in the architecture
         JSON published with the original's pretrained weights (same parameters, other logits).
+      initializer: 'original', or 'he': he_normal kernels and zero biases.
       dtype: of the computation, float32 or bfloat16.
     """
 
     num_classes: int = 10
     dropout_rates: tuple[float, ...] = (0.2, 0.5, 0.5)
     final_relu: bool = False
+    initializer: str = "original"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -40,17 +48,17 @@ class AllCNN(nn.Module):
 
         def conv(x: jax.Array, features: int, size: int, padding: str) -> jax.Array:
             # Keras' defaults: glorot_uniform kernels and zero biases (Flax's own would be truncated lecun_normal).
-            glorot_uniform = nn.initializers.glorot_uniform()
+            original = nn.initializers.glorot_uniform()
             return nn.Conv(
                 features,
                 (size, size),
                 padding=padding,
-                kernel_init=glorot_uniform,
+                kernel_init=nn.initializers.he_normal() if self.initializer == "he" else original,
                 dtype=self.dtype,
                 conv_general_dilated=ops.conv_general_dilated,
             )(x)
 
-        first, second, third = (nn.Dropout(rate, deterministic=not train) for rate in self.dropout_rates)
+        first, second, third = (partial(ops.Dropout(rate), train=train) for rate in self.dropout_rates)
         x = images.astype(self.dtype)
         x = first(nn.relu(conv(x, 96, 3, "SAME")))
         x = nn.relu(conv(x, 96, 3, "SAME"))
@@ -65,7 +73,7 @@ class AllCNN(nn.Module):
         x = conv(x, self.num_classes, 1, "SAME")
         if self.final_relu:
             x = nn.relu(x)
-        return x.astype(jnp.float32).mean(axis=(1, 2))
+        return x.astype(_logits_dtype(self.dtype)).mean(axis=(1, 2))
 
 
 def _pytorch_bias(fan_in: int) -> Initializer:
@@ -79,11 +87,13 @@ class LeNet5(nn.Module):
 
     Attributes:
       dropout_rates: after the first and after the second convolution's ReLU, before the pools.
+      initializer: 'original', or 'he': he_normal kernels and zero biases.
       dtype: of the computation, float32 or bfloat16.
     """
 
     num_classes: int = 10
     dropout_rates: tuple[float, ...] = (0.2, 0.2)
+    initializer: str = "original"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -94,30 +104,36 @@ class LeNet5(nn.Module):
         # The notebook's xavier_normal_ for fc1. JAX's glorot_normal truncates at two deviations: not the same.
         xavier_normal = nn.initializers.variance_scaling(1.0, "fan_avg", "normal")
 
+        def kernel_init(original: Initializer) -> Initializer:
+            return nn.initializers.he_normal() if self.initializer == "he" else original
+
+        def bias_init(fan_in: int) -> Initializer:
+            return nn.initializers.zeros if self.initializer == "he" else _pytorch_bias(fan_in)
+
         def conv(x: jax.Array, features: int) -> jax.Array:
-            bias = _pytorch_bias(5 * 5 * x.shape[-1])
             return nn.Conv(
                 features,
                 (5, 5),
                 padding="VALID",
-                kernel_init=pytorch_kernel,
-                bias_init=bias,
+                kernel_init=kernel_init(pytorch_kernel),
+                bias_init=bias_init(5 * 5 * x.shape[-1]),
                 dtype=self.dtype,
                 conv_general_dilated=ops.conv_general_dilated,
             )(x)
 
-        def dense(x: jax.Array, features: int, kernel_init: Initializer = pytorch_kernel) -> jax.Array:
-            bias = _pytorch_bias(x.shape[-1])
-            return nn.Dense(features, kernel_init=kernel_init, bias_init=bias, dtype=self.dtype)(x)
+        def dense(x: jax.Array, features: int, original: Initializer = pytorch_kernel) -> jax.Array:
+            return nn.Dense(
+                features, kernel_init=kernel_init(original), bias_init=bias_init(x.shape[-1]), dtype=self.dtype
+            )(x)
 
-        first, second = (nn.Dropout(rate, deterministic=not train) for rate in self.dropout_rates)
+        first, second = (partial(ops.Dropout(rate), train=train) for rate in self.dropout_rates)
         x = images.astype(self.dtype)
         x = ops.max_pool(first(nn.relu(conv(x, 32))), window=2, stride=2)
         x = ops.max_pool(second(nn.relu(conv(x, 64))), window=2, stride=2)
         x = x.reshape(x.shape[0], -1)  # NHWC; PyTorch flattens NCHW, which matters when weights move
         x = nn.relu(dense(x, 200, xavier_normal))
         x = nn.relu(dense(x, 100))
-        return dense(x, self.num_classes).astype(jnp.float32)
+        return dense(x, self.num_classes).astype(_logits_dtype(self.dtype))
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"all_cnn": AllCNN, "lenet5": LeNet5}

@@ -1,4 +1,4 @@
-"""Convolution and max pool in the form that is fastest on the platform, chosen when a program is traced.
+"""Convolution and max pool in the form that is fastest on the platform, chosen when a program is traced; dropout.
 
 On the CPU, XLA computes the gradient of a convolution's kernel, convolutions of few input channels, and the gradient
 of a max pool slowly; written with matrix products and slices they are several times faster (figures: DESIGN, and
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.random import threefry_2x32
 
 DIMENSION_NUMBERS = ("NHWC", "HWIO", "NHWC")
 _BLOCK = 4  # images of one im2col matrix: small enough for the cache
@@ -45,17 +46,27 @@ def _pad(images: jax.Array, kernel: jax.Array, padding: Any) -> jax.Array:
     return jnp.pad(images, ((0, 0), *map(tuple, padding), (0, 0)))
 
 
+def _map_blocks(function: Callable[[jax.Array], jax.Array], images: jax.Array) -> jax.Array:
+    """`function` of blocks of images, one after the other."""
+    block = math.gcd(images.shape[0], _BLOCK)
+    if block == images.shape[0]:
+        return function(images)
+    result = lax.map(function, images.reshape(-1, block, *images.shape[1:]))
+    return result.reshape(-1, *result.shape[2:])
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul_convolution(images: jax.Array, kernel: jax.Array, padding: Any) -> jax.Array:
-    """`lax_convolution` with the kernel's gradient as blocked im2col products; for few channels forward, too.
+    """`lax_convolution` with gradients as blocked matrix products; for few channels forward, too.
 
-    The products are summed in float32 (in float64 for such arguments) whatever the type of the computation.
+    The products of the kernel's gradient are summed in float32 (in float64 for such arguments) whatever the type of the
+    computation.
     """
     height, width, channels, features = kernel.shape
     if channels > _FEW_CHANNELS:
         return lax_convolution(images, kernel, padding)
-    patches = _patches(_pad(images, kernel, padding), height, width)
-    return patches @ kernel.reshape(-1, features)
+    matrix = kernel.reshape(-1, features)
+    return _map_blocks(lambda images: _patches(images, height, width) @ matrix, _pad(images, kernel, padding))
 
 
 def _forward(images: jax.Array, kernel: jax.Array, padding: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -64,25 +75,54 @@ def _forward(images: jax.Array, kernel: jax.Array, padding: Any) -> tuple[jax.Ar
 
 def _backward(padding: Any, saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     images, kernel = saved
-    _, image_vjp = jax.vjp(lambda images: lax_convolution(images, kernel, padding), images)
+    padded = _pad(images, kernel, padding)
+    if padded.shape == images.shape and kernel.shape[:2] != (1, 1):
+        image_gradient = _map_blocks(functools.partial(_image_gradient, kernel), gradient)
+    else:
+        _, image_vjp = jax.vjp(lambda images: lax_convolution(images, kernel, padding), images)
+        (image_gradient,) = image_vjp(gradient)
+    return image_gradient, _kernel_gradient(padded, gradient, kernel)
+
+
+def _image_gradient(kernel: jax.Array, gradient: jax.Array) -> jax.Array:
+    """Of a convolution without padding: each patch's gradient, added up where patches overlap, rows and then columns.
+
+    lax makes this a convolution of the gradient padded all around: for 5×5 on 14×14 twice as many products.
+    """
+    height, width, channels, features = kernel.shape
+    patches = gradient @ kernel.reshape(-1, features).T
+    patches = patches.reshape(*gradient.shape[:3], height, width, channels)
+    image: Any = 0
+    for i in range(height):
+        rows: Any = 0
+        for j in range(width):
+            rows += jnp.pad(patches[:, :, :, i, j], ((0, 0), (0, 0), (j, width - 1 - j), (0, 0)))
+        image += jnp.pad(rows, ((0, 0), (i, height - 1 - i), (0, 0), (0, 0)))
+    return image
+
+
+def _kernel_gradient(padded: jax.Array, gradient: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Products of im2col patches with the gradient, row by row of the kernel, so that only columns are copied."""
     height, width, _, features = kernel.shape
-    block = math.gcd(images.shape[0], _BLOCK)
+    block = math.gcd(padded.shape[0], _BLOCK)
     blocks = lambda x: x.reshape(-1, block, *x.shape[1:])
     total_dtype = jnp.float64 if kernel.dtype == jnp.float64 else jnp.float32
 
     def product(images: jax.Array, gradient: jax.Array) -> jax.Array:
-        patches = _patches(images, height, width)
-        left, right = patches.reshape(-1, patches.shape[-1]).T, gradient.reshape(-1, features)
-        return jnp.matmul(left, right, preferred_element_type=total_dtype)
+        columns, right = _patches(images, 1, width), gradient.reshape(-1, features)
+        products = []
+        for i in range(height):
+            left = columns[:, i : i + gradient.shape[1]].reshape(-1, columns.shape[-1]).T
+            products.append(jnp.matmul(left, right, preferred_element_type=total_dtype))
+        return jnp.concatenate(products)
 
-    padded = _pad(images, kernel, padding)
-    if block == images.shape[0]:
-        kernel_gradient = product(padded, gradient)
+    if block == padded.shape[0]:
+        total = product(padded, gradient)
     else:
         add = lambda total, pair: (total + product(*pair), None)
         zero = jnp.zeros((kernel.size // features, features), total_dtype)
-        kernel_gradient, _ = lax.scan(add, zero, (blocks(padded), blocks(gradient)))
-    return *image_vjp(gradient), kernel_gradient.reshape(kernel.shape).astype(kernel.dtype)
+        total, _ = lax.scan(add, zero, (blocks(padded), blocks(gradient)))
+    return total.reshape(kernel.shape).astype(kernel.dtype)
 
 
 matmul_convolution.defvjp(_forward, _backward)
@@ -119,3 +159,28 @@ def conv_general_dilated(
     """For flax.linen.Conv(conv_general_dilated=…): stride 1, NHWC and HWIO, without dilation and groups."""
     padding = padding if isinstance(padding, str) else tuple(map(tuple, padding))
     return (matmul_convolution if on_cpu() else lax_convolution)(images, kernel, padding)
+
+
+def bernoulli_mask(key: jax.Array, probability: float, shape: Sequence[int]) -> jax.Array:
+    """True with this probability, to 1/131,072: bool [*shape].
+
+    `jax.random.bernoulli` hashes twice 32 bits for each element; here they make four of 16 bits, on every platform.
+    """
+    count = math.prod(shape)
+    words = threefry_2x32(jax.random.bits(key, (2,), jnp.uint32), lax.iota(jnp.uint32, -(-count // 2)))
+    bits = lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:count].reshape(shape)
+    return bits < jnp.uint16(min(round(probability * 2**16), 2**16 - 1))
+
+
+class Dropout(nn.Module):
+    """flax.linen.Dropout with the cheaper `bernoulli_mask`."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Where `train`, each value is 0 with probability `rate`, else divided by 1 - rate; key: rngs 'dropout'."""
+        if not train or self.rate == 0.0:
+            return x
+        mask = bernoulli_mask(self.make_rng("dropout"), 1 - self.rate, x.shape)
+        return jnp.where(mask, x / jnp.asarray(1 - self.rate, x.dtype), jnp.zeros((), x.dtype))

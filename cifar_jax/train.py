@@ -5,13 +5,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import datetime
 import difflib
 import fcntl
 import json
 import math
-import os
-import platform
 import shlex
 import signal
 import sys
@@ -20,20 +17,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
 import numpy as np
-import optax
-import orbax.checkpoint
 import tyro
+from tqdm import tqdm
 
-import cifar_jax
 from cifar_jax.checkpoint import Checkpoints, Progress
 from cifar_jax.configs import DESCRIPTIONS, RECIPES
 from cifar_jax.configs.default import EXECUTION_FIELDS, Config
+from cifar_jax.environment import describe_environment
 from cifar_jax.errors import UserError, command, parse_arguments
 from cifar_jax.evaluate import Evaluator, read_config
-from cifar_jax.input_pipeline import epoch_order, load_dataset
+from cifar_jax.input_pipeline import epoch_order, hold_out, load_dataset
 from cifar_jax.metrics import EpochMetrics, MetricsWriter, write_json
 from cifar_jax.training import (
     create_history,
@@ -43,9 +38,13 @@ from cifar_jax.training import (
     default_steps_per_call,
     replicate,
     select_devices,
+    use_cpu_cores,
 )
 
 DEFAULT_RECIPE = "lenet5"
+MAX_RESTARTS = 3
+DEAD_STEPS = 500
+MEND = "name another --workdir, and a lower --learning-rate or another --seed, or use --auto-restart"
 
 
 class Interrupted(Exception):
@@ -55,6 +54,10 @@ class Interrupted(Exception):
         where = f"saved after {progress.epoch} epochs and {progress.step}/{steps_per_epoch} steps"
         super().__init__(where if progress != Progress() else "stopped before the first step, so nothing was saved")
         self.exit_status = 128 + signum
+
+
+class DeadTraining(UserError):
+    """The run diverged, or learns nothing."""
 
 
 class StopSignals:
@@ -83,17 +86,50 @@ class StopSignals:
 def train_and_evaluate(config: Config) -> dict[str, Any]:
     """Trains a recipe to its last epoch, resuming what lies in its workdir, and returns the summary it wrote there.
 
+    With config.auto_restart a dead training is left as it is and started again in WORKDIR/restart1, 2 and 3.
+
     Raises: UserError for what the user can mend, Interrupted after Ctrl-C or SIGTERM.
     """
     devices = select_devices(config)
     config = dataclasses.replace(config, num_devices=len(devices))
-    with _claim_workdir(Path(config.workdir), config):
-        return _train_and_evaluate(config, devices)
+    attempts = [config, *(_restarted(config, number) for number in range(1, MAX_RESTARTS + 1))]
+    for attempt, following in zip(attempts, [*attempts[1:], None]):
+        if config.auto_restart and following is not None and Path(following.workdir).exists():
+            continue  # it was found dead before
+        try:
+            with _claim_workdir(Path(attempt.workdir), attempt):
+                return _train_and_evaluate(attempt, devices)
+        except DeadTraining as error:
+            if not config.auto_restart or following is None:
+                raise
+            rate, folder = following.learning_rate, following.workdir
+            print(f"{error}\nstarting again in {folder}: rate {rate:g}, seed {following.seed}", file=sys.stderr)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _restarted(config: Config, number: int) -> Config:
+    return dataclasses.replace(
+        config,
+        workdir=str(Path(config.workdir) / f"restart{number}"),
+        learning_rate=config.learning_rate / 2**number,
+        seed=(config.seed + number) % 2**32,
+    )
+
+
+def is_dead(batch_loss: np.ndarray, num_classes: int) -> bool:
+    """Whether the loss was flat at that of guessing, ln(num_classes), for the last DEAD_STEPS steps.
+
+    Args: batch_loss float32 [steps] in nats, of a whole run.
+    """
+    if len(batch_loss) < DEAD_STEPS:
+        return False
+    excess = batch_loss[-DEAD_STEPS:].reshape(5, -1).mean(axis=1) - math.log(num_classes)
+    return bool(np.all((excess > -0.005) & (excess < 0.1)))  # in each part: a loss that falls through it is not flat
 
 
 def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, Any]:
     workdir = Path(config.workdir)
-    dataset = load_dataset(config.dataset, config.data_dir)
+    dataset = hold_out(load_dataset(config.dataset, config.data_dir), config.holdout)
     num_images = len(dataset.train_labels)
     if config.batch_size > num_images:
         raise UserError(f"--batch-size {config.batch_size}: there are only {num_images} training images")
@@ -113,6 +149,7 @@ def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, 
     print(
         f"{config.model}, {num_parameters:,} parameters, {config.dtype}, on {len(devices)} × {devices[0].device_kind}; "
         f"{num_images:,} images from {dataset.source}; run in {workdir}"
+        + (f"; tests on {config.holdout:,} held-out training images" if config.holdout else "")
     )
     if progress.epoch >= config.num_epochs:
         with contextlib.suppress(OSError, ValueError):  # missing or damaged: written anew below
@@ -126,19 +163,24 @@ def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, 
         data = replicate((dataset.train_images, dataset.train_labels), devices)
         schedule = create_schedule(config, steps_per_epoch)
         order = replicate(epoch_order(config.seed, progress.epoch, num_images), devices)
-        compile_for = create_train_steps(config, devices, steps_per_call)
-        train_steps = compile_for(state, history, *data, order, np.int32(0), np.int32(0))
+        train_steps = {
+            size: create_train_steps(config, devices, steps_per_call, size)(
+                state, history, *data, order, np.int32(0), np.int32(0)
+            )
+            for size in {config.image_size(epoch) for epoch in range(progress.epoch, config.num_epochs)}
+        }
         evaluator = Evaluator(config, state, dataset.test_images, dataset.test_labels, devices)
 
         while progress.epoch < config.num_epochs and not stop():
             epoch, step, earlier_seconds = progress
+            run = train_steps[config.image_size(epoch)]
             order = replicate(epoch_order(config.seed, epoch, num_images), devices)
             pending: collections.deque[jax.Array] = collections.deque()
             started = time.perf_counter()
             with writer.progress_bar(epoch, step) as bar:
                 while step < steps_per_epoch and not stop():
                     count = min(steps_per_call, steps_per_epoch - step)
-                    state, history, loss = train_steps(state, history, *data, order, np.int32(step), np.int32(count))
+                    state, history, loss = run(state, history, *data, order, np.int32(step), np.int32(count))
                     step += count
                     pending.append(loss)
                     if len(pending) > 2:  # run ahead of the device by two calls, not by 32: a signal must be heard
@@ -165,10 +207,12 @@ def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, 
                 images_per_second=round(num_images / progress.seconds, 1),
             )
             if not math.isfinite(row.train_loss + row.test_loss):
-                raise UserError(
-                    f"training diverged in epoch {row.epoch} (loss {row.train_loss}): "
-                    "name another --workdir, and a lower --learning-rate or another --seed"
-                )
+                raise DeadTraining(f"training diverged in epoch {row.epoch} (loss {row.train_loss}): {MEND}")
+            if is_dead(np.concatenate([writer.batch_loss, losses]), len(dataset.class_names)):
+                dead = DeadTraining(f"training is dead in epoch {row.epoch} (loss flat at that of guessing): {MEND}")
+                if config.auto_restart:
+                    raise dead
+                tqdm.write(f"warning: {dead}", file=sys.stderr)
             writer.write(row, losses)
             history, progress = new_history(), Progress(epoch + 1)
             checkpoints.save(state, history, progress, row.test_accuracy)
@@ -250,13 +294,7 @@ def _summarize(
         "images_per_second": float(np.median([row.images_per_second for row in rows])) if rows else None,
         "config": {name: value for name, value in fields.items() if name not in EXECUTION_FIELDS},
         "metrics": [dataclasses.asdict(row) for row in rows],
-        "hardware": f"{len(devices)} × {devices[0].device_kind}, {os.cpu_count()} CPU cores ({platform.machine()})",
-        "versions": {
-            "cifar_jax": cifar_jax.__version__,
-            "python": platform.python_version(),
-            **{module.__name__: module.__version__ for module in (jax, flax, optax, orbax.checkpoint)},
-        },
-        "date": datetime.date.today().isoformat(),
+        **describe_environment(devices),
     }
 
 
@@ -282,6 +320,7 @@ def parse_config(arguments: list[str]) -> Config:
 
 @command
 def main() -> int:
+    use_cpu_cores()
     arguments = sys.argv[1:]
     config = parse_config(arguments)
     try:

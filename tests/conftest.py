@@ -2,11 +2,20 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+# Compiled quickly rather than well: compilation is what the tests spend their time on.
+_flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flags}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import sys
 import tempfile
+
+# Most tests compile the same few programs: a cache for this session alone, which the workers of pytest-xdist and the
+# commands that tests start inherit and share, halves the time.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _compilation_cache = tempfile.TemporaryDirectory(prefix="cifar_jax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compilation_cache.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
 import numpy as np
@@ -14,10 +23,6 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Most tests compile the same few programs: a cache for this session alone halves the time.
-_compilation_cache = tempfile.TemporaryDirectory(prefix="cifar_jax-tests-")
-jax.config.update("jax_compilation_cache_dir", _compilation_cache.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 from cifar_jax import evaluate, input_pipeline, train
 from cifar_jax.configs.default import Config

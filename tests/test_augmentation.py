@@ -98,3 +98,26 @@ def test_a_recipe_without_augmentation_changes_nothing(image):
     changed = augmentation.create_augment(RECIPES["all_cnn_reference"])(keys, images)
     assert (np.abs(changed - images).max(axis=(1, 2, 3)) > 0.1).all()
     assert np.abs(changed[0] - changed[1]).max() > 0.1
+
+
+def test_mixup_weighs_pixels_and_labels_alike():
+    images = jnp.arange(4.0).reshape(4, 1, 1, 1) * jnp.ones((4, 8, 8, 3))
+    mixed, share = augmentation.mix(jax.random.key(0), images, 0.4, 0.0)
+    own, other = np.arange(4.0), np.arange(4.0)[::-1]
+    expected = share * own + (1 - share) * other
+    np.testing.assert_allclose(mixed, expected.reshape(4, 1, 1, 1) * np.ones((4, 8, 8, 3)), rtol=1e-5)
+    shares = augmentation.mix(jax.random.key(1), jnp.zeros((4000, 1, 1, 1)), 0.4, 0.0)[1]
+    np.testing.assert_allclose([shares.mean(), shares.var()], [0.5, 0.25 / 1.8], atol=0.01)  # Beta(0.4, 0.4)
+
+
+def test_cutmix_pastes_a_rectangle_of_the_other_image():
+    images = jnp.concatenate([jnp.zeros((200, 16, 16, 3)), jnp.ones((200, 16, 16, 3))])
+    mixed, share = augmentation.mix(jax.random.key(0), images, 0.0, 1.0)
+    pasted = np.asarray(mixed != images)
+    assert (pasted == pasted[..., :1]).all()
+    pasted = pasted[..., 0]
+    np.testing.assert_allclose(1 - share, pasted.mean((1, 2)), atol=1e-6)
+    rows, columns = pasted.any(axis=2).sum(axis=1), pasted.any(axis=1).sum(axis=1)
+    np.testing.assert_array_equal(pasted.sum((1, 2)), rows * columns)
+    assert pasted.any(axis=0).all()
+    assert 0.3 < pasted.mean() < 0.45  # 0.5 but for what the edges cut off

@@ -41,8 +41,20 @@ def test_the_reference_recipes_are_the_originals():
         ({"warmup_fraction": 1.0}, "--warmup-fraction 1.0"),
         ({"crop_padding": 32}, "--crop-padding 32"),
         ({"seed": -1}, "--seed -1"),
+        ({"ema_decay": 1.0}, "--ema-decay 1.0"),
+        ({"gradient_clip": -1.0}, "--gradient-clip -1.0"),
+        ({"mixup_alpha": 1.0, "cutmix_alpha": 1.0}, "must be 0 with --cutmix-alpha"),
+        ({"image_sizes": ((24, 2),)}, "must be empty for lenet5"),
+        ({"model": "all_cnn", "dropout_rates": (0.0,) * 3, "image_sizes": ((9, 2),)}, "from 14 to 32"),
+        ({"warmup_fraction": 0.1, "schedule": "constant"}, "unless --schedule cosine or one_cycle"),
     ],
 )
 def test_impossible_values_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(RECIPES["lenet5"], **changes)
+
+
+def test_the_size_of_an_epochs_images():
+    config = dataclasses.replace(RECIPES["all_cnn"], image_sizes=((16, 1), (24, 2)), num_epochs=5)
+    assert [config.image_size(epoch) for epoch in range(5)] == [16, 24, 24, 32, 32]
+    assert RECIPES["lenet5"].image_size(0) == 32

@@ -81,3 +81,30 @@ def test_the_platform_decides(monkeypatch):
     jax.clear_caches()
     assert "dot_general" not in gradient()
     assert "reduce_window" in pool()
+
+
+@pytest.mark.parametrize("probability", [0.5, 0.8, 1 - 2**-16])
+@pytest.mark.parametrize("shape", [(200_000,), (3, 5, 7, 1001)])  # an odd number as well
+def test_bernoulli_mask(probability, shape):
+    mask = np.asarray(ops.bernoulli_mask(jax.random.key(0), probability, shape))
+    assert (mask.shape, mask.dtype) == (shape, bool)
+    flat = mask.ravel()
+    spread = 5 * np.sqrt(probability * (1 - probability) / flat.size)
+    assert abs(flat.mean() - probability) < spread + 2**-17
+    # Neighbours share a word: they must not share their fate. Nor may keys.
+    other = np.asarray(ops.bernoulli_mask(jax.random.key(1), probability, shape)).ravel()
+    for left, right in ((flat[:-1], flat[1:]), (flat[:-2], flat[2:]), (flat, other)):
+        expected = probability**2
+        assert abs((left & right).mean() - expected) < 5 * np.sqrt(expected * (1 - expected) / left.size) + 2**-16
+
+
+def test_dropout_scales_what_it_keeps():
+    x = jnp.full((100, 1000), 3, jnp.bfloat16)
+    apply = lambda train: ops.Dropout(0.25).apply({}, x, train=train, rngs={"dropout": jax.random.key(0)})
+    np.testing.assert_array_equal(apply(False), x)
+    dropped = np.asarray(apply(True))
+    assert dropped.dtype == jnp.bfloat16
+    assert set(np.unique(dropped.astype(np.float32))) == {0.0, 4.0}
+    assert abs((dropped == 0).mean() - 0.25) < 0.01
+    untouched = ops.Dropout(0.0).apply({}, x, train=True)  # no key needed
+    np.testing.assert_array_equal(untouched, x)

@@ -184,11 +184,12 @@ def test_sigterm_saves_and_says_how_to_go_on(use_tiny_dataset, interrupt, tmp_pa
 
 
 def test_ctrl_c_twice_stops_at_once(use_tiny_dataset, interrupt, tmp_path, run_command, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(train.Checkpoints, "save", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     interrupt(2, signal.SIGINT)
     status, _, error = run_command(train.main, "quickstart", "--workdir", tmp_path / "run", "--num-devices", 1)
     assert (status, error.splitlines()[-1]) == (130, "interrupted")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_recipes_and_flags():
@@ -223,7 +224,7 @@ def test_help_names_every_recipe_and_field(run_command):
         ),
         (["lenet5", "--workdir"], "Missing value for argument '--workdir'. Expected 1 values: see --help"),
         (["lenet5", "--batch-size", "0"], "--batch-size 0: must be 1 or more"),
-        (["quickstart", "--batch-size", "30"], "--batch-size 30 does not divide over 4 devices"),
+        (["quickstart", "--batch-size", "30", "--num-devices", "4"], "--batch-size 30 does not divide over 4 devices"),
         (["quickstart", "--num-devices", "9"], "--num-devices 9: this machine has 4"),
         (["lenet5", "--data-dir", "nowhere"], "--data-dir nowhere does not exist"),
         (["quickstart", "--workdir", "file/run"], "--workdir file/run: Not a directory"),
@@ -268,6 +269,109 @@ def test_divergence_is_said_and_not_logged(tiny_config):
     with pytest.raises(UserError, match=r"training diverged in epoch 1 \(loss nan\)"):
         train_and_evaluate(dataclasses.replace(tiny_config, learning_rate=1e30))
     assert read_metrics(train.Path(tiny_config.workdir)) == []
+
+
+def test_dead_training_is_said_or_restarted(tiny_config, monkeypatch, capsys):
+    """What happens when is_dead says so; that it does is tested below."""
+    monkeypatch.setattr(train, "is_dead", lambda losses, classes: True)
+    config = dataclasses.replace(tiny_config, learning_rate=1e-12, num_epochs=1)
+    train_and_evaluate(config)
+    assert "warning: training is dead in epoch 1" in capsys.readouterr().err
+
+    dead = iter((True,))
+    monkeypatch.setattr(train, "is_dead", lambda losses, classes: next(dead, False))
+    config = dataclasses.replace(config, workdir=f"{config.workdir}-restarted", auto_restart=True)
+    summary = train_and_evaluate(config)
+    assert (summary["config"]["learning_rate"], summary["config"]["seed"]) == (5e-13, 1)
+    assert f"starting again in {config.workdir}/restart1: rate 5e-13, seed 1" in capsys.readouterr().err
+    assert read_metrics(train.Path(config.workdir)) == []  # the dead epoch is not logged
+    monkeypatch.setattr(train, "create_train_steps", None)  # nothing is trained again
+    assert train_and_evaluate(config) == json.loads(json.dumps(summary))
+
+
+def test_restarts_end(tiny_config, monkeypatch, capsys):
+    def diverge(config, devices):
+        raise train.DeadTraining("training diverged in epoch 1")
+
+    monkeypatch.setattr(train, "_train_and_evaluate", diverge)
+    with pytest.raises(UserError, match="training diverged in epoch 1"):
+        train_and_evaluate(dataclasses.replace(tiny_config, auto_restart=True))
+    assert capsys.readouterr().err.count("starting again") == 3
+
+
+@pytest.mark.parametrize(
+    ("losses", "dead"),
+    [
+        ([2.4] * 100 + [2.302] * 500, True),
+        ([2.302] * 499, False),
+        ([2.302] * 500 + [2.0] * 100, False),
+        (np.linspace(6, 1, 500), False),
+    ],
+)
+def test_is_dead(losses, dead):
+    assert train.is_dead(np.array(losses, np.float32), 10) == dead
+
+
+def test_held_out_images_are_neither_trained_on_nor_the_test_set(tiny_config, tiny_dataset, monkeypatch, capsys):
+    seen = {}
+    replicate_data = train.replicate
+
+    def recorded(tree, devices):
+        if isinstance(tree, tuple) and len(tree) == 2:
+            seen["train"] = tree
+        return replicate_data(tree, devices)
+
+    monkeypatch.setattr(train, "replicate", recorded)
+    evaluator = train.Evaluator
+    monkeypatch.setattr(
+        train,
+        "Evaluator",
+        lambda config, state, images, labels, devices: (
+            seen.update(test=(images, labels)) or evaluator(config, state, images, labels, devices)
+        ),
+    )
+    train_and_evaluate(dataclasses.replace(tiny_config, holdout=20, num_epochs=1))
+    np.testing.assert_array_equal(seen["train"][0], tiny_dataset.train_images[:70])
+    np.testing.assert_array_equal(seen["train"][1], tiny_dataset.train_labels[:70])
+    np.testing.assert_array_equal(seen["test"][0], tiny_dataset.train_images[70:])
+    np.testing.assert_array_equal(seen["test"][1], tiny_dataset.train_labels[70:])
+    assert "tests on 20 held-out training images" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--holdout 90: there are only 90 training images"):
+        train_and_evaluate(dataclasses.replace(tiny_config, workdir=f"{tiny_config.workdir}-2", holdout=90))
+
+
+def test_progressive_sizes_train_and_resume(use_tiny_dataset, tmp_path, interrupt, tiny_config):
+    """Every size is compiled; a run that is stopped between them goes on with the right one."""
+    sizes, compiled = [], []
+    create = train.create_train_steps
+
+    def recorded(config, devices, per_call, size):
+        def compile_for(*arguments):
+            if not compiled:  # one, small, in place of all, to save time
+                compiled.append(create(config, devices, per_call, 14)(*arguments))
+            return lambda *arguments: sizes.append(size) or compiled[0](*arguments)
+
+        return compile_for
+
+    config = dataclasses.replace(
+        tiny_config,
+        model="all_cnn",
+        dropout_rates=(0.0, 0.0, 0.0),
+        image_sizes=((16, 1), (24, 1)),
+        batch_size=45,
+        num_devices=1,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "create_train_steps", recorded)
+        interrupt(2 + 2 + 4, signal.SIGTERM)  # in the steps of the second epoch
+        with pytest.raises(Interrupted):
+            train_and_evaluate(config)
+        assert set(sizes) <= {16, 24}
+        sizes.clear()
+        compiled.clear()
+        train_and_evaluate(config)
+    assert sizes[-2:] == [32, 32]
+    assert 16 not in sizes
 
 
 def test_a_closed_pipe_loses_no_epoch(use_tiny_dataset, tmp_path, monkeypatch, run_command):

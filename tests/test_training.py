@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,47 @@ def test_cosine_schedule_warms_up_and_ends_at_zero():
     schedule = create_schedule(config, 100)
     rates = [float(schedule(step)) for step in (0, 100, 200, 600, 1000)]
     np.testing.assert_allclose(rates, [0, 0.05, 0.1, 0.05, 0], atol=1e-7)
+
+
+def test_one_cycle_schedule_rises_and_falls_in_lines():
+    config = dataclasses.replace(
+        RECIPES["lenet5"], num_epochs=10, schedule="one_cycle", warmup_fraction=0.2, learning_rate=0.1
+    )
+    rates = [float(create_schedule(config, 100)(step)) for step in (0, 100, 200, 600, 1000)]
+    np.testing.assert_allclose(rates, [0, 0.05, 0.1, 0.05, 0], atol=1e-7)
+
+
+def test_the_gradient_is_clipped_before_the_momentum():
+    config = dataclasses.replace(RECIPES["lenet5_reference"], gradient_clip=2.0, learning_rate=1.0)
+    tx, parameters = create_tx(config, 1), {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    updates, _ = tx.update({"a": jnp.array([30.0]), "b": jnp.array([40.0])}, tx.init(parameters), parameters)
+    np.testing.assert_allclose([updates["a"][0], updates["b"][0]], [-1.2, -1.6], rtol=1e-6)
+
+
+@pytest.mark.parametrize("model", ["lenet5", "all_cnn"])
+def test_muon_orthogonalises_all_kernels_but_the_last(model):
+    recipe = dataclasses.replace(
+        RECIPES[f"{model}_reference"],
+        optimizer="muon",
+        nesterov=False,
+        learning_rate=0.01,
+        schedule="constant",
+        lr_decay=0.0,
+    )
+    tx, rng = create_tx(recipe, 1), np.random.default_rng(0)
+    params = create_train_state(RECIPES[f"{model}_reference"], 1).params
+    gradients = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
+    with jax.numpy_dtype_promotion("standard"):  # optax takes powers of an integer
+        updates, _ = jax.jit(lambda g, p: tx.update(g, tx.init(p), p))(gradients, params)
+    last = {"lenet5": "Dense_2", "all_cnn": "Conv_8"}[model]
+    for layer, tensors in updates.items():
+        np.testing.assert_allclose(np.abs(tensors["bias"]), 0.01, rtol=1e-3)  # Adam's first step
+        matrix = np.asarray(tensors["kernel"]).reshape(-1, tensors["kernel"].shape[-1])
+        if layer == last:
+            np.testing.assert_allclose(np.abs(matrix), 0.01, rtol=1e-3)
+        else:
+            values = np.linalg.svd(matrix, compute_uv=False) / (0.01 * 0.2 * np.sqrt(max(matrix.shape)))
+            assert 0.6 < np.median(values) < values.max() < 1.3  # five steps of Newton and Schulz reach 1 only about
 
 
 def numpy_keras(gradients, parameter):
@@ -227,6 +269,47 @@ def test_bfloat16_trains_float32_parameters(tiny_dataset, tiny_config):
     assert np.abs(history["loss"] - reference["loss"]).max() > 0
 
 
+def test_the_average_follows_the_parameters_and_is_evaluated(tiny_dataset, tiny_config):
+    config = dataclasses.replace(tiny_config, ema_decay=0.5)
+    steps = [create_train_state(config, 6)]
+    data = (tiny_dataset.train_images[:16], tiny_dataset.train_labels[:16])
+    dataset = dataclasses.replace(tiny_dataset, train_images=data[0], train_labels=data[1])
+    for _ in range(3):
+        copied = jax.tree.map(lambda x: x if isinstance(x, int) else jnp.copy(x), steps[-1])
+        steps.append(train_epoch(config, dataset, state=copied)[0])
+    expected = jax.device_get(steps[0].params)
+    for number, state in enumerate(steps[1:], 1):
+        decay = min(0.5, number / (number + 10))
+        expected = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * np.asarray(p), expected, state.params)
+    assert_trees_close(steps[-1].ema_params, expected, atol=1e-6)
+    devices = select_devices(config)
+    evaluate = Evaluator(config, steps[-1], tiny_dataset.test_images, tiny_dataset.test_labels, devices)
+    averaged = replicate(steps[-1].replace(params=steps[-1].ema_params, ema_params=None), devices)
+    plain = Evaluator(config, averaged, tiny_dataset.test_images, tiny_dataset.test_labels, devices)
+    assert evaluate(steps[-1])["loss"] == pytest.approx(plain(averaged)["loss"], rel=1e-6)
+    last = replicate(steps[-1].replace(ema_params=None), devices)
+    assert evaluate(steps[-1])["loss"] != plain(last)["loss"]
+
+
+def test_mixed_labels_and_a_smaller_image(tiny_dataset, monkeypatch):
+    """What the network gets, and its loss against both labels."""
+    config = dataclasses.replace(
+        RECIPES["all_cnn_reference"], dropout_rates=(0, 0, 0), batch_size=4, cutmix_alpha=1.0, learning_rate=1e-9
+    )
+    share = np.array([1.0, 0.75, 0.5, 0.25], np.float32)
+    monkeypatch.setattr(training, "mix", lambda key, images, *alphas: (images, share))
+    state, labels = create_train_state(config, 1), np.array([0, 1, 2, 3])
+    sizes, logits = [], np.random.default_rng(0).normal(size=(4, 10)).astype(np.float32)
+    apply_fn = lambda variables, images, **_: sizes.append(images.shape) or jnp.asarray(logits) + 0 * images.sum()
+    batch = {"image": tiny_dataset.train_images[:4], "label": labels, "mask": np.ones(4, np.float32)}
+    step = jax.vmap(training.create_train_step(config, 16), (None, 0), axis_name=training.AXIS)
+    _, metrics = step(state.replace(apply_fn=apply_fn), jax.tree.map(lambda x: x[None], batch))
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    own, other = -logs[range(4), labels], -logs[range(4), labels[::-1]]
+    np.testing.assert_allclose(metrics["loss"][0], (share * own + (1 - share) * other).mean(), rtol=1e-5)
+    assert set(sizes) == {(4, 16, 16, 3)}
+
+
 @pytest.mark.parametrize("num_devices", [1, 4])
 @pytest.mark.parametrize("eval_batch_size", [7, 30, 100])
 def test_every_example_is_evaluated_once(num_devices, eval_batch_size, tiny_dataset, tiny_config):
@@ -264,8 +347,21 @@ def test_the_step_is_traced_once(tiny_dataset, tiny_config, monkeypatch):
 
 
 def test_select_devices(tiny_config):
-    assert len(select_devices(dataclasses.replace(tiny_config, num_devices=None))) == 4
     with pytest.raises(UserError, match=r"--num-devices 5: this machine has 4"):
         select_devices(dataclasses.replace(tiny_config, num_devices=5))
+    with pytest.raises(UserError, match=r"multiple of 4, or --num-devices 3"):
+        select_devices(dataclasses.replace(tiny_config, batch_size=15, num_devices=4))
+
+
+@pytest.mark.parametrize(("batch_size", "count"), [(4, 1), (16, 1), (31, 1), (32, 2), (50, 2), (64, 4), (129, 3)])
+def test_cpu_cores_share_large_batches_alone(tiny_config, batch_size, count):
+    config = dataclasses.replace(tiny_config, batch_size=batch_size, num_devices=None)
+    assert len(select_devices(config)) == count
+
+
+def test_an_accelerators_devices_are_all_used(monkeypatch, tiny_config):
+    devices = [types.SimpleNamespace(platform="gpu")] * 4
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert select_devices(dataclasses.replace(tiny_config, num_devices=None)) == devices
     with pytest.raises(UserError, match=r"multiple of 4, or --num-devices 3"):
         select_devices(dataclasses.replace(tiny_config, batch_size=15, num_devices=None))

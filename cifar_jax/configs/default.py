@@ -8,6 +8,9 @@ from typing import Literal
 
 from cifar_jax.errors import UserError
 
+ModelName = Literal["all_cnn", "lenet5"]
+InputScaling = Literal["unit", "symmetric", "standardized"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -15,11 +18,11 @@ class Config:
 
     workdir: str
     """The run's folder: config, metrics, checkpoints, figures. Starting again with it resumes."""
-    model: Literal["all_cnn", "lenet5"]
+    model: ModelName
     """The network."""
     dropout_rates: tuple[float, ...]
     """Dropout: all_cnn has three places (first convolution, both pools), lenet5 two (both convolutions)."""
-    input_scaling: Literal["unit", "symmetric", "standardized"]
+    input_scaling: InputScaling
     """Pixels to [0, 1], to [-1, 1], or to zero mean and unit variance by channel (of CIFAR-10's training set)."""
     batch_size: int
     """Images of one update, over all devices."""
@@ -37,20 +40,32 @@ class Config:
     seed: int = 0
     """Of initialisation, order, augmentation and dropout."""
 
-    optimizer: Literal["sgd", "keras_sgd"] = "sgd"
-    """SGD with momentum; keras_sgd keeps the learning rate inside the velocity, as Keras does."""
+    holdout: int = 0
+    """Training images that are held out and tested on in place of the test set: to choose settings by."""
+    auto_restart: bool = False
+    """Start again with half the rate and the next seed, up to three times, if training is dead or diverges."""
+
+    initializer: Literal["original", "he"] = "original"
+    """Kernels and biases as the original program draws them, or he_normal kernels and zero biases."""
+    optimizer: Literal["sgd", "keras_sgd", "muon"] = "sgd"
+    """SGD with momentum; keras_sgd keeps the learning rate inside the velocity, as Keras does; muon takes
+    orthogonalised steps for kernels (arXiv:2502.16982's scale), Adam's for biases and the last layer."""
     momentum: float = 0.9
     """Momentum."""
     nesterov: bool = False
     """Nesterov's momentum."""
     weight_decay: float = 0.0
-    """L2 on all parameters, added to the gradient before the momentum (as torch.optim.SGD)."""
-    schedule: Literal["constant", "inverse_time", "cosine"] = "constant"
-    """Learning rate by step; inverse_time is learning_rate / (1 + lr_decay·step)."""
+    """L2 on all parameters, added to the gradient before the momentum (as torch.optim.SGD); decoupled in muon."""
+    gradient_clip: float = 0.0
+    """Largest norm of the whole gradient; 0: no limit."""
+    schedule: Literal["constant", "inverse_time", "cosine", "one_cycle"] = "constant"
+    """Learning rate by step; inverse_time is learning_rate / (1 + lr_decay·step), one_cycle falls in a line to 0."""
     lr_decay: float = 0.0
     """Of the inverse_time schedule, per step."""
     warmup_fraction: float = 0.0
-    """Share of all steps in which the rate rises linearly from 0, before the cosine schedule."""
+    """Share of all steps in which the rate rises linearly from 0, before a cosine or one_cycle schedule falls."""
+    ema_decay: float = 0.0
+    """Of the exponential moving average of the parameters, which is then what is evaluated; 0: none."""
     label_smoothing: float = 0.0
     """Share of each target that is spread evenly over the classes."""
 
@@ -64,11 +79,17 @@ class Config:
     """Mirror half of the images left and right."""
     cutout_size: int = 0
     """Side of the square that is set to 0, in pixels."""
+    mixup_alpha: float = 0.0
+    """Mix each image with another of its batch, by a share from Beta(alpha, alpha) (arXiv:1710.09412); 0: don't."""
+    cutmix_alpha: float = 0.0
+    """The same, with a rectangle of that share (arXiv:1905.04899); 0: don't."""
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    """Progressive size: pairs of a side in pixels and a number of epochs; the other epochs have 32. For all_cnn."""
 
     eval_batch_size: int = 500
     """Images of one evaluation step, over all devices."""
     num_devices: int | None = None
-    """Local devices to use; None: all. Each draws its own dropout."""
+    """Local devices to use; None: all, but CPU cores only where each gets 16 images. Each draws its own dropout."""
     steps_per_call: int | None = None
     """Training steps of one compiled call; None: 1 on the CPU (where loops are slow), up to 1,000 elsewhere."""
 
@@ -91,13 +112,30 @@ class Config:
         check(self.momentum > 0 or not self.nesterov, "momentum", "above 0 with --nesterov")
         check(0 <= self.label_smoothing < 1, "label_smoothing", "at least 0 and below 1")
         check(0 <= self.crop_padding < 32, "crop_padding", "from 0 to 31")
-        for field in ("weight_decay", "lr_decay", "rotation_degrees", "shift_fraction", "cutout_size"):
+        amounts = ("weight_decay", "lr_decay", "gradient_clip", "mixup_alpha", "cutmix_alpha", "holdout")
+        for field in (*amounts, "rotation_degrees", "shift_fraction", "cutout_size"):
             check(0 <= getattr(self, field) < math.inf, field, "0 or more")
+        check(0 <= self.ema_decay < 1, "ema_decay", "at least 0 and below 1")
+        check(self.mixup_alpha == 0 or self.cutmix_alpha == 0, "mixup_alpha", "0 with --cutmix-alpha")
+        check(
+            not self.image_sizes or self.model == "all_cnn", "image_sizes", "empty for lenet5, which has dense layers"
+        )
+        sizes_fit = all(14 <= size <= 32 and epochs >= 1 for size, epochs in self.image_sizes)
+        check(sizes_fit, "image_sizes", "pairs of a size from 14 to 32 and a number of epochs")
         check(self.lr_decay == 0 or self.schedule == "inverse_time", "lr_decay", "0 unless --schedule inverse_time")
         check(0 <= self.warmup_fraction < 1, "warmup_fraction", "at least 0 and below 1")
-        check(self.warmup_fraction == 0 or self.schedule == "cosine", "warmup_fraction", "0 unless --schedule cosine")
+        warms_up = self.schedule in ("cosine", "one_cycle")
+        check(self.warmup_fraction == 0 or warms_up, "warmup_fraction", "0 unless --schedule cosine or one_cycle")
+
+    def image_size(self, epoch: int) -> int:
+        """The side of the training images in an epoch, counted from 0, in pixels."""
+        for size, epochs in self.image_sizes:
+            if epoch < epochs:
+                return size
+            epoch -= epochs
+        return 32
 
 
 # What a run may change when it is resumed: where things lie and how the work is cut. Of these only the number of
-# devices has an effect beyond rounding: on the dropout masks.
-EXECUTION_FIELDS = ("workdir", "data_dir", "eval_batch_size", "num_devices", "steps_per_call")
+# devices has an effect beyond rounding: on the dropout masks, and on who is mixed with whom.
+EXECUTION_FIELDS = ("workdir", "data_dir", "auto_restart", "eval_batch_size", "num_devices", "steps_per_call")

@@ -1,0 +1,50 @@
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cifar_jax import evaluate, load_pretrained, pretrained_names
+from cifar_jax.errors import UserError
+from cifar_jax.pretrained import pretrained_path
+
+
+def card(name):
+    return pretrained_path(name).with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("name", pretrained_names())
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_released_network_gives_logits(name, dtype, tiny_dataset):
+    model, variables, preprocess = load_pretrained(name, dtype)
+    logits = model.apply(variables, preprocess(tiny_dataset.test_images))
+    assert logits.shape == (30, 10)
+    assert logits.dtype == jnp.float32
+    assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", pretrained_names())
+def test_every_card_says_what_it_must(name):
+    text = card(name)
+    for word in ("Recipe", "Command", "Seed", "Data", "Hardware", "Date", "Limits"):
+        assert f"| {word} |" in text
+    assert re.search(r"\| Test accuracy, float32 \| \d\d\.\d\d % \|", text)
+    assert re.search(r"\| Test accuracy, bfloat16 \| \d\d\.\d\d % \|", text)
+
+
+@pytest.mark.parametrize("name", [name for name in pretrained_names() if name.startswith("lenet5")])
+def test_evaluate_reproduces_the_cards_accuracy(name, cifar10, monkeypatch, run_command):
+    """To the digit; of the LeNet-5s alone, as an All-CNN takes a minute on a CPU."""
+    monkeypatch.setattr(evaluate, "load_dataset", lambda name, data_dir: cifar10)
+    _, output, _ = run_command(evaluate.main, "--pretrained", name)
+    accuracy = re.search(r"Test accuracy, float32 \| (\d\d\.\d\d) %", card(name))[1]
+    assert f"accuracy {accuracy}% of 10,000 images" in output
+
+
+def test_an_unknown_name_is_one_line(run_command):
+    with pytest.raises(UserError, match="choose one of"):
+        load_pretrained("resnet")
+    for flags in (("--pretrained", "../models"), ("--pretrained", "lenet5", "--weights", "a.pth")):
+        status, _, errors = run_command(evaluate.main, *flags)
+        assert status == 2
+        assert errors.count("\n") == 1
