@@ -304,6 +304,7 @@ def test_restarts_end(tiny_config, monkeypatch, capsys):
     [
         ([2.4] * 100 + [2.302] * 500, True),
         ([2.302] * 499, False),
+        ([], False),
         ([2.302] * 500 + [2.0] * 100, False),
         (np.linspace(6, 1, 500), False),
     ],
