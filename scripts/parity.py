@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,15 +26,25 @@ import tyro
 from cifar_jax.configs import RECIPES
 from cifar_jax.configs.default import Config
 from cifar_jax.environment import PACKAGES, describe_environment
-from cifar_jax.errors import command, parse_arguments
+from cifar_jax.errors import UserError, command, parse_arguments
+from cifar_jax.evaluate import Evaluator, load_file
 from cifar_jax.input_pipeline import Dataset, load_dataset, scale_images, split_seed
 from cifar_jax.interop.files import load_weights
 from cifar_jax.interop.layers import Params, expected_shapes, layers_from_params
 from cifar_jax.metrics import write_json
 from cifar_jax.models import MODELS
-from cifar_jax.training import create_tx, cross_entropy
+from cifar_jax.training import (
+    AXIS,
+    create_train_state,
+    create_train_step,
+    create_tx,
+    cross_entropy,
+    replicate,
+)
 
-WHY_RELU = "ReLU and arg-max near-ties fall to either side in float32; float64 shows that the semantics agree"
+DRAWS = 5  # of the dropout masks at test
+WHY_RELU = "near-ties of ReLU and max pool fall to either side in float32, float64 shows the semantics"
+FLOORS = {"all_cnn": "3e-3", "lenet5": "4e-5"}  # of gradients in float32, measured on CIFAR-10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +60,19 @@ class Check:
     def passed(self) -> bool:
         return bool(self.error <= self.tolerance)  # a NaN fails
 
+    def as_json(self) -> dict[str, Any]:
+        """Its fields and 'passed'; an error that is no number, which JSON has not, is None."""
+        error = self.error if np.isfinite(self.error) else None
+        return dataclasses.asdict(self) | {"error": error, "passed": self.passed}
+
 
 class Reference(Protocol):
     """One of the two networks in another framework. Images are float NHWC arrays; params are Flax'."""
 
-    def __init__(self, model: str, params: Params | None = None, dtype: str = "float32") -> None:
-        """Without params: initialised by the framework, from torch.manual_seed's state."""
+    def __init__(
+        self, model: str, params: Params | None = None, dtype: str = "float32", final_relu: bool = False
+    ) -> None:
+        """Without params: initialised by the framework, from torch.manual_seed's state. final_relu: see AllCNN."""
 
     def params(self) -> Params:
         """Its weights."""
@@ -82,6 +100,12 @@ def difference(ours: Any, theirs: Any) -> float:
     pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
     errors = [np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max() for a, b in pairs]
     return float(np.max(errors))  # max() would pass over a NaN
+
+
+def relative_difference(ours: Any, theirs: Any) -> float:
+    """The largest, over the tensors, of the maximum absolute difference by the largest value of theirs."""
+    tensors = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    return float(np.max([difference(a, b) / np.abs(b).max() for a, b in tensors]))
 
 
 def as_dtype(tree: Any, dtype: str) -> Any:
@@ -132,8 +156,9 @@ def check_logits(reference: type[Reference], model: str, images: np.ndarray) -> 
     params, inputs = initial_params(model), scaled(images, model)
     with torch.no_grad():
         theirs = reference(model, params).logits(inputs)
-    error = difference(jax_logits(model, params, inputs), theirs)
-    return [Check(f"{model}: logits of {len(images)} images", error, 2e-6, "float32 sums in another order: floor 4e-7")]
+    error = relative_difference(jax_logits(model, params, inputs), theirs.numpy())
+    name = f"{model}: logits of {len(images)} images, relative to the largest"
+    return [Check(name, error, 5e-6, "float32 sums in another order: floor 5e-7")]
 
 
 def check_activations(reference: type[Reference], model: str, images: np.ndarray) -> list[Check]:
@@ -144,7 +169,7 @@ def check_activations(reference: type[Reference], model: str, images: np.ndarray
     layers = captured["intermediates"]
     theirs = reference(model, params).activations(inputs)
     checks = []
-    for (name, _, _), other in zip(expected_shapes(model), theirs):
+    for (name, _, _), other in zip(expected_shapes(model), theirs, strict=True):
         ours = layers[name]["__call__"][0]
         last = other.shape[-1] == 10  # has no ReLU
         error = difference(ours if last else jax.nn.relu(ours), other)
@@ -155,7 +180,7 @@ def check_activations(reference: type[Reference], model: str, images: np.ndarray
 def check_gradients(reference: type[Reference], model: str, images: np.ndarray, labels: np.ndarray) -> list[Check]:
     """Loss and gradients of a batch, float32 and float64, dropout off."""
     checks, start = [], initial_params(model)
-    tolerance = {"float32": {"all_cnn": 1e-3, "lenet5": 1e-6}[model], "float64": 1e-12}
+    tolerance = {"float32": {"all_cnn": 2e-2, "lenet5": 2e-4}[model], "float64": 1e-12}
     for dtype in ("float32", "float64"):
         with precision(dtype):
             params, inputs = as_dtype(start, dtype), scaled(images, model, dtype)
@@ -163,11 +188,13 @@ def check_gradients(reference: type[Reference], model: str, images: np.ndarray, 
             network = reference(model, params, dtype)
             loss = torch_loss(network.logits(inputs), labels)
             theirs = network.gradients(loss)
-            why = "float32 rounding" if dtype == "float32" else "the same formula: float64 rounding alone"
+            why = "float32 rounding: floor 2e-7" if dtype == "float32" else "the same formula: float64 rounding alone"
             loss_tolerance = 1e-6 if dtype == "float32" else 1e-12
             checks.append(Check(f"{model}: loss, {dtype}", abs(float(ours_loss) - loss.item()), loss_tolerance, why))
-            why = WHY_RELU if (model, dtype) == ("all_cnn", "float32") else why
-            checks.append(Check(f"{model}: gradients, {dtype}", difference(ours, theirs), tolerance[dtype], why))
+            why = f"{WHY_RELU}: floor {FLOORS[model]}" if dtype == "float32" else why
+            error = relative_difference(ours, theirs)
+            name = f"{model}: gradients, {dtype}, relative to each tensor's largest"
+            checks.append(Check(name, error, tolerance[dtype], why))
     return checks
 
 
@@ -193,44 +220,51 @@ def check_optimizer(config: Config, fed: Callable[[Config, Params, Sequence[Para
     rng = np.random.default_rng(0)
     start = {"kernel": rng.normal(size=1000) * 0.05}
     gradients = [{"kernel": rng.normal(size=1000) * 0.1} for _ in range(100)]
-    # The schedule is computed in float32 by both, so float64 can't go below the rounding of the rate.
-    for dtype, tolerance in (("float32", 5e-7), ("float64", 2e-8)):
+    float64 = (1e-15, "the same formula: float64 rounding alone")
+    if config.schedule != "constant":
+        float64 = (2e-8, "the rate is float32 in either: floor 4e-9; outside the velocity it makes 100 times that")
+    rows = (("float32", 5e-7, "float32 rounding of 100 steps: floor 4e-9, Keras 5e-8"), ("float64", *float64))
+    for dtype, tolerance, why in rows:
         with precision(dtype):
             ours = jax_optimizer(config, as_dtype(start, dtype), as_dtype(gradients, dtype))
             theirs = fed(config, as_dtype(start, dtype), as_dtype(gradients, dtype))
         name = f"optimizer of {config.model}_reference, 100 fed gradients, {dtype}"
-        why = "the rate is float32 in either type; with the rate outside the velocity the error is 100 times this"
-        checks.append(
-            Check(name, difference(ours, theirs), tolerance, why if dtype == "float64" else "float32 rounding")
-        )
+        checks.append(Check(name, difference(ours, theirs), tolerance, why))
     return checks
 
 
+def without_randomness(config: Config) -> Config:
+    """The recipe without dropout and augmentation."""
+    return dataclasses.replace(
+        config, dropout_rates=(0.0,) * len(config.dropout_rates), rotation_degrees=0.0, shift_fraction=0.0,
+        crop_padding=0, random_flip=False, cutout_size=0,
+    )  # fmt: skip
+
+
 def jax_trajectory(config: Config, params: Params, batches: Sequence[tuple[np.ndarray, np.ndarray]]) -> Params:
-    network, tx = MODELS[config.model](), create_tx(config, steps_per_epoch=782)
-
-    @jax.jit
-    def step(params: Any, state: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
-        loss = lambda params: cross_entropy(network.apply({"params": params}, images), labels).mean()
-        updates, state = tx.update(jax.grad(loss)(params), state, params)
-        return jax.tree.map(jnp.add, params, updates), state
-
-    state = tx.init(params)
+    """The weights after a train_step of the recipe on every (uint8 images, labels)."""
+    config = without_randomness(config)
+    step = jax.pmap(create_train_step(config), AXIS, in_axes=(None, 0), out_axes=None, devices=jax.local_devices()[:1])
+    state = create_train_state(config, steps_per_epoch=782)
+    state = state.replace(params=params, opt_state=state.tx.init(params))
     for images, labels in batches:
-        params, state = step(params, state, images, labels)
-    return params
+        batch = {"image": images, "label": labels, "mask": np.ones(len(labels), np.float32)}
+        state, _ = step(state, jax.tree.map(lambda array: array[None], batch))
+    return jax.device_get(state.params)
 
 
 def check_trajectory(
     reference: type[Reference], config: Config, images: np.ndarray, labels: np.ndarray, batch_size: int
 ) -> list[Check]:
     """Free steps of the recipe on the same batches, dropout and augmentation off, beside a control moved by one ulp."""
-    params, inputs = initial_params(config.model), scaled(images, config.model)
-    batches = [(inputs[i : i + batch_size], labels[i : i + batch_size]) for i in range(0, len(labels), batch_size)]
+    params = initial_params(config.model)
+    parts = [slice(i, i + batch_size) for i in range(0, len(labels), batch_size)]
+    batches = [(images[part], labels[part]) for part in parts]
     ours = jax_trajectory(config, params, batches)
     moved = jax.tree.map(lambda leaf: np.nextafter(leaf, np.float32(np.inf), dtype=np.float32), params)
     floor = difference(ours, jax_trajectory(config, moved, batches))
-    error = difference(ours, reference(config.model, params).train(config, batches))
+    their_batches = [(scaled(images[part], config.model), labels[part]) for part in parts]
+    error = difference(ours, reference(config.model, params).train(config, their_batches))
     why = f"10 times the distance, {floor:.1e}, of a control whose initial weights are one ulp larger"
     name = f"{config.model}_reference: {len(batches)} free steps of {batch_size}"
     return [Check(name, error, max(10 * floor, 1e-7), why)]
@@ -276,7 +310,7 @@ def check_initial(reference: type[Reference], model: str, seeds: int) -> list[Ch
 def check_predictions(reference: type[Reference], path: Path, images: np.ndarray, labels: np.ndarray) -> list[Check]:
     """The same trained weights in both, over the test set: arg-max and mean loss, and the notebook's 4× smaller one."""
     weights = load_weights(path)
-    network = reference(weights.model, weights.params)
+    network = reference(weights.model, weights.params, final_relu=weights.final_relu)
     inputs = np.asarray(scale_images(jnp.asarray(images), weights.input_scaling))
     ours, theirs = [], []
     for i in range(0, len(labels), 500):
@@ -285,45 +319,54 @@ def check_predictions(reference: type[Reference], path: Path, images: np.ndarray
         with torch.no_grad():
             theirs.append(network.logits(batch))
     our_logits, their_logits = np.concatenate(ours), torch.cat(theirs)
-    ours_top, theirs_top = our_logits.argmax(-1), their_logits.argmax(-1).numpy()
+    our_top, differ = our_logits.argmax(-1), our_logits.argmax(-1) != their_logits.argmax(-1).numpy()
+    largest = np.sort(our_logits, axis=-1)
+    ties = largest[:, -1] - largest[:, -2] < 1e-4
     our_losses = np.asarray(cross_entropy(jnp.asarray(our_logits), jnp.asarray(labels)), np.float64)
-    name = f"{path.stem} ({weights.model}, test accuracy {(ours_top == labels).mean():.2%})"
-    margin = np.sort(our_logits, axis=-1)
-    ties = int((margin[:, -1] - margin[:, -2] < 1e-4).sum())
-    loss = torch_loss(their_logits, labels).item()
-    # The notebook adds the means of 2,500 batches of 4 and divides by 10,000 images.
-    batch_means = [torch_loss(their_logits[i : i + 4], labels[i : i + 4]).item() for i in range(0, len(labels), 4)]
-    quirk = abs(our_losses.mean() / 4 - sum(batch_means) / len(labels))
+    their_losses = torch.nn.functional.cross_entropy(
+        their_logits, torch.tensor(labels, dtype=torch.int64), reduction="none"
+    ).double()
+    # The notebook adds the means of batches of 4 and divides by the number of images.
+    quirk = lambda losses: sum(float(losses[i : i + 4].mean()) for i in range(0, len(labels), 4)) / len(labels)
+    small = quirk(our_losses)
+    name = f"{path.stem} ({weights.model}, test accuracy {(our_top == labels).mean():.2%})"
     return [
-        Check(f"{name}: differing arg-max of {len(labels):,}", float((ours_top != theirs_top).sum()), ties,
-              "images whose two largest logits are within 1e-4"),
-        Check(f"{name}: mean loss", abs(our_losses.mean() - loss), 1e-6, "float32 rounding"),
-        Check(f"{name}: the notebook's 4× too small loss", quirk, 1e-6, "float32 rounding"),
+        Check(f"{name}: differing arg-max of {len(labels):,}", float(differ.sum()), float((differ & ties).sum()),
+              f"only the {ties.sum()} images whose two largest logits are within 1e-4 may differ"),
+        Check(f"{name}: mean loss", abs(our_losses.mean() - their_losses.mean().item()), 1e-6,
+              "float32 rounding of the logits: floor 6e-8"),
+        Check(f"{name}: the notebook's 4× too small loss, ours {small:.4f}", abs(small - quirk(their_losses)), 2.5e-7,
+              "a quarter of the mean loss's"),
     ]  # fmt: skip
 
 
 def check_dropout_at_test(
     reference: type[Reference], path: Path, images: np.ndarray, labels: np.ndarray
 ) -> list[Check]:
-    """Accuracy with dropout left on, as the notebook tests: the masks differ, so up to their noise."""
+    """Mean accuracy with dropout left on, as the notebook tests: each framework draws its masks, DRAWS times."""
     weights = load_weights(path)
-    config = RECIPES[f"{weights.model}_reference"]
-    flax_network = MODELS[weights.model](dropout_rates=config.dropout_rates)
-    network = reference(weights.model, weights.params)
+    config, state = load_file(weights, "float32")
+    config = dataclasses.replace(config, eval_batch_size=500)
+    evaluator = Evaluator(config, state, images, labels, jax.local_devices(), dropout=True)
+    ours = []
+    for draw in range(DRAWS):
+        metrics = evaluator(state.replace(rng=replicate(jax.random.key(draw), jax.local_devices())))
+        assert metrics is not None  # nothing stops it
+        ours.append(metrics["accuracy"])
+    network = reference(weights.model, weights.params, final_relu=weights.final_relu)
     torch.manual_seed(0)
-    ours, theirs = [], []
-    apply = jax.jit(
-        lambda key, batch: flax_network.apply({"params": weights.params}, batch, train=True, rngs={"dropout": key})
-    )
-    for i in range(0, len(labels), 500):
-        batch = np.asarray(scale_images(jnp.asarray(images[i : i + 500]), weights.input_scaling))
-        ours.append(np.asarray(apply(jax.random.key(i), batch)).argmax(-1) == labels[i : i + 500])
-        with torch.no_grad():
-            theirs.append(network.logits(batch, dropout=True).argmax(-1).numpy() == labels[i : i + 500])
-    a, b = np.concatenate(ours), np.concatenate(theirs)
-    noise = 4 * np.sqrt((a != b).sum()) / len(labels)
-    name = f"{path.stem}: accuracy with dropout on, ours {a.mean():.2%}, theirs {b.mean():.2%}"
-    return [Check(name, abs(a.mean() - b.mean()), noise, "four deviations of the images on which two draws differ")]
+    inputs = np.asarray(scale_images(jnp.asarray(images), weights.input_scaling))
+    with torch.no_grad():
+        logits = [
+            torch.cat([network.logits(inputs[i : i + 500], dropout=True) for i in range(0, len(labels), 500)])
+            for _ in range(DRAWS)
+        ]
+    correct = np.stack([draw.argmax(-1).numpy() == labels for draw in logits])
+    rates = correct.mean(axis=0)  # of each image
+    deviation = np.sqrt(2 * (rates * (1 - rates)).sum() / (DRAWS - 1)) / len(labels)
+    a, b = np.mean(ours), correct.mean()
+    name = f"{path.stem}: mean accuracy of {DRAWS} draws with dropout on, ours {a:.2%}, theirs {b:.2%}"
+    return [Check(name, abs(a - b), 4 * deviation, "four deviations of the draws' difference")]
 
 
 # --- the command ---
@@ -382,6 +425,13 @@ def run(prog: str, packages: Sequence[str], checks_of: Callable[[Arguments, Data
         if not arguments.weights:
             pretrained = Path(__file__).resolve().parent.parent / "cifar_jax" / "pretrained"
             arguments = dataclasses.replace(arguments, weights=tuple(sorted(pretrained.glob("*.safetensors"))))
+        for name in ("images", "steps", "batch_size", "seeds", "test_images"):
+            if getattr(arguments, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be 1 or more")
+        if arguments.out is not None and not arguments.out.parent.is_dir():
+            raise UserError(f"--out {arguments.out}: there is no folder {arguments.out.parent}")
+        if not arguments.weights:
+            raise UserError("there are no weight files in cifar_jax/pretrained: name some with --weights")
         for path in arguments.weights:
             load_weights(path)  # a bad file is refused now and not after the other checks
         dataset = load_dataset(arguments.dataset, arguments.data_dir)
@@ -391,11 +441,11 @@ def run(prog: str, packages: Sequence[str], checks_of: Callable[[Arguments, Data
         ]
         failed = [check for check in checks if not check.passed]
         content = {
-            "command": f"python {prog}",
+            "command": shlex.join(["python", prog, *sys.argv[1:]]),
             **describe_environment(jax.local_devices()[:1], (*PACKAGES, *packages)),
             "dataset": arguments.dataset,
             "passed": not failed,
-            "checks": [dataclasses.asdict(check) | {"passed": check.passed} for check in checks],
+            "checks": [check.as_json() for check in checks],
         }
         if arguments.out is not None:
             write_json(arguments.out, content)

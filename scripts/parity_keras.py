@@ -37,13 +37,15 @@ dtypes.BIT64_TO_BIT32_DTYPE["float64"] = "float64"
 class KerasReference:
     """parity.Reference of cifar_jax.interop.keras."""
 
-    def __init__(self, model: str, params: Params | None = None, dtype: str = "float32") -> None:
+    def __init__(
+        self, model: str, params: Params | None = None, dtype: str = "float32", final_relu: bool = False
+    ) -> None:
         self.model, self.dtype = model, dtype
         keras.config.set_floatx(dtype)  # Input's type
         keras.config.set_dtype_policy(dtype)
         # Keras draws initial weights from seeds that Python's random makes: tie them to torch.manual_seed's state.
         keras.utils.set_random_seed(torch.initial_seed() % 2**32)
-        self.network = interop_keras.create_model(model)
+        self.network = interop_keras.create_model(model, final_relu=final_relu)
         keras.config.set_floatx("float32")
         keras.config.set_dtype_policy("float32")
         if params is not None:

@@ -25,10 +25,12 @@ from cifar_jax.interop.layers import Params
 class PyTorchReference:
     """parity.Reference of cifar_jax.interop.pytorch."""
 
-    def __init__(self, model: str, params: Params | None = None, dtype: str = "float32") -> None:
+    def __init__(
+        self, model: str, params: Params | None = None, dtype: str = "float32", final_relu: bool = False
+    ) -> None:
         self.model = model
         self.dtype = getattr(torch, dtype)
-        self.network = pytorch.create_model(model).to(self.dtype)
+        self.network = pytorch.create_model(model, final_relu=final_relu).to(self.dtype)
         if params is not None:
             pytorch.load_params(self.network, params)
 

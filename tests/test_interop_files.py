@@ -131,6 +131,7 @@ def test_the_originals_pair_of_json_and_h5(tmp_path, all_cnn, final_relu):
         ("{", "not a Keras architecture"),
         ("[]", "not a Keras architecture"),
         ('{"config": {"layers": [{"class_name": "Conv2D", "config": {}}]}}', "not a Keras architecture"),
+        ("[" * 100_000, "not a Keras architecture"),
         (json.dumps(keras2_architecture(True, (64, 10))), "are not those of all_cnn"),
         (None, "not a Keras architecture .*No such file"),
     ],
@@ -213,6 +214,42 @@ def test_hostile_keras_archive(tmp_path, monkeypatch, lenet5):
         archive.writestr("config.json", json.dumps(keras2_architecture(False)))
         archive.writestr("model.weights.h5", b"\x00" * 2 * 10**6)
     with pytest.raises(UserError, match="more than 0 MiB"):
+        load_weights(path)
+
+
+def test_damaged_deflate_in_a_keras_archive(tmp_path):
+    path = tmp_path / "damaged.keras"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("config.json", json.dumps(keras2_architecture(False)) * 20)
+        start = archive.getinfo("config.json").header_offset
+    content = bytearray(path.read_bytes())
+    content[start + 45 : start + 145] = b"\xff" * 100
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="damaged or not a Keras file"):
+        load_weights(path)
+
+
+def test_hdf5_whose_groups_are_datasets(tmp_path):
+    path = tmp_path / "file.h5"
+    with h5py.File(path, "w") as file:
+        file["model_weights"] = np.zeros(3)
+    with pytest.raises(UserError, match="no group"):
+        load_weights(path)
+
+
+@pytest.mark.parametrize("tensor", [torch.eye(3).to_sparse(), torch.zeros(3, device="meta")], ids=["sparse", "meta"])
+def test_tensors_that_are_not_dense(tmp_path, tensor):
+    torch.save({"a": tensor}, tmp_path / "file.pth")
+    with pytest.raises(UserError, match="tensor a is sparse"):
+        load_weights(tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize("names", [("a", "a/b"), ("Conv_0", "Conv_0/bias"), ("Conv_0/kernel/0",)])
+def test_safetensors_with_other_names(tmp_path, names):
+    path = tmp_path / "file.safetensors"
+    tensors = {name: np.zeros(1, np.float32) for name in names}
+    path.write_bytes(safetensors.numpy.save(tensors, {"format": "cifar_jax"}))
+    with pytest.raises(UserError, match=f"tensor {names[0]} is none of these networks"):
         load_weights(path)
 
 

@@ -20,6 +20,7 @@ import re
 import tempfile
 import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -100,7 +101,7 @@ def load_weights(
             final_relu = _has_final_relu(json.loads(architecture.read_text()), params)
         except UserError as error:
             raise UserError(f"{architecture}: {error}") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{architecture}: not a Keras architecture ({error})") from error
     original = RECIPES[f"{found}_reference"].input_scaling
     chosen = input_scaling or cast("InputScaling | None", scaling) or original
@@ -145,6 +146,9 @@ def _read_safetensors(path: Path) -> tuple[Params, dict[str, str]]:
         raise UserError(f"damaged or not a safetensors file ({error})") from error
     if metadata.get("format") != "cifar_jax":
         raise UserError("not written by cifar_jax (convert a PyTorch state_dict from its .pth)")
+    wrong = [name for name in tensors if not re.fullmatch(r"(Conv|Dense)_\d/(kernel|bias)", name)]
+    if wrong:
+        raise UserError(f"tensor {wrong[0]} is none of these networks'")
     params = traverse_util.unflatten_dict({tuple(name.split("/")): tensor for name, tensor in tensors.items()})
     layers_from_params(params)  # checks names, number and shapes
     return params, metadata
@@ -161,6 +165,9 @@ def _read_pytorch(path: Path) -> Mapping[str, Any]:
         raise UserError(f"damaged, or holds more than tensors ({reason[0]})") from error
     if not isinstance(state_dict, Mapping) or not all(isinstance(x, torch.Tensor) for x in state_dict.values()):
         raise UserError("not a state_dict: save model.state_dict(), not the model or a checkpoint around it")
+    for name, tensor in state_dict.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise UserError(f"tensor {name} is sparse, quantized or without data: it must be dense")
     return state_dict
 
 
@@ -174,7 +181,7 @@ def _read_keras(path: Path) -> tuple[list[tuple[str, np.ndarray]], Any]:
             config = json.loads(_read_member(archive, "config.json"))
             with h5py.File(io.BytesIO(_read_member(archive, "model.weights.h5"))) as file:
                 return _read_hdf5(file)[0], config
-    except (OSError, KeyError, ValueError, RuntimeError, TypeError, zipfile.BadZipFile, NotImplementedError) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"damaged or not a Keras file ({str(error).strip() or type(error).__name__})") from error
 
 
@@ -188,6 +195,8 @@ def _read_hdf5(file: h5py.File) -> tuple[list[tuple[str, np.ndarray]], Any]:
     as_text = lambda name: name.decode() if isinstance(name, bytes) else str(name)
     config = json.loads(as_text(file.attrs["model_config"])) if "model_config" in file.attrs else None
     root = file.get("model_weights", file)
+    if not isinstance(root, h5py.Group):
+        raise UserError("its model_weights are no group")
     names: list[str] = []
     if "layer_names" in root.attrs:  # Keras 2, and Keras 3's .h5: attributes list the tensors in order
         for layer in map(as_text, root.attrs["layer_names"]):
