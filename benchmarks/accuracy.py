@@ -18,6 +18,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import io
+import json
 import sys
 import time
 from pathlib import Path
@@ -32,8 +33,8 @@ import tyro
 
 from benchmarks.throughput import flops_per_image
 from cifar_jax.configs import RECIPES
-from cifar_jax.configs.default import Config
-from cifar_jax.environment import PACKAGES, describe_environment
+from cifar_jax.configs.default import EXECUTION_FIELDS, Config
+from cifar_jax.environment import PACKAGES, describe_command, describe_environment
 from cifar_jax.errors import UserError, command, parse_arguments
 from cifar_jax.input_pipeline import load_dataset, scale_images
 from cifar_jax.interop import pytorch
@@ -63,8 +64,14 @@ def train_in_pytorch(config: Config) -> list[dict[str, float]]:
     optimizer = torch.optim.SGD(network.parameters(), config.learning_rate, config.momentum)
     metrics: list[dict[str, float]] = []
     path = Path(config.workdir) / "checkpoint.pth"
+    fields = dataclasses.asdict(config)
+    recipe = json.dumps(
+        {name: value for name, value in fields.items() if name not in (*EXECUTION_FIELDS, "num_epochs")}
+    )
     if path.exists():
         saved = torch.load(path, weights_only=True)
+        if saved.get("recipe") != recipe:
+            raise UserError(f"{path} is of another recipe or version: remove it, or name other --runs")
         network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"])
@@ -93,7 +100,12 @@ def train_in_pytorch(config: Config) -> list[dict[str, float]]:
             }
         )
         print(f"pytorch seed {config.seed} epoch {epoch:2} test accuracy {accuracy:.2%} {seconds:.0f} s", flush=True)
-        checkpoint = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "metrics": metrics}
+        checkpoint = {
+            "network": network.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "metrics": metrics,
+            "recipe": recipe,
+        }
         buffer = io.BytesIO()
         torch.save(checkpoint | {"rng": torch.get_rng_state()}, buffer)
         write_atomically(path, buffer.getvalue())
@@ -283,6 +295,8 @@ def main() -> int:
     asked = [mode for mode in modes if getattr(arguments, mode) is not None]
     if len(asked) != 1:
         raise UserError("name one of --recipe, --ablation and --parity")
+    if len(set(arguments.seeds)) < max(1, len(arguments.seeds)):
+        raise UserError(f"--seeds {' '.join(map(str, arguments.seeds))}: name one or more, each once")
     mode, name = asked[0], getattr(arguments, asked[0])
     try:
         content = modes[mode](arguments, name)
@@ -294,10 +308,9 @@ def main() -> int:
     file = {"recipe": "accuracy"}.get(mode, mode)
     packages = (*PACKAGES, "torch") if mode == "parity" else PACKAGES
     head = {
-        "command": f"python -m benchmarks.accuracy --{mode} {name} --seeds {' '.join(map(str, arguments.seeds))}"
-        + (f" --num-epochs {arguments.num_epochs}" if arguments.num_epochs else "")
-        + " --out DIR",
+        "command": describe_command("-m benchmarks.accuracy", sys.argv[1:]),
         **describe_environment(jax.local_devices(), packages),
+        "dataset": arguments.dataset,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out / f"{file}_{name}.json", head | content)

@@ -1,4 +1,4 @@
-"""What a measured number must stand beside: hardware, versions, date."""
+"""What a measured number must stand beside: command, hardware, versions, date."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +16,12 @@ import jax
 import cifar_jax
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+
+
+def describe_command(program: str, arguments: Sequence[str]) -> str:
+    """The command line that measured, absolute paths cut to their last part: they say nothing on another machine."""
+    words = [Path(word).name if word.startswith("/") else word for word in arguments]
+    return shlex.join(["python", *program.split(), *words])
 
 
 def describe_environment(devices: Sequence[jax.Device], packages: Sequence[str] = PACKAGES) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ import tyro
 
 from cifar_jax.configs import RECIPES
 from cifar_jax.configs.default import Config
-from cifar_jax.environment import PACKAGES, describe_environment
+from cifar_jax.environment import PACKAGES, describe_command, describe_environment
 from cifar_jax.errors import UserError, command, parse_arguments
 from cifar_jax.evaluate import Evaluator, load_file
 from cifar_jax.input_pipeline import Dataset, load_dataset, scale_images, split_seed
@@ -441,7 +440,7 @@ def run(prog: str, packages: Sequence[str], checks_of: Callable[[Arguments, Data
         ]
         failed = [check for check in checks if not check.passed]
         content = {
-            "command": shlex.join(["python", prog, *sys.argv[1:]]),
+            "command": describe_command(prog, sys.argv[1:]),
             **describe_environment(jax.local_devices()[:1], (*PACKAGES, *packages)),
             "dataset": arguments.dataset,
             "passed": not failed,

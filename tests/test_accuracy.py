@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 
 from benchmarks import accuracy, throughput
 from cifar_jax.checkpoint import Progress
@@ -44,6 +45,13 @@ def test_parity_in_parts_and_together(quick_recipe, tmp_path, run_command):
         results.append(json.loads((out / "parity_lenet5.json").read_text()))
     assert results[0]["test_accuracy_by_epoch"] == results[1]["test_accuracy_by_epoch"]
     curves = results[0]["test_accuracy_by_epoch"]
+    checkpoint = torch.load(
+        tmp_path / "whole" / "parity_lenet5" / "pytorch_seed0" / "checkpoint.pth", weights_only=True
+    )
+    torch.save(checkpoint | {"recipe": "another"}, tmp_path / "parts" / "parity_lenet5/pytorch_seed0/checkpoint.pth")
+    status, _, errors = run_command(accuracy.main, *parts, *flags)
+    assert status == 2
+    assert "is of another recipe" in errors
     assert np.shape(curves["jax"]) == np.shape(curves["pytorch"]) == (2, 2)
     assert min(run[-1] for runs in curves.values() for run in runs) > 0.2  # both learn
     assert results[0]["last_epoch"]["jax"]["mean"] == pytest.approx(np.mean([run[-1] for run in curves["jax"]]))
@@ -59,9 +67,10 @@ def test_a_recipe_over_seeds(quick_recipe, tmp_path, run_command):
     last = [curve[-1] for curve in curves]
     assert content["test_accuracy"] == {"mean": np.mean(last), "std": pytest.approx(np.std(last, ddof=1)), "n": 2}
     assert content["cost"]["images"] == 2 * 90
-    assert content["command"] == (
-        "python -m benchmarks.accuracy --recipe lenet5_reference --seeds 0 1 --num-epochs 2 --out DIR"
+    assert content["command"].startswith(
+        "python -m benchmarks.accuracy --recipe lenet5_reference --seeds 0 1 --num-epochs 2 --runs test_"
     )
+    assert content["dataset"] == "cifar10"
 
 
 def test_the_ablation_holds_images_out(quick_recipe, tmp_path, run_command, monkeypatch):
@@ -114,6 +123,7 @@ def test_time_and_cost():
         ((), "name one of --recipe"),
         (("--recipe", "resnet"), "unknown recipe 'resnet': choose one of lenet5"),
         (("--ablation", "quickstart"), "choose one of lenet5"),
+        (("--parity", "lenet5", "--seeds", "1", "1"), "each once"),
     ],
 )
 def test_bad_input_is_one_line(flags, message, tmp_path, run_command):
