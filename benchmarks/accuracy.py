@@ -40,7 +40,7 @@ from cifar_jax.input_pipeline import load_dataset, scale_images
 from cifar_jax.interop import pytorch
 from cifar_jax.metrics import write_atomically, write_json
 from cifar_jax.train import Interrupted, train_and_evaluate
-from cifar_jax.training import use_cpu_cores
+from cifar_jax.training import prepare_cpu
 
 
 def train_in_jax(config: Config) -> list[dict[str, float]]:
@@ -289,7 +289,7 @@ def run_parity(arguments: Arguments, model: str) -> dict[str, Any] | None:
 
 @command
 def main() -> int:
-    use_cpu_cores()
+    prepare_cpu()
     arguments = parse_arguments(lambda: tyro.cli(Arguments, prog="python -m benchmarks.accuracy"))
     modes = {"recipe": run_recipe, "ablation": run_ablation, "parity": run_parity}
     asked = [mode for mode in modes if getattr(arguments, mode) is not None]

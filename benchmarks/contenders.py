@@ -27,7 +27,7 @@ from cifar_jax.training import (
     default_steps_per_call,
     replicate,
     select_devices,
-    use_cpu_cores,
+    prepare_cpu,
 )
 
 Phase = Literal["training", "training_augmented", "inference"]
@@ -127,7 +127,7 @@ class JaxContender(Contender):
 
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
-        use_cpu_cores()
+        prepare_cpu()
         devices = select_devices(workload.plain)
         self._devices = devices if devices[0].platform == "cpu" else devices[:1]  # PyTorch has all cores and one GPU
         self._per_call = default_steps_per_call(self._devices)

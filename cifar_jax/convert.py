@@ -46,6 +46,10 @@ def main() -> int:
         lambda: tyro.cli(Arguments, prog="python -m cifar_jax.convert", config=(tyro.conf.PositionalRequiredArgs,))
     )
     if arguments.input.is_dir():
+        if arguments.architecture or arguments.input_scaling:
+            raise UserError(
+                f"{arguments.input} is a run, which knows its architecture and input scaling: leave them out"
+            )
         config, state, _ = load_run(arguments.input, arguments.checkpoint)
         if arguments.model not in (None, config.model):
             raise UserError(f"{arguments.input}: holds the weights of {config.model}, not of {arguments.model}")

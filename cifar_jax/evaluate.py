@@ -35,7 +35,7 @@ from cifar_jax.training import (
     default_steps_per_call,
     eval_batch_size,
     replicate,
-    use_cpu_cores,
+    prepare_cpu,
 )
 
 
@@ -90,9 +90,18 @@ def read_config(workdir: Path) -> Config:
         raise UserError(f"{path}: not a config of this program ({error})") from error
 
 
-def load_run(workdir: Path, checkpoint: Literal["best", "latest"]) -> tuple[Config, TrainState, Progress]:
-    """A run's config and the state of one of its checkpoints. Raises UserError if there is none, or it is damaged."""
+def load_run(
+    workdir: Path, checkpoint: Literal["best", "latest"], dtype: Literal["float32", "bfloat16"] | None = None
+) -> tuple[Config, TrainState, Progress]:
+    """A run's config (computing in `dtype` if that is given) and the state of one of its checkpoints.
+
+    Raises: UserError if there is no run or no such checkpoint, or it is damaged, or the run was started again.
+    """
     config = read_config(workdir)
+    restarts = sorted(workdir.glob("restart[0-9]"))
+    if restarts:
+        raise UserError(f"{workdir}: its training was dead and was started again: name {restarts[-1]}")
+    config = dataclasses.replace(config, dtype=dtype or config.dtype)
     state = replicate(create_train_state(config, steps_per_epoch=1), jax.local_devices())
     state, progress = Checkpoints(workdir).restore_state(checkpoint, state)
     return config, state, progress
@@ -126,8 +135,8 @@ class Arguments:
     """With --weights: how pixels are scaled; None: as the file says, else as the model's original program does."""
     pretrained: str | None = None
     """A released network, by the name of its model card in cifar_jax/pretrained."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """With --weights and --pretrained: type of the computation."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of the computation; None: the run's, else float32."""
     data_dir: str | None = None
     """Where to look for CIFAR-10 first."""
     eval_dropout: bool = False
@@ -138,24 +147,28 @@ class Arguments:
 
 @command
 def main() -> int:
-    use_cpu_cores()
+    prepare_cpu()
     flags = (tyro.conf.FlagCreatePairsOff,)
     arguments = parse_arguments(lambda: tyro.cli(Arguments, prog="python -m cifar_jax.evaluate", config=flags))
     source: dict[str, Any]
     if [arguments.workdir, arguments.weights, arguments.pretrained].count(None) != 2:
         raise UserError("name a run with --workdir, a weight file with --weights, or a network with --pretrained")
+    for field in ("architecture", "model", "input_scaling"):
+        if getattr(arguments, field) is not None and arguments.weights is None:
+            raise UserError(f"--{field.replace('_', '-')} goes with --weights alone")
     if arguments.workdir is not None:
-        config, state, progress = load_run(arguments.workdir, arguments.checkpoint)
+        config, state, progress = load_run(arguments.workdir, arguments.checkpoint, arguments.dtype)
         name = f"{arguments.checkpoint} checkpoint, epoch {progress.epoch}"
         source = {"workdir": str(arguments.workdir), "checkpoint": arguments.checkpoint}
-        source |= {"epoch": progress.epoch, "step": int(state.step)}
+        source |= {"epoch": progress.epoch, "step": int(state.step), "dtype": config.dtype}
     else:
         path = arguments.weights or pretrained_path(str(arguments.pretrained))
         weights = load_weights(path, arguments.model, arguments.architecture, arguments.input_scaling)
-        config, state = load_file(weights, arguments.dtype)
+        dtype = arguments.dtype or "float32"
+        config, state = load_file(weights, dtype)
         name = arguments.pretrained or str(path)
         source = {"weights": name, "model": weights.model, "final_relu": weights.final_relu}
-        source |= {"input_scaling": weights.input_scaling, "dtype": arguments.dtype}
+        source |= {"input_scaling": weights.input_scaling, "dtype": dtype}
     # The batch of training need not divide over this machine's devices.
     config = dataclasses.replace(config, data_dir=arguments.data_dir or config.data_dir, num_devices=None)
     dataset = load_dataset(config.dataset, config.data_dir)

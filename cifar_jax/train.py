@@ -38,7 +38,7 @@ from cifar_jax.training import (
     default_steps_per_call,
     replicate,
     select_devices,
-    use_cpu_cores,
+    prepare_cpu,
 )
 
 DEFAULT_RECIPE = "lenet5"
@@ -270,10 +270,11 @@ def _check_same_config(workdir: Path, config: Config) -> None:
     if fields:
         changes = ", ".join(f"{name} {old[name]} → {new[name]}" for name in fields)
         raise UserError(f"{workdir} holds a run with another config ({changes}): name another --workdir")
-    if saved.num_devices != config.num_devices and any(config.dropout_rates):
+    drawn = any(config.dropout_rates) or config.mixup_alpha or config.cutmix_alpha
+    if saved.num_devices != config.num_devices and drawn:
         print(
-            f"going on with {config.num_devices} devices where {saved.num_devices} began: from here on dropout, drawn "
-            "by device, is not that of an uninterrupted run",
+            f"going on with {config.num_devices} devices where {saved.num_devices} began: from here on dropout and "
+            "mixing, drawn by device, are not those of an uninterrupted run",
             file=sys.stderr,
         )
 
@@ -320,7 +321,7 @@ def parse_config(arguments: list[str]) -> Config:
 
 @command
 def main() -> int:
-    use_cpu_cores()
+    prepare_cpu()
     arguments = sys.argv[1:]
     config = parse_config(arguments)
     try:

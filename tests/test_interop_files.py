@@ -342,6 +342,16 @@ def test_evaluate_wants_one_source(tmp_path, run_command):
         assert errors.count("\n") == 1
 
 
+def test_flags_that_do_not_apply_are_refused(tmp_path, run_command):
+    for flags in (("--model", "lenet5"), ("--input-scaling", "unit"), ("--architecture", "x.json")):
+        status, _, errors = run_command(evaluate.main, "--workdir", tmp_path, *flags)
+        assert (status, errors) == (2, f"error: {flags[0]} goes with --weights alone\n")
+        if flags[0] != "--model":
+            status, _, errors = run_command(convert.main, tmp_path, tmp_path / "out.pth", *flags)
+            assert status == 2
+            assert "leave them out" in errors
+
+
 def test_a_run_converts(tmp_path, run_command, tiny_config):
     from cifar_jax.train import train_and_evaluate
 

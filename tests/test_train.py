@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from cifar_jax import train
+from cifar_jax import evaluate, train
 from cifar_jax.checkpoint import Checkpoints
 from cifar_jax.configs import RECIPES
 from cifar_jax.errors import UserError
@@ -287,6 +287,9 @@ def test_dead_training_is_said_or_restarted(tiny_config, monkeypatch, capsys):
     assert read_metrics(train.Path(config.workdir)) == []  # the dead epoch is not logged
     monkeypatch.setattr(train, "create_train_steps", None)  # nothing is trained again
     assert train_and_evaluate(config) == json.loads(json.dumps(summary))
+    with pytest.raises(UserError, match=r"name .*restart1"):
+        evaluate.load_run(train.Path(config.workdir), "latest")
+    assert evaluate.load_run(train.Path(config.workdir) / "restart1", "latest", "bfloat16")[0].dtype == "bfloat16"
 
 
 def test_restarts_end(tiny_config, monkeypatch, capsys):

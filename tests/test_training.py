@@ -73,6 +73,14 @@ def test_one_cycle_schedule_rises_and_falls_in_lines():
     np.testing.assert_allclose(rates, [0, 0.05, 0.1, 0.05, 0], atol=1e-7)
 
 
+def test_one_cycle_without_warm_up_begins_at_its_peak():
+    config = dataclasses.replace(
+        RECIPES["lenet5"], num_epochs=10, schedule="one_cycle", warmup_fraction=0.0, learning_rate=0.1
+    )
+    rates = [float(create_schedule(config, 100)(step)) for step in (0, 1, 1000)]
+    np.testing.assert_allclose(rates, [0.1, 0.1, 0], atol=2e-4)
+
+
 def test_the_gradient_is_clipped_before_the_momentum():
     config = dataclasses.replace(RECIPES["lenet5_reference"], gradient_clip=2.0, learning_rate=1.0)
     tx, parameters = create_tx(config, 1), {"a": jnp.zeros(1), "b": jnp.zeros(1)}

@@ -49,7 +49,8 @@ class Config:
     """Kernels and biases as the original program draws them, or he_normal kernels and zero biases."""
     optimizer: Literal["sgd", "keras_sgd", "muon"] = "sgd"
     """SGD with momentum; keras_sgd keeps the learning rate inside the velocity, as Keras does; muon takes
-    orthogonalised steps for kernels (arXiv:2502.16982's scale), Adam's for biases and the last layer."""
+    orthogonalised steps for kernels (arXiv:2502.16982's scale), Adam's (NAdam's with --nesterov) for the rest: biases
+    and the last layer."""
     momentum: float = 0.9
     """Momentum."""
     nesterov: bool = False
