@@ -25,9 +25,9 @@ from cifar_jax.training import (
     create_train_state,
     create_train_steps,
     default_steps_per_call,
+    prepare_cpu,
     replicate,
     select_devices,
-    prepare_cpu,
 )
 
 Phase = Literal["training", "training_augmented", "inference"]

@@ -3,14 +3,16 @@
 python -m benchmarks.kernels --out DIR [--rounds N] [--workloads …]
 
 The forms of a workload are compiled first, then timed in turn, round by round, so that a drifting machine hurts all
-alike; medians over the rounds, and ratios to the plain form, go to DIR/kernels.json. A step is forward, backward and
-update, dropout and the recipe's augmentation on, float32, random images.
+alike (but for keep_memory, which can't be taken back: its rounds come last); medians over the rounds, and ratios to
+the plain form, go to DIR/kernels.json. A step is forward, backward and update, dropout and the recipe's augmentation
+on, float32, random images.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import statistics
 import sys
 import time
@@ -34,6 +36,7 @@ from cifar_jax.training import (
     create_history,
     create_train_state,
     create_train_steps,
+    keep_memory,
     replicate,
     select_devices,
     use_cpu_cores,
@@ -45,15 +48,20 @@ WORKLOADS = {
     "lenet5_batch128": (create_workload("lenet5", 128, "float32")[1].augmented, 8),
     "all_cnn_batch64": (RECIPES["all_cnn_reference"], 2),
 }
-# name: the parts of ops that are not JAX's own; "cores": the batch is divided over the CPU's cores, where it is large
-FORMS = {
+ALL = ("gradient", "wide", "row", "few channels", "pool", "dropout")
+# name: the parts of ops that are not JAX's own; "cores": the batch is divided over the CPU's cores, where it is large;
+# "memory": freed memory stays with the process
+FORMS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "kernel gradient": ("gradient",),
+    "kernel gradient, wide": ("gradient", "wide"),
+    "kernel gradient, padded row": ("gradient", "row"),
+    "kernel gradient, few channels": ("gradient", "few channels"),
     "max pool": ("pool",),
-    "kernel gradient and few channels": ("gradient", "few channels"),
     "dropout": ("dropout",),
-    "all": ("gradient", "few channels", "pool", "dropout"),
-    "all, cores as devices": ("gradient", "few channels", "pool", "dropout", "cores"),
+    "all": ALL,
+    "all, cores as devices": (*ALL, "cores"),
+    "all, cores as devices, memory kept": (*ALL, "cores", "memory"),
 }
 
 
@@ -63,11 +71,15 @@ def only(parts: tuple[str, ...]) -> Iterator[None]:
     pool = ops.slices_max_pool if "pool" in parts else ops.lax_max_pool
     mask = ops.bernoulli_mask if "dropout" in parts else jax.random.bernoulli
     few_channels = ops._FEW_CHANNELS if "few channels" in parts else 0
+    wide = ops._WIDE if "wide" in parts else 0
+    unpadded = ops.unpadded_convolution if "row" in parts else functools.partial(ops.lax_convolution, padding="VALID")
     with (
         mock.patch.object(ops, "on_cpu", return_value="gradient" in parts),  # decides the convolution
         mock.patch.object(ops, "max_pool", pool),
         mock.patch.object(ops, "bernoulli_mask", mask),
         mock.patch.object(ops, "_FEW_CHANNELS", few_channels),
+        mock.patch.object(ops, "_WIDE", wide),
+        mock.patch.object(ops, "unpadded_convolution", unpadded),
     ):
         yield
 
@@ -112,17 +124,28 @@ def main() -> int:
     unknown = [name for name in arguments.workloads if name not in WORKLOADS]
     if unknown or arguments.rounds < 1:
         raise UserError(f"--workloads takes {', '.join(WORKLOADS)}, and --rounds 1 or more")
-    results: dict[str, dict[str, dict[str, object]]] = {}
+    all_timers: dict[str, dict[str, Callable[[int], float]]] = {}
+    all_times: dict[str, dict[str, list[float]]] = {}
     for workload in arguments.workloads:
         config, num_steps = WORKLOADS[workload]
         timers = {}
         for form, parts in FORMS.items():
             with only(parts):
                 timers[form] = create_timer(dataclasses.replace(config, num_devices=None if "cores" in parts else 1))
-        times: dict[str, list[float]] = {form: [] for form in FORMS}
+        all_timers[workload] = timers
+        times = all_times[workload] = {form: [] for form in FORMS}
         for _ in range(arguments.rounds):
             for form, timer in timers.items():
-                times[form].append(timer(num_steps))
+                if "memory" not in FORMS[form]:
+                    times[form].append(timer(num_steps))
+    keep_memory()  # can't be taken back: so last, in rounds of its own
+    results: dict[str, dict[str, dict[str, object]]] = {}
+    for workload, times in all_times.items():
+        config, num_steps = WORKLOADS[workload]
+        for form, timer in all_timers[workload].items():
+            if "memory" in FORMS[form]:
+                timer(num_steps)
+                times[form] += [timer(num_steps) for _ in range(arguments.rounds)]
         plain = statistics.median(times["plain"])
         results[workload] = {}
         for form, values in times.items():

@@ -34,8 +34,8 @@ from cifar_jax.training import (
     create_train_state,
     default_steps_per_call,
     eval_batch_size,
-    replicate,
     prepare_cpu,
+    replicate,
 )
 
 

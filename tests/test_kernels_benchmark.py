@@ -6,7 +6,14 @@ from cifar_jax.configs import RECIPES
 
 def test_every_form_is_timed_and_written(tmp_path, run_command, monkeypatch):
     monkeypatch.setitem(kernels.WORKLOADS, "lenet5_batch4", (RECIPES["lenet5_reference"], 1))
-    for form in ("kernel gradient", "max pool", "kernel gradient and few channels"):  # compiling each takes seconds
+    for form in (
+        "kernel gradient",
+        "kernel gradient, wide",
+        "kernel gradient, padded row",
+        "kernel gradient, few channels",
+        "max pool",
+        "dropout",
+    ):  # compiling each takes seconds
         monkeypatch.delitem(kernels.FORMS, form)
     status, output, _ = run_command(
         kernels.main, "--out", tmp_path / "new", "--rounds", 1, "--workloads", "lenet5_batch4"
@@ -26,15 +33,15 @@ def test_the_forms_differ(monkeypatch):
     import jax
     import jax.numpy as jnp
 
-    from cifar_jax.models import LeNet5
+    from cifar_jax.models import AllCNN
 
     texts, rngs = set(), {"dropout": jax.random.key(0)}
-    variables = LeNet5().init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    forms = [parts for parts in kernels.FORMS.values() if "cores" not in parts]
+    variables = AllCNN().init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    forms = [parts for parts in kernels.FORMS.values() if not {"cores", "memory"} & set(parts)]
     for parts in forms:
         jax.clear_caches()
         with kernels.only(parts):
-            loss = lambda variables: LeNet5().apply(variables, jnp.ones((4, 32, 32, 3)), train=True, rngs=rngs).sum()
+            loss = lambda variables: AllCNN().apply(variables, jnp.ones((4, 32, 32, 3)), train=True, rngs=rngs).sum()
             texts.add(str(jax.make_jaxpr(jax.grad(loss))(variables)))
     assert len(texts) == len(forms)
 
