@@ -25,6 +25,7 @@ from cifar_jax.training import (
     create_train_state,
     create_train_steps,
     default_steps_per_call,
+    keep_memory,
     prepare_cpu,
     replicate,
     select_devices,
@@ -204,6 +205,7 @@ def serve(connection: Connection, contender: str, workload: Workload, platform: 
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     if platform == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    keep_memory()  # PyTorch gains from it, too
     in_one_line = lambda error: f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
     # Whatever a framework fails with is the reason for its absence.
     failure, worker = None, None
