@@ -137,8 +137,9 @@ def pretrained() -> str:
         result, half = load(path.stem), load(path.stem.replace("float32", "bfloat16"))
         name = result["weights"]
         card = f"[{name}](cifar_jax/pretrained/{name}.md)"
-        rows.append([card, percent(result["test_accuracy"]), percent(half["test_accuracy"])])
-    return table(["network", "test accuracy, float32", "bfloat16"], rows)
+        mirror = load(path.stem.replace("float32", "mirror"))
+        rows.append([card, *(percent(run["test_accuracy"]) for run in (result, half, mirror))])
+    return table(["network", "test accuracy, float32", "bfloat16", "float32, averaged with the mirror image"], rows)
 
 
 def early_training() -> str:
@@ -256,14 +257,20 @@ def parity_table(result: dict[str, Any]) -> str:
             continue
         rows.append(check)
     for model, checks in initial.items():
-        ratio = lambda check: check["error"] / check["tolerance"] if check["tolerance"] else check["error"]
+        ratio = lambda check: (check["error"] or 0) / (check["tolerance"] or 1)
         nearest = max(checks, key=ratio)
         passed = all(check["passed"] for check in checks)
         title = f"{model}: {len(checks)} checks of initial distributions; nearest to its tolerance:{{}}"
         name = title.format(nearest["name"].partition(": initial")[2])
         rows.append(nearest | {"name": name, "passed": passed})
     cells = [
-        [row["name"], f"{row['error']:.1e}", f"{row['tolerance']:.1e}", row["why"], "pass" if row["passed"] else "FAIL"]
+        [
+            row["name"],
+            "NaN" if row["error"] is None else f"{row['error']:.1e}",
+            f"{row['tolerance']:.1e}",
+            row["why"],
+            "pass" if row["passed"] else "FAIL",
+        ]
         for row in rows
     ]
     count = sum(check["passed"] for check in result["checks"])
@@ -273,6 +280,10 @@ def parity_table(result: dict[str, Any]) -> str:
 
 def parity_pytorch() -> str:
     return parity_table(load("parity_pytorch"))
+
+
+def parity_keras() -> str:
+    return parity_table(load("parity_keras"))
 
 
 def parity_lenet5() -> str:
@@ -323,6 +334,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
         pretrained,
         early_training,
         parity_pytorch,
+        parity_keras,
         parity_lenet5,
         throughput,
         kernels,

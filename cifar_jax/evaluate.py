@@ -50,13 +50,14 @@ class Evaluator:
         labels: np.ndarray,
         devices: Sequence[jax.Device],
         dropout: bool = False,
+        mirror: bool = False,
     ) -> None:
-        """Args: images uint8 [N, 32, 32, 3]; labels int32 [N]; dropout: leave it on, as the PyTorch notebook does."""
+        """Args: images uint8 [N, 32, 32, 3]; labels int32 [N]; dropout and mirror: see create_eval_step."""
         self._data = replicate((images, labels), devices)
         self._devices, self._size = devices, len(labels)
         self._num_steps = -(-self._size // eval_batch_size(config, self._size, devices))
         self._per_call = config.steps_per_call or default_steps_per_call(devices)
-        compile_for = create_eval_steps(config, devices, self._per_call, dropout)
+        compile_for = create_eval_steps(config, devices, self._per_call, dropout, mirror)
         self._eval_steps = compile_for(self._history(), state, *self._data, np.int32(0), np.int32(0))
 
     def _history(self) -> dict[str, jax.Array]:
@@ -141,6 +142,8 @@ class Arguments:
     """Where to look for CIFAR-10 first."""
     eval_dropout: bool = False
     """Leave dropout on, as the PyTorch notebook does when it tests."""
+    mirror: bool = False
+    """Average the logits of each image and its mirror image: test-time augmentation."""
     json: bool = False
     """Print JSON."""
 
@@ -173,11 +176,12 @@ def main() -> int:
     config = dataclasses.replace(config, data_dir=arguments.data_dir or config.data_dir, num_devices=None)
     dataset = load_dataset(config.dataset, config.data_dir)
     images, labels = dataset.test_images, dataset.test_labels
-    evaluator = Evaluator(config, state, images, labels, jax.local_devices(), dropout=arguments.eval_dropout)
+    evaluator = Evaluator(config, state, images, labels, jax.local_devices(), arguments.eval_dropout, arguments.mirror)
     metrics = evaluator(state)
     assert metrics is not None  # nothing stops it
     result = source | {
         "eval_dropout": arguments.eval_dropout,
+        "mirror": arguments.mirror,
         "test_loss": metrics["loss"],
         "test_accuracy": metrics["accuracy"],
         "num_examples": len(labels),

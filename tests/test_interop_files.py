@@ -330,6 +330,11 @@ def test_evaluate_weights(tmp_path, run_command, use_tiny_dataset, tiny_dataset,
     assert result["test_accuracy"] == pytest.approx((logits.argmax(-1) == labels).double().mean().item())
     assert result["test_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
     assert (result["model"], result["num_examples"]) == ("lenet5", 30)
+    with torch.no_grad():
+        mean = (logits + network(images.flip(-1))) / 2
+    _, mirrored, _ = run_command(evaluate.main, "--weights", path, "--json", "--mirror")
+    expected = torch.nn.functional.cross_entropy(mean, labels).item()
+    assert json.loads(mirrored)["test_loss"] == pytest.approx(expected, rel=1e-5)
     _, unit, _ = run_command(evaluate.main, "--weights", path, "--json", "--input-scaling", "unit")
     assert json.loads(unit)["test_loss"] != result["test_loss"]
 
