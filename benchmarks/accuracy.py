@@ -149,7 +149,22 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "cosine": {"schedule": "cosine"},
         "SGD": {"optimizer": "sgd", "learning_rate": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3},
         "batch 512, rate doubled": {"batch_size": 512, "learning_rate": 0.024},
-    }
+    },
+    "all_cnn_fast": {
+        "the recipe": {},
+        "no flip": {"random_flip": False},
+        "no crop": {"crop_padding": 0},
+        "cutout": {"cutout_size": 8},
+        "cutmix": {"cutmix_alpha": 1.0},
+        "no weight decay": {"weight_decay": 0.0},
+        "no label smoothing": {"label_smoothing": 0.0},
+        "no average of weights": {"ema_decay": 0.0},
+        "light dropout": {"dropout_rates": (0.0, 0.05, 0.1)},
+        "the original's initial weights": {"initializer": "original"},
+        "cosine": {"schedule": "cosine"},
+        "32 pixels throughout": {"image_sizes": ()},
+        "SGD": {"optimizer": "sgd", "learning_rate": 0.05, "momentum": 0.9, "weight_decay": 5e-4},
+    },
 }
 
 

@@ -361,6 +361,16 @@ def test_select_devices(tiny_config):
         select_devices(dataclasses.replace(tiny_config, batch_size=15, num_devices=4))
 
 
+def test_freed_memory_is_kept_where_the_library_can(monkeypatch):
+    calls = []
+    library = types.SimpleNamespace(mallopt=lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(training.ctypes, "CDLL", lambda name: library)
+    training.keep_memory()
+    assert calls == [(-4, 0), (-1, -1)]  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+    monkeypatch.setattr(training.ctypes, "CDLL", lambda name: object())
+    training.keep_memory()
+
+
 @pytest.mark.parametrize(("batch_size", "count"), [(4, 1), (16, 1), (31, 1), (32, 2), (50, 2), (64, 4), (129, 3)])
 def test_cpu_cores_share_large_batches_alone(tiny_config, batch_size, count):
     config = dataclasses.replace(tiny_config, batch_size=batch_size, num_devices=None)
