@@ -8,7 +8,7 @@ from cifar_jax.errors import UserError
 
 
 def test_every_recipe_has_its_folder_file_and_description():
-    assert list(RECIPES) == ["lenet5", "lenet5_reference", "all_cnn", "all_cnn_reference", "quickstart"]
+    assert list(RECIPES) == ["lenet5", "lenet5_reference", "all_cnn", "all_cnn_fast", "all_cnn_reference", "quickstart"]
     for name, config in RECIPES.items():
         assert config.workdir == f"runs/{name}"
         assert importlib.import_module(f"cifar_jax.configs.{name}").CONFIG is config
