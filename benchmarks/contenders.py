@@ -26,9 +26,9 @@ from cifar_jax.training import (
     create_train_steps,
     default_steps_per_call,
     keep_memory,
-    prepare_cpu,
     replicate,
     select_devices,
+    use_cpu_cores,
 )
 
 Phase = Literal["training", "training_augmented", "inference"]
@@ -128,7 +128,7 @@ class JaxContender(Contender):
 
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
-        prepare_cpu()
+        use_cpu_cores()
         devices = select_devices(workload.plain)
         self._devices = devices if devices[0].platform == "cpu" else devices[:1]  # PyTorch has all cores and one GPU
         self._per_call = default_steps_per_call(self._devices)
