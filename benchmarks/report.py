@@ -105,6 +105,24 @@ def accuracy() -> str:
     return "\n\n".join([table(header, rows), *notes])
 
 
+def ablation() -> str:
+    parts = []
+    for result in map(load, sorted(path.stem for path in RESULTS.glob("ablation_*.json"))):
+        rows, recipe = [], result["variants"]["the recipe"]["holdout_accuracy"]["mean"]
+        for name, variant in result["variants"].items():
+            held_out, trained = variant["holdout_accuracy"], variant["train_accuracy"]
+            spread = f" ± {percent(held_out['std'])}" if held_out["std"] is not None else ""
+            difference = f"{100 * (held_out['mean'] - recipe):+.2f}" if variant["changes"] else ""
+            flags = " ".join(f"{field} = {json.dumps(value)}" for field, value in variant["changes"].items())
+            rows.append([name, flags, percent(held_out["mean"]) + spread, difference, percent(trained["mean"])])
+        title = f"`{result['recipe']}`, {result['num_epochs']} epochs"
+        columns = [title, "changed", "5,000 held-out images", "difference", "training images"]
+        seeds = ", ".join(map(str, result["seeds"]))
+        note = f" {result['note']}" if "note" in result else ""
+        parts += [table(columns, rows), f"`{result['command']}`: seeds {seeds}; {environment(result)}{note}"]
+    return "\n\n".join(parts)
+
+
 def draw_accuracy(path: Path) -> None:
     """Learning curves of every recipe, over what is on record of the originals'."""
     from matplotlib.figure import Figure
@@ -331,6 +349,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
         lenet5_reference,
         all_cnn_reference,
         accuracy,
+        ablation,
         pretrained,
         early_training,
         parity_pytorch,

@@ -28,7 +28,11 @@ def affine(image: jax.Array, angle: jax.Array, shift_y: jax.Array, shift_x: jax.
     u = (jnp.arange(height, dtype=image.dtype) - o_y + shift_y)[:, None]
     v = (jnp.arange(width, dtype=image.dtype) - o_x + shift_x)[None, :]
     c, s = jnp.cos(angle), jnp.sin(angle)
-    coordinates = [c * u - s * v + o_y, s * u + c * v + o_x]
+    return _warp(image, [c * u - s * v + o_y, s * u + c * v + o_x])
+
+
+def _warp(image: jax.Array, coordinates: list[jax.Array]) -> jax.Array:
+    """Samples each channel at the coordinates, rows and columns [H, W], bilinear, with edge fill."""
     warp_channel = lambda channel: map_coordinates(channel, coordinates, order=1, mode="nearest")
     return jax.vmap(warp_channel, in_axes=-1, out_axes=-1)(image)
 
@@ -71,6 +75,46 @@ def cutout(key: jax.Array, image: jax.Array, size: int) -> jax.Array:
     inside_columns = (columns >= left) & (columns < left + size)
     inside = inside_rows[:, None, None] & inside_columns[None, :, None]
     return jnp.where(inside, jnp.zeros((), image.dtype), image)
+
+
+def trivial_augment(key: jax.Array, image: jax.Array) -> jax.Array:
+    """One of 13 operations at a strength of U(0, 1) of its largest, after TrivialAugment (arXiv:2103.10158).
+
+    Its operations but equalize, with AutoAugment's ranges: identity; rotation (±30°), shears (±0.3) and shifts (±10
+    pixels), here with edge fill; brightness, contrast, colour and sharpness (1 ± 0.9); solarize (from 256 down to 0),
+    posterize (8 to 4 bits), autocontrast. Args: image uint8 or float [H, W, 3] in 0 to 255. Returns: float32.
+    """
+    kind_key, strength_key, sign_key = jax.random.split(key, 3)
+    kind = jax.random.randint(kind_key, (), 0, 13)
+    strength = jax.random.uniform(strength_key)
+    signed = jnp.where(jax.random.bernoulli(sign_key), strength, -strength)
+    image = image.astype(jnp.float32)
+
+    chosen = lambda number, most: jnp.where(kind == number, most * signed, 0.0)  # of the five warps one is not 0
+    height, width, _ = image.shape
+    y, x = (jnp.arange(size, dtype=jnp.float32) - (size - 1) / 2 for size in (height, width))
+    c, s = jnp.cos(chosen(1, jnp.pi / 6)), jnp.sin(chosen(1, jnp.pi / 6))
+    rows = c * y[:, None] - (s + chosen(2, 0.3)) * x[None, :] + chosen(3, 10.0)
+    columns = (s + chosen(4, 0.3)) * y[:, None] + c * x[None, :] + chosen(5, 10.0)
+    warped = _warp(image, [rows + (height - 1) / 2, columns + (width - 1) / 2])
+
+    gray = (image * jnp.array([0.299, 0.587, 0.114]).reshape(1, 1, 3)).sum(-1, keepdims=True)
+    padded = jnp.pad(image, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    box = sum(padded[i : i + height, j : j + width] for i in range(3) for j in range(3))
+    blend = lambda dull: dull + (1 + 0.9 * signed) * (image - dull)  # away from, or towards, an image without it
+    step = 2.0 ** jnp.round(4 * strength)
+    low, high = image.min((0, 1), keepdims=True), image.max((0, 1), keepdims=True)
+    results = [
+        *[warped] * 6,  # the first is the identity
+        blend(jnp.zeros_like(image)),
+        blend(jnp.full_like(image, gray.mean())),
+        blend(jnp.broadcast_to(gray, image.shape)),
+        blend((box + 4 * image) / 13),
+        jnp.where(image >= 256 * (1 - strength), 255 - image, image),
+        jnp.floor(image / step) * step,
+        (image - low) * (255 / jnp.maximum(high - low, 1)),
+    ]
+    return jnp.clip(jax.lax.select_n(kind, *results), 0, 255)
 
 
 def mix(key: jax.Array, images: jax.Array, mixup_alpha: float, cutmix_alpha: float) -> tuple[jax.Array, jax.Array]:

@@ -20,6 +20,9 @@ from cifar_jax import ops
 Initializer = Callable[..., jax.Array]
 
 
+KERNELS: dict[str, Initializer] = {"he": nn.initializers.he_normal(), "lsuv": nn.initializers.orthogonal()}
+
+
 def _logits_dtype(dtype: Any) -> Any:
     """float32, and float64 for computations in it, which parity checks make."""
     return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
@@ -32,7 +35,7 @@ class AllCNN(nn.Module):
       dropout_rates: after the first convolution, after the first pool, after the second pool.
       final_relu: one more ReLU between the 10-channel convolution and the average pool, as in the architecture
         JSON published with the original's pretrained weights (same parameters, other logits).
-      initializer: 'original', or 'he': he_normal kernels and zero biases.
+      initializer: 'original'; 'he' or 'lsuv': he_normal or orthogonal kernels and zero biases (see unit_variance).
       dtype: of the computation, float32 or bfloat16.
     """
 
@@ -47,13 +50,12 @@ class AllCNN(nn.Module):
         """Args: images float [N, 32, 32, 3] in [0, 1]; train turns dropout on. Returns: float32 logits [N, 10]."""
 
         def conv(x: jax.Array, features: int, size: int, padding: str) -> jax.Array:
-            # Keras' defaults: glorot_uniform kernels and zero biases (Flax's own would be truncated lecun_normal).
-            original = nn.initializers.glorot_uniform()
             return nn.Conv(
                 features,
                 (size, size),
                 padding=padding,
-                kernel_init=nn.initializers.he_normal() if self.initializer == "he" else original,
+                # Keras' defaults: glorot_uniform kernels and zero biases (Flax's own would be truncated lecun_normal).
+                kernel_init=KERNELS.get(self.initializer, nn.initializers.glorot_uniform()),
                 dtype=self.dtype,
                 conv_general_dilated=ops.conv_general_dilated,
             )(x)
@@ -87,7 +89,7 @@ class LeNet5(nn.Module):
 
     Attributes:
       dropout_rates: after the first and after the second convolution's ReLU, before the pools.
-      initializer: 'original', or 'he': he_normal kernels and zero biases.
+      initializer: 'original'; 'he' or 'lsuv': he_normal or orthogonal kernels and zero biases (see unit_variance).
       dtype: of the computation, float32 or bfloat16.
     """
 
@@ -104,27 +106,23 @@ class LeNet5(nn.Module):
         # The notebook's xavier_normal_ for fc1. JAX's glorot_normal truncates at two deviations: not the same.
         xavier_normal = nn.initializers.variance_scaling(1.0, "fan_avg", "normal")
 
-        def kernel_init(original: Initializer) -> Initializer:
-            return nn.initializers.he_normal() if self.initializer == "he" else original
-
         def bias_init(fan_in: int) -> Initializer:
-            return nn.initializers.zeros if self.initializer == "he" else _pytorch_bias(fan_in)
+            return nn.initializers.zeros if self.initializer in KERNELS else _pytorch_bias(fan_in)
 
         def conv(x: jax.Array, features: int) -> jax.Array:
             return nn.Conv(
                 features,
                 (5, 5),
                 padding="VALID",
-                kernel_init=kernel_init(pytorch_kernel),
+                kernel_init=KERNELS.get(self.initializer, pytorch_kernel),
                 bias_init=bias_init(5 * 5 * x.shape[-1]),
                 dtype=self.dtype,
                 conv_general_dilated=ops.conv_general_dilated,
             )(x)
 
         def dense(x: jax.Array, features: int, original: Initializer = pytorch_kernel) -> jax.Array:
-            return nn.Dense(
-                features, kernel_init=kernel_init(original), bias_init=bias_init(x.shape[-1]), dtype=self.dtype
-            )(x)
+            kernel = KERNELS.get(self.initializer, original)
+            return nn.Dense(features, kernel_init=kernel, bias_init=bias_init(x.shape[-1]), dtype=self.dtype)(x)
 
         first, second = (partial(ops.Dropout(rate), train=train) for rate in self.dropout_rates)
         x = images.astype(self.dtype)
@@ -137,3 +135,22 @@ class LeNet5(nn.Module):
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"all_cnn": AllCNN, "lenet5": LeNet5}
+
+
+def unit_variance(model: nn.Module, params: Any, images: jax.Array) -> Any:
+    """Kernels divided, from the first layer to the last, by the deviation of their outputs: LSUV (arXiv:1511.06422).
+
+    The paper repeats each division until the variance is 1; with zero biases one does it. Args: images as the model
+    takes them. Returns: parameters like `params`, with which each layer's outputs have unit variance.
+    """
+
+    @jax.jit
+    def deviations(params: Any) -> dict[str, jax.Array]:
+        is_layer = lambda module, _: isinstance(module, (nn.Conv, nn.Dense))
+        _, variables = model.apply({"params": params}, images, capture_intermediates=is_layer)
+        return {name: output["__call__"][0].std() for name, output in variables["intermediates"].items()}
+
+    for name in sorted(params):  # Conv_0, Conv_1, …, Dense_0, …: in the order of the layers
+        scale = 1 / deviations(params)[name]
+        params = params | {name: params[name] | {"kernel": params[name]["kernel"] * scale}}
+    return params

@@ -136,7 +136,7 @@ def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, 
     steps_per_epoch = -(-num_images // config.batch_size)
     steps_per_call = min(config.steps_per_call or default_steps_per_call(devices), steps_per_epoch)
 
-    state = replicate(create_train_state(config, steps_per_epoch), devices)
+    state = replicate(create_train_state(config, steps_per_epoch, dataset.train_images[:256]), devices)
     new_history = lambda: replicate(create_history(steps_per_epoch), devices)
     history, progress = new_history(), Progress()
     checkpoints = Checkpoints(workdir)

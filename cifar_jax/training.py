@@ -21,11 +21,11 @@ import optax
 from flax.training import train_state
 from jax import lax
 
-from cifar_jax.augmentation import create_augment, mix
+from cifar_jax.augmentation import create_augment, mix, trivial_augment
 from cifar_jax.configs.default import Config
 from cifar_jax.errors import UserError
 from cifar_jax.input_pipeline import scale_images, split_seed, take_batch
-from cifar_jax.models import MODELS
+from cifar_jax.models import MODELS, unit_variance
 
 AXIS = "devices"
 MIN_BATCH_OF_A_CORE = 16  # with fewer, the hand-over between cores costs more than the second core gains
@@ -62,8 +62,8 @@ def create_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
     return optax.constant_schedule(config.learning_rate)
 
 
-def create_tx(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
-    """The recipe's optimizer.
+def create_tx(config: Config, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
+    """The recipe's optimizer. With sam_rho its update takes grad_fn(params, _), under the axis AXIS.
 
     Keras keeps the rate inside the velocity, v ← μv − lr_t·g; PyTorch (and optax.sgd) outside, p ← p − lr_t·v. With
     a changing rate they are not the same optimizer.
@@ -71,12 +71,17 @@ def create_tx(config: Config, steps_per_epoch: int) -> optax.GradientTransformat
     schedule = create_schedule(config, steps_per_epoch)
     clip = [optax.clip_by_global_norm(config.gradient_clip)] if config.gradient_clip else []
     if config.optimizer == "muon":
-        return optax.chain(*clip, _create_muon(config, schedule))
-    trace = optax.trace(config.momentum, config.nesterov)
-    rate = optax.scale_by_learning_rate(schedule)
-    parts = [rate, trace] if config.optimizer == "keras_sgd" else [trace, rate]
-    decay = [optax.add_decayed_weights(config.weight_decay)] if config.weight_decay else []
-    return optax.chain(*clip, *decay, *parts)
+        tx = optax.chain(*clip, _create_muon(config, schedule))
+    else:
+        trace = optax.trace(config.momentum, config.nesterov)
+        rate = optax.scale_by_learning_rate(schedule)
+        parts = [rate, trace] if config.optimizer == "keras_sgd" else [trace, rate]
+        decay = [optax.add_decayed_weights(config.weight_decay)] if config.weight_decay else []
+        tx = optax.chain(*clip, *decay, *parts)
+    if config.sam_rho:
+        climb = optax.chain(optax.contrib.normalize(), optax.sgd(config.sam_rho))
+        tx = optax.contrib.sam(tx, climb, opaque_mode=True, batch_axis_name=AXIS)
+    return optax.with_extra_args_support(tx)
 
 
 def _create_muon(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -101,13 +106,19 @@ def _create_muon(config: Config, schedule: optax.Schedule) -> optax.GradientTran
     )
 
 
-def create_train_state(config: Config, steps_per_epoch: int) -> TrainState:
-    """Model, initial parameters and optimizer state, all from config.seed."""
+def create_train_state(config: Config, steps_per_epoch: int, images: Any = None) -> TrainState:
+    """Model, initial parameters and optimizer state, all from config.seed.
+
+    `images`, uint8 [N, 32, 32, 3], are what the lsuv initializer scales its kernels by; without them it does not, which
+    is enough where parameters are only restored.
+    """
     model = MODELS[config.model](
         dropout_rates=config.dropout_rates, initializer=config.initializer, dtype=jnp.dtype(config.dtype)
     )
     params_key, rng, _ = split_seed(config.seed)
     params = jax.jit(model.init)(params_key, jnp.zeros((1, 32, 32, 3)))["params"]
+    if config.initializer == "lsuv" and images is not None:
+        params = unit_variance(model, params, scale_images(jnp.asarray(images), config.input_scaling))
     tx = create_tx(config, steps_per_epoch)
     ema_params = jax.tree.map(jnp.copy, params) if config.ema_decay else None
     state = TrainState.create(apply_fn=model.apply, params=params, tx=tx, rng=rng, ema_params=ema_params)
@@ -153,7 +164,10 @@ def create_train_step(
         device, num_devices, size = lax.axis_index(AXIS), lax.axis_size(AXIS), batch["label"].shape[0]
         _, dropout_rng = step_keys(state.rng, state.step)
         keys = augmentation_keys(state.rng, state.step, device * size + jnp.arange(size, dtype=jnp.int32))
-        images = augment(keys, scale_images(batch["image"], config.input_scaling))
+        images = batch["image"]
+        if config.trivial_augment:
+            images = jax.vmap(lambda key, image: trivial_augment(jax.random.fold_in(key, 4), image))(keys, images)
+        images = augment(keys, scale_images(images, config.input_scaling))
         if image_size != images.shape[1]:
             images = jax.image.resize(images, (size, image_size, image_size, 3), "linear")  # antialiased
         if mixes:
@@ -172,7 +186,10 @@ def create_train_step(
             return (losses * batch["mask"]).sum() * num_devices / count, logits
 
         (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        state = state.apply_gradients(grads=lax.pmean(grads, AXIS))
+        grad_fn = lambda params, _: jax.grad(loss_fn, has_aux=True)(params)[0]
+        updates, opt_state = state.tx.update(lax.pmean(grads, AXIS), state.opt_state, state.params, grad_fn=grad_fn)
+        params = optax.apply_updates(state.params, updates)
+        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
         if config.ema_decay:
             step = jnp.asarray(state.step, jnp.float32)
             decay = jnp.minimum(config.ema_decay, step / (step + 10))  # at first it forgets the initial parameters

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
+from PIL import Image, ImageEnhance, ImageOps
 
 from cifar_jax import augmentation
 from cifar_jax.configs import RECIPES
@@ -121,3 +122,61 @@ def test_cutmix_pastes_a_rectangle_of_the_other_image():
     np.testing.assert_array_equal(pasted.sum((1, 2)), rows * columns)
     assert pasted.any(axis=0).all()
     assert 0.3 < pasted.mean() < 0.45  # 0.5 but for what the edges cut off
+
+
+def test_trivial_augment_is_one_of_its_operations():
+    """Of many draws on one image each is the identity, a warp, or what Pillow (or its formula) makes of it."""
+    image = np.asarray(jax.random.randint(jax.random.key(0), (32, 32, 3), 20, 220), np.uint8)
+    keys = jax.random.split(jax.random.key(1), 600)
+    results = np.asarray(jax.jit(jax.vmap(augmentation.trivial_augment, (0, None)))(keys, image))
+    assert results.dtype == np.float32
+    assert 0 <= results.min() < results.max() <= 255
+    strengths = np.linspace(0, 1, 201)
+    pillow = Image.fromarray(image)
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color, ImageEnhance.Sharpness)
+    as_array = lambda picture: np.asarray(picture, np.float32)
+    expected = {
+        "identity": [image.astype(np.float32)],
+        "solarize": [as_array(ImageOps.solarize(pillow, threshold)) for threshold in range(257)],
+        "posterize": [as_array(ImageOps.posterize(pillow, bits)) for bits in (7, 6, 5, 4)],
+        "autocontrast": [as_array(ImageOps.autocontrast(pillow))],
+    }
+    for enhancer in enhancers:
+        factors = np.concatenate([1 - 0.9 * strengths, 1 + 0.9 * strengths])
+        expected[enhancer.__name__] = [as_array(enhancer(pillow).enhance(factor)) for factor in factors]
+    inner = (slice(1, -1), slice(1, -1))  # Pillow does not sharpen the edges
+    found = dict.fromkeys(expected, 0)
+    for result in results:
+        for name, candidates in expected.items():
+            if min(np.abs(result[inner] - candidate[inner]).max() for candidate in candidates) < 2:
+                found[name] += 1
+                break
+    others = len(results) - sum(found.values())
+    for name, count in found.items():  # of 13 each has 46; weak ones of other kinds count as the identity
+        assert 12 < count < 85, (name, count)
+    assert 170 < others < 260  # the five warps
+
+
+def test_trivial_augment_shifts_turns_and_shears():
+    """The warps on a picture of coordinates, which they return but at the edges: straight lines within their bounds."""
+    rows, columns = np.meshgrid(np.arange(32.0) * 4, np.arange(32.0) * 4, indexing="ij")
+    grid = np.stack([rows, columns, np.zeros((32, 32))], -1).astype(np.float32)
+    augment = jax.vmap(lambda key: augmentation.trivial_augment(key, grid))
+    results = np.asarray(augment(jax.random.split(jax.random.key(0), 1500)))[..., :2] / 4
+    a = results[:, 17, 16] - results[:, 15, 16]  # the derivative down
+    b = results[:, 16, 17] - results[:, 16, 15]
+    middle = results[:, 16, 16] - 16
+    straight = np.abs(a - (results[:, 18, 16] - results[:, 16, 16])).max(-1) < 1e-3
+    near = lambda x, value: np.abs(x - value) < 1e-3
+    kept = straight & near(a[:, 0], 2) & near(b[:, 1], 2)
+    shifts = kept & near(a[:, 1], 0) & near(b[:, 0], 0) & (np.abs(middle).max(-1) > 0.1)
+    assert 9 < np.abs(middle[shifts]).max() <= 10.01
+    assert (np.abs(middle[shifts]).max(0) > 9).all()
+    assert near(middle[shifts].min(-1) * middle[shifts].max(-1), 0).all()  # one direction at a time
+    shears = np.stack([a[:, 1], b[:, 0]], -1)[kept & ~shifts] / 2
+    assert (np.abs(shears).max(0) > 0.28).all()
+    assert np.abs(shears).max() < 0.301
+    turned = straight & near(a[:, 0], b[:, 1]) & near(a[:, 1], -b[:, 0]) & (np.abs(a[:, 1]) > 0.01)
+    angles = np.rad2deg(np.arctan2(a[turned][:, 1], a[turned][:, 0]))
+    assert 29 < angles.max() <= 30.01
+    assert -30.01 <= angles.min() < -29

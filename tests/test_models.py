@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from cifar_jax.models import MODELS, AllCNN, LeNet5
+from cifar_jax.models import MODELS, AllCNN, LeNet5, unit_variance
 
 
 def init(model, seed=0):
@@ -89,3 +89,18 @@ def test_final_relu_changes_logits_not_parameters():
     assert jax.tree.structure(variables) == jax.tree.structure(init(published))
     assert plain.apply(variables, images).min() < 0
     assert published.apply(variables, images).min() >= 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_lsuv_gives_every_layers_outputs_unit_variance(name):
+    model, images = MODELS[name](initializer="lsuv"), jax.random.normal(jax.random.key(1), (8, 32, 32, 3)) * 3 + 1
+    params = init(model)["params"]
+    kernel = np.asarray(params["Conv_1"]["kernel"]).reshape(-1, params["Conv_1"]["kernel"].shape[-1])
+    np.testing.assert_allclose(kernel.T @ kernel, np.eye(kernel.shape[1]), atol=1e-5)
+    scaled = unit_variance(model, params, images)
+    _, variables = model.apply({"params": scaled}, images, capture_intermediates=True)
+    outputs = {path[0]: value[0] for path, value in flatten_dict(variables["intermediates"]).items() if len(path) > 1}
+    for layer in params:
+        assert not scaled[layer]["bias"].any()
+        np.testing.assert_allclose(outputs[layer].std(), 1, rtol=1e-4)
+    assert not np.allclose(scaled["Conv_1"]["kernel"], params["Conv_1"]["kernel"])

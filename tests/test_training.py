@@ -12,7 +12,7 @@ from cifar_jax import training
 from cifar_jax.configs import RECIPES
 from cifar_jax.errors import UserError
 from cifar_jax.evaluate import Evaluator
-from cifar_jax.input_pipeline import epoch_order
+from cifar_jax.input_pipeline import epoch_order, scale_images
 from cifar_jax.training import (
     create_history,
     create_schedule,
@@ -383,3 +383,54 @@ def test_an_accelerators_devices_are_all_used(monkeypatch, tiny_config):
     assert select_devices(dataclasses.replace(tiny_config, num_devices=None)) == devices
     with pytest.raises(UserError, match=r"multiple of 4, or --num-devices 3"):
         select_devices(dataclasses.replace(tiny_config, batch_size=15, num_devices=None))
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_sam_steps_by_the_gradient_up_the_slope(num_devices, tiny_dataset, tiny_config):
+    """One step on one batch against the formula of arXiv:2010.01412, written out."""
+    config = dataclasses.replace(
+        tiny_config,
+        num_devices=num_devices,
+        sam_rho=0.5,
+        dropout_rates=(0.0, 0.0),
+        crop_padding=0,
+        random_flip=False,
+        nesterov=False,
+        momentum=0.0,
+    )
+    images, labels = tiny_dataset.train_images[:16], tiny_dataset.train_labels[:16]
+    dataset = dataclasses.replace(tiny_dataset, train_images=images, train_labels=labels)
+    start = create_train_state(config, 1)
+    scaled = scale_images(jnp.asarray(images), config.input_scaling)
+    loss = lambda params: cross_entropy(start.apply_fn({"params": params}, scaled), jnp.asarray(labels)).mean()
+    params = jax.tree.map(jnp.copy, start.params)
+    gradient = jax.jit(jax.grad(loss))
+    slope = gradient(params)
+    ascent = jax.tree.map(lambda p, g: p + 0.5 * g / optax.tree.norm(slope), params, slope)
+    expected = jax.tree.map(lambda p, g: p - 0.05 * g, params, gradient(ascent))
+    state, _ = train_epoch(config, dataset, state=start)
+    assert_trees_close(state.params, expected, atol=1e-5)
+    plain = jax.tree.map(lambda p, g: p - 0.05 * g, params, slope)
+    assert max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(plain))) > 1e-3
+
+
+def test_trivial_augment_works_on_the_images_before_they_are_scaled(tiny_dataset, tiny_config, monkeypatch):
+    """With the operation replaced by one that turns every image white, the loss is that of white images."""
+    config = dataclasses.replace(tiny_config, trivial_augment=True, dropout_rates=(0.0, 0.0), crop_padding=0)
+    monkeypatch.setattr(training, "trivial_augment", lambda key, image: jnp.full(image.shape, 255.0))
+    losses = train_epoch(config, tiny_dataset)[1]["loss"]
+    white = dataclasses.replace(tiny_dataset, train_images=np.full_like(tiny_dataset.train_images, 255))
+    expected = train_epoch(dataclasses.replace(config, trivial_augment=False), white)[1]["loss"]
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+    assert (
+        np.abs(losses - train_epoch(dataclasses.replace(config, trivial_augment=False), tiny_dataset)[1]["loss"]).max()
+        > 1e-2
+    )
+
+
+def test_lsuv_scales_by_the_images_of_the_recipe(tiny_dataset, tiny_config):
+    config = dataclasses.replace(tiny_config, initializer="lsuv", input_scaling="unit", ema_decay=0.9)
+    state = create_train_state(config, 1, tiny_dataset.train_images)
+    images = jnp.asarray(tiny_dataset.train_images, jnp.float32) / 255
+    assert float(state.apply_fn({"params": state.params}, images).std()) == pytest.approx(1, rel=1e-4)
+    assert_trees_close(state.ema_params, state.params)

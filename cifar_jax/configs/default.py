@@ -45,8 +45,9 @@ class Config:
     auto_restart: bool = False
     """Start again with half the rate and the next seed, up to three times, if training is dead or diverges."""
 
-    initializer: Literal["original", "he"] = "original"
-    """Kernels and biases as the original program draws them, or he_normal kernels and zero biases."""
+    initializer: Literal["original", "he", "lsuv"] = "original"
+    """Kernels and biases as the original program draws them, or he_normal kernels and zero biases, or orthogonal ones
+    scaled so that each layer's outputs for 256 training images have unit variance (LSUV, arXiv:1511.06422)."""
     optimizer: Literal["sgd", "keras_sgd", "muon"] = "sgd"
     """SGD with momentum; keras_sgd keeps the learning rate inside the velocity, as Keras does; muon takes
     orthogonalised steps for kernels (arXiv:2502.16982's scale), Adam's (NAdam's with --nesterov) for the rest: biases
@@ -59,6 +60,9 @@ class Config:
     """L2 on all parameters, added to the gradient before the momentum (as torch.optim.SGD); decoupled in muon."""
     gradient_clip: float = 0.0
     """Largest norm of the whole gradient; 0: no limit."""
+    sam_rho: float = 0.0
+    """Sharpness-aware minimisation (arXiv:2010.01412): steps by the gradient at this distance up the slope, at twice
+    the cost; 0: don't."""
     schedule: Literal["constant", "inverse_time", "cosine", "one_cycle"] = "constant"
     """Learning rate by step; inverse_time is learning_rate / (1 + lr_decay·step), one_cycle falls in a line to 0."""
     lr_decay: float = 0.0
@@ -80,6 +84,9 @@ class Config:
     """Mirror half of the images left and right."""
     cutout_size: int = 0
     """Side of the square that is set to 0, in pixels."""
+    trivial_augment: bool = False
+    """One operation at random (warps, colours, solarize, …) at a random strength, before all others, after
+    arXiv:2103.10158."""
     mixup_alpha: float = 0.0
     """Mix each image with another of its batch, by a share from Beta(alpha, alpha) (arXiv:1710.09412); 0: don't."""
     cutmix_alpha: float = 0.0
@@ -113,7 +120,7 @@ class Config:
         check(self.momentum > 0 or not self.nesterov, "momentum", "above 0 with --nesterov")
         check(0 <= self.label_smoothing < 1, "label_smoothing", "at least 0 and below 1")
         check(0 <= self.crop_padding < 32, "crop_padding", "from 0 to 31")
-        amounts = ("weight_decay", "lr_decay", "gradient_clip", "mixup_alpha", "cutmix_alpha", "holdout")
+        amounts = ("weight_decay", "lr_decay", "gradient_clip", "mixup_alpha", "cutmix_alpha", "holdout", "sam_rho")
         for field in (*amounts, "rotation_degrees", "shift_fraction", "cutout_size"):
             check(0 <= getattr(self, field) < math.inf, field, "0 or more")
         check(0 <= self.ema_decay < 1, "ema_decay", "at least 0 and below 1")
