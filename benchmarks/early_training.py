@@ -23,7 +23,7 @@ import tyro
 from cifar_jax.augmentation import create_augment
 from cifar_jax.configs import RECIPES
 from cifar_jax.configs.default import Config
-from cifar_jax.environment import PACKAGES, describe_environment
+from cifar_jax.environment import PACKAGES, describe_command, describe_environment
 from cifar_jax.errors import UserError, command, parse_arguments
 from cifar_jax.input_pipeline import Dataset, epoch_order, load_dataset, scale_images
 from cifar_jax.interop import pytorch
@@ -121,7 +121,7 @@ def main() -> int:
                 flush=True,
             )
         content = {
-            "command": f"python -m benchmarks.early_training --out DIR --num-steps {arguments.num_steps}",
+            "command": describe_command("-m benchmarks.early_training", sys.argv[1:]),
             **describe_environment(jax.local_devices()[:1], (*PACKAGES, "torch")),
             "runs": runs,
         }

@@ -29,7 +29,7 @@ from benchmarks.throughput import create_workload
 from cifar_jax import ops
 from cifar_jax.configs import RECIPES
 from cifar_jax.configs.default import Config
-from cifar_jax.environment import describe_environment
+from cifar_jax.environment import describe_command, describe_environment
 from cifar_jax.errors import UserError, command, parse_arguments
 from cifar_jax.metrics import write_json
 from cifar_jax.training import (
@@ -158,7 +158,7 @@ def main() -> int:
             }
             print(f"{workload:16} {form:33} {median:9.2f} ms a step, {plain / median:.2f}× plain")
     content = {
-        "command": f"python -m benchmarks.kernels --out DIR --rounds {arguments.rounds}",
+        "command": describe_command("-m benchmarks.kernels", sys.argv[1:]),
         **describe_environment(jax.local_devices()[:1]),
         "results": results,
     }

@@ -18,8 +18,6 @@ import dataclasses
 import math
 import multiprocessing
 import os
-import re
-import shlex
 import statistics
 import sys
 from collections.abc import Iterator
@@ -33,6 +31,7 @@ import tyro
 
 from benchmarks.contenders import FAMILIES, PHASES, Family, Phase, Workload, serve
 from cifar_jax.configs import RECIPES
+from cifar_jax.environment import describe_command
 from cifar_jax.errors import UserError, command, parse_arguments
 from cifar_jax.interop.layers import expected_shapes
 from cifar_jax.metrics import write_json
@@ -240,7 +239,6 @@ def main() -> int:
     except OSError as error:
         raise UserError(f"--out {arguments.out}: {error.strerror}: name a folder that can be written") from error
     jax.config.update("jax_platforms", "cpu")  # this process only counts FLOPs: a GPU is all the workers'
-    flags = re.sub(r"(--out[ =])('[^']*'|\S+)", r"\1DIR", shlex.join(sys.argv[1:]))
     load_average = os.getloadavg()[0]
     workloads: dict[str, dict[str, Any]] = {}
     for model in arguments.models:
@@ -260,7 +258,7 @@ def main() -> int:
             }
             limit = summarize(workloads)
             content = {
-                "command": f"python -m benchmarks.throughput {flags}",
+                "command": describe_command("-m benchmarks.throughput", sys.argv[1:]),
                 **environment,
                 "load_average_before": load_average,
                 "dtype": arguments.dtype,

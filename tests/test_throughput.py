@@ -105,7 +105,7 @@ def test_a_tiny_run(tmp_path, run_command, monkeypatch):
     content = json.loads((tmp_path / "new" / "tiny.json").read_text())
     assert {"command", "hardware", "versions", "date", "dtype", "rounds", "load_average_before"} <= set(content)
     assert {"jax", "torch", "keras"} <= set(content["versions"])
-    assert content["command"].endswith("--seconds-per-round 0.001 --out DIR --name tiny")
+    assert content["command"].endswith("--seconds-per-round 0.001 --out new --name tiny")
     workload = content["workloads"]["lenet5_batch4"]
     assert workload["recipe"] == "lenet5_reference"
     assert (workload["config"]["crop_padding"], workload["config_augmented"]["crop_padding"]) == (0, 3)
