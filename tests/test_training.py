@@ -366,7 +366,7 @@ def test_freed_memory_is_kept_where_the_library_can(monkeypatch):
     library = types.SimpleNamespace(mallopt=lambda *arguments: calls.append(arguments))
     monkeypatch.setattr(training.ctypes, "CDLL", lambda name: library)
     training.keep_memory()
-    assert calls == [(-4, 0), (-1, -1)]  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+    assert calls == [(-4, 0), (-1, -1), (-2, 2**28)]  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
     monkeypatch.setattr(training.ctypes, "CDLL", lambda name: object())
     training.keep_memory()
 
