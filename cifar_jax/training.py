@@ -249,7 +249,8 @@ def use_cpu_cores() -> None:
 
 # mallopt's parameters (malloc.h): free bytes that are given back, bytes asked for ahead, number of blocks mapped.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-_HEAP_BYTES = 2**25  # a program's temporary arrays come in blocks of this size, or of their largest array's
+_HEAP_BYTES = 60 * 2**20  # below the 64 MiB of a heap of the C library
+_LARGEST_ARRAY = {"all_cnn": 34 * 34 * 96 * 4, "lenet5": 32 * 32 * 32 * 4}  # bytes of an image's largest, with padding
 
 
 def keep_memory() -> None:
@@ -257,13 +258,22 @@ def keep_memory() -> None:
 
     By default a step's large buffers are given back to the system, and mapped and zeroed again in the next step:
     LeNet-5's step at 256 then takes 1.6 times as long. A thread's memory comes in heaps of 64 MiB: an empty one is kept
-    if more than that is asked for ahead, and a larger block is mapped each time (so `parallelize` makes them smaller).
+    if more than that is asked for ahead; a larger block is mapped each time, see `compiler_options`.
     """
     with contextlib.suppress(OSError, AttributeError):  # no such library or function
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
         mallopt(_M_TOP_PAD, 2**28)
+
+
+def compiler_options(config: Config, batch_size: int, devices: Sequence[jax.Device]) -> dict[str, Any]:
+    """XLA's for a step: on the CPU its temporary arrays in blocks of _HEAP_BYTES, which `keep_memory` can keep.
+
+    Not if a single array were larger: XLA warns of each.
+    """
+    fits = batch_size // len(devices) * _LARGEST_ARRAY[config.model] <= _HEAP_BYTES
+    return {"xla_multiheap_size_constraint_per_heap": _HEAP_BYTES} if devices[0].platform == "cpu" and fits else {}
 
 
 def prepare_cpu() -> None:
@@ -304,8 +314,10 @@ def default_steps_per_call(devices: Sequence[jax.Device]) -> int:
     return 1 if devices[0].platform == "cpu" else 1000
 
 
-def parallelize(function: Callable[..., Any], devices: Sequence[jax.Device], donate: tuple[int, ...]) -> Any:
-    """pmaps `function(*args, device_index)`; args are replicated, and so are the results.
+def parallelize(
+    function: Callable[..., Any], devices: Sequence[jax.Device], donate: tuple[int, ...], options: dict[str, Any]
+) -> Any:
+    """pmaps `function(*args, device_index)`; args are replicated, and so are the results; `options` are the compiler's.
 
     Returns a compiler: called with example arguments it gives the compiled function, which can't compile again.
     """
@@ -316,7 +328,6 @@ def parallelize(function: Callable[..., Any], devices: Sequence[jax.Device], don
         parallel = jax.pmap(
             function, AXIS, in_axes=in_axes, out_axes=None, donate_argnums=donate, devices=list(devices)
         )
-        options = {"xla_multiheap_size_constraint_per_heap": _HEAP_BYTES} if devices[0].platform == "cpu" else None
         compiled = parallel.lower(*args, index).compile(options)
         return lambda *args: compiled(*args, index)
 
@@ -357,7 +368,7 @@ def create_train_steps(config: Config, devices: Sequence[jax.Device], steps_per_
         state, history = _repeat(one, start, count, (state, history), steps_per_call)
         return state, history, history["loss"][start + count - 1]
 
-    return parallelize(train_steps, devices, donate=(0, 1))
+    return parallelize(train_steps, devices, (0, 1), compiler_options(config, config.batch_size, devices))
 
 
 def create_eval_steps(
@@ -380,7 +391,7 @@ def create_eval_steps(
 
         return _repeat(one, start, count, history, steps_per_call)
 
-    return parallelize(eval_steps, devices, donate=(0,))
+    return parallelize(eval_steps, devices, (0,), compiler_options(config, config.eval_batch_size, devices))
 
 
 def eval_batch_size(config: Config, num_examples: int, devices: Sequence[jax.Device]) -> int:

@@ -371,6 +371,14 @@ def test_freed_memory_is_kept_where_the_library_can(monkeypatch):
     training.keep_memory()
 
 
+@pytest.mark.parametrize(("batch_size", "num_devices", "limited"), [(256, 1, True), (512, 1, False), (512, 2, True)])
+def test_temporary_arrays_come_in_blocks_that_are_kept(tiny_config, batch_size, num_devices, limited):
+    """On the CPU alone, and only where no array is larger: XLA would warn of it."""
+    options = training.compiler_options(tiny_config, batch_size, jax.local_devices()[:num_devices])
+    assert options == ({"xla_multiheap_size_constraint_per_heap": 60 * 2**20} if limited else {})
+    assert not training.compiler_options(tiny_config, batch_size, [types.SimpleNamespace(platform="gpu")] * num_devices)
+
+
 @pytest.mark.parametrize(("batch_size", "count"), [(4, 1), (16, 1), (31, 1), (32, 2), (50, 2), (64, 4), (129, 3)])
 def test_cpu_cores_share_large_batches_alone(tiny_config, batch_size, count):
     config = dataclasses.replace(tiny_config, batch_size=batch_size, num_devices=None)
