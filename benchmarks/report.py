@@ -37,19 +37,28 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def environment(result: dict[str, Any]) -> str:
-    """Hardware, versions and date of a measurement."""
+    """Hardware, versions and date of a measurement, and what its note says."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if name != "cifar_jax")
-    return f"{result['hardware']}; {versions}; {result['date']}."
+    note = f" {result['note']}" if "note" in result else ""
+    return f"{result['hardware']}; {versions}; {result['date']}.{note}"
 
 
 def conditions(result: dict[str, Any]) -> str:
-    """Those of a run, with its seed and what its note says."""
-    note = f" {result['note']}" if "note" in result else ""
-    return f"Seed {result['config']['seed']}; {environment(result)}{note}"
+    """Those of a run, with its seed."""
+    return f"Seed {result['config']['seed']}; {environment(result)}"
 
 
 def percent(accuracy: float) -> str:
     return f"{100 * accuracy:.2f}"
+
+
+def mean_and_deviation(spread: dict[str, Any]) -> str:
+    """An accuracy over seeds in percent; without a deviation if it is of one."""
+    return percent(spread["mean"]) + (f" ± {percent(spread['std'])}" if spread["std"] is not None else "")
+
+
+def result_names(prefix: str) -> list[str]:
+    return sorted(path.stem for path in RESULTS.glob(f"{prefix}*.json"))
 
 
 def lenet5_reference() -> str:
@@ -76,14 +85,10 @@ def all_cnn_reference() -> str:
     return f"{table(columns, rows)}\n\n" + "\n\n".join(conditions(result) for result in results)
 
 
-def accuracy_names() -> list[str]:
-    return sorted(path.stem for path in RESULTS.glob("accuracy_*.json"))
-
-
 def accuracy() -> str:
     rows, notes = [], []
-    for result in map(load, accuracy_names()):
-        model, mean, std = result["config"]["model"], result["test_accuracy"]["mean"], result["test_accuracy"]["std"]
+    for result in map(load, result_names("accuracy_")):
+        model = result["config"]["model"]
         seconds = sorted(result["training_seconds"])[len(result["seeds"]) // 2]
         reached = [
             f"{100 * float(name):.0f} %: {sorted(times)[len(times) // 2] / 60:.1f}"
@@ -91,15 +96,13 @@ def accuracy() -> str:
             if None not in times
         ]
         title = {"lenet5": "LeNet-5", "all_cnn": "All-CNN"}[model]
-        value = percent(mean) + (f" ± {percent(std)}" if std is not None else "")
+        value = mean_and_deviation(result["test_accuracy"])
         cost = f"{result['cost']['images'] / 1e6:.2f} M, {result['cost']['flops'] / 1e15:.2f}"
         seeds = ", ".join(map(str, result["seeds"]))
         epochs = str(result["config"]["num_epochs"])
         row = [title, ORIGINALS[model], f"`{result['recipe']}`", value, seeds, epochs, f"{seconds / 60:.0f}"]
         rows.append([*row, "; ".join(reached), cost])
-        notes.append(
-            f"`{result['command']}`: {environment(result)}" + (f" {result['note']}" if "note" in result else "")
-        )
+        notes.append(f"`{result['command']}`: {environment(result)}")
     columns = ["network", "original", "recipe", "test accuracy, last epoch", "seeds", "epochs", "minutes of training"]
     header = [*columns, "minutes to", "images, PFLOP"]
     return "\n\n".join([table(header, rows), *notes])
@@ -107,20 +110,18 @@ def accuracy() -> str:
 
 def ablation() -> str:
     parts = []
-    for result in map(load, sorted(path.stem for path in RESULTS.glob("ablation_*.json"))):
+    for result in map(load, result_names("ablation_")):
         rows, recipe = [], result["variants"]["the recipe"]["holdout_accuracy"]["mean"]
         for name, variant in result["variants"].items():
             held_out, trained = variant["holdout_accuracy"], variant["train_accuracy"]
-            spread = f" ± {percent(held_out['std'])}" if held_out["std"] is not None else ""
             difference = f"{100 * (held_out['mean'] - recipe):+.2f}" if variant["changes"] else ""
             flags = " ".join(f"{field} = {json.dumps(value)}" for field, value in variant["changes"].items())
-            rows.append([name, flags, percent(held_out["mean"]) + spread, difference, percent(trained["mean"])])
+            rows.append([name, flags, mean_and_deviation(held_out), difference, percent(trained["mean"])])
         title = f"`{result['recipe']}`, {result['num_epochs']} epochs"
         columns = [title, "changed", "5,000 held-out images", "difference", "training images"]
         seeds = ", ".join(map(str, result["seeds"]))
-        note = f" {result['note']}" if "note" in result else ""
-        parts += [table(columns, rows), f"`{result['command']}`: seeds {seeds}; {environment(result)}{note}"]
-    return "\n\n".join(parts)
+        parts += [table(columns, rows), f"`{result['command']}`: seeds {seeds}; {environment(result)}"]
+    return "\n\n".join(parts) or "Not run yet."
 
 
 def draw_accuracy(path: Path) -> None:
@@ -135,7 +136,7 @@ def draw_accuracy(path: Path) -> None:
         axes.plot(list(curve), list(curve.values()), "k.--", lw=1, label="the original")
         axes.set(xlabel="epoch", ylabel="test accuracy, %", xscale="log", title=model)
         axes.grid(alpha=0.3)
-    for number, result in enumerate(map(load, accuracy_names())):
+    for number, result in enumerate(map(load, result_names("accuracy_"))):
         for index, run in enumerate(result["test_accuracy_by_epoch"]):
             charts[result["config"]["model"]].plot(
                 range(1, len(run) + 1),
@@ -194,10 +195,6 @@ def kernels() -> str:
 
 
 PHASE_TITLES = {"training": "training", "training_augmented": "training, augmented", "inference": "inference"}
-
-
-def throughput_names() -> list[str]:
-    return sorted(path.stem for path in RESULTS.glob("throughput*.json"))
 
 
 def workload_title(workload: dict[str, Any]) -> str:
@@ -263,7 +260,7 @@ def draw_throughput(result: dict[str, Any], path: Path) -> None:
 
 
 def throughput() -> str:
-    return "\n\n".join(throughput_table(load(name)) for name in throughput_names())
+    return "\n\n".join(throughput_table(load(name)) for name in result_names("throughput"))
 
 
 def parity_table(result: dict[str, Any]) -> str:
@@ -311,7 +308,7 @@ def parity_lenet5() -> str:
         [
             title,
             ", ".join(percent(run[-1]) for run in result["test_accuracy_by_epoch"][name]),
-            f"{percent(last[name]['mean'])} ± {percent(last[name]['std'])}",
+            mean_and_deviation(last[name]),
         ]
         for name, title in frameworks.items()
     ]
@@ -384,7 +381,7 @@ def main() -> int:
             print("README.md is not what benchmarks/results say: run python -m benchmarks.report", file=sys.stderr)
         return int(after != before)
     path.write_text(after)
-    for name in throughput_names():
+    for name in result_names("throughput"):
         draw_throughput(load(name), RESULTS / f"{name}.png")
     draw_parity_lenet5(RESULTS / "parity_lenet5.png")
     draw_accuracy(RESULTS / "accuracy.png")

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from benchmarks import report
@@ -17,3 +19,22 @@ def test_a_changed_result_changes_the_readme(monkeypatch):
     assert "12.34 % of 360 test images" in report.render(readme)
     with pytest.raises(ValueError, match="no place for quickstart"):
         report.render("# README")
+
+
+def test_the_ablations_table(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.ablation() == "Not run yet."
+    value = lambda mean, std: {"mean": mean, "std": std, "n": 1 if std is None else 2}
+    variant = lambda changes, mean, std: {
+        "changes": changes,
+        "holdout_accuracy": value(mean, std),
+        "train_accuracy": value(0.9, std),
+    }
+    variants = {"the recipe": variant({}, 0.8, 0.01), "no flip": variant({"random_flip": False}, 0.79, None)}
+    content = {"recipe": "lenet5", "num_epochs": 8, "seeds": [0, 1], "variants": variants, "command": "python x"}
+    content |= {"hardware": "an abacus", "versions": {"jax": "1"}, "date": "2026-01-01", "note": "Slowly."}
+    (tmp_path / "ablation_lenet5.json").write_text(json.dumps(content))
+    text = report.ablation()
+    assert "| the recipe |  | 80.00 ± 1.00 |  | 90.00 |" in text
+    assert "| no flip | random_flip = false | 79.00 | -1.00 | 90.00 |" in text
+    assert text.endswith("`python x`: seeds 0, 1; an abacus; jax 1; 2026-01-01. Slowly.")
