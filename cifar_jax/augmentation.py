@@ -64,6 +64,16 @@ def random_flip(key: jax.Array, image: jax.Array) -> jax.Array:
     return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
 
 
+def is_mirrored(key: jax.Array, indices: jax.Array, epoch: jax.Array) -> jax.Array:
+    """Which images alternating flip mirrors in an epoch (arXiv:2404.00498): a random half, then the other half, …
+
+    So an image is seen both ways in any two epochs. Args: indices int32 [N] in the dataset; epoch int32 scalar from 0.
+    Returns: bool [N].
+    """
+    at_first = jax.vmap(lambda index: jax.random.bernoulli(jax.random.fold_in(key, index)))(indices)
+    return at_first ^ (epoch % 2 == 1)
+
+
 def cutout(key: jax.Array, image: jax.Array, size: int) -> jax.Array:
     """Sets a square of `size` pixels to 0, its centre uniform over the image, cut at the edges (arXiv:1708.04552)."""
     height, width, _ = image.shape

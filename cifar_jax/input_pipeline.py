@@ -440,9 +440,10 @@ def take_batch(
     """Positions start … start+size of an order as a batch; those past the end are masked copies of the last.
 
     Args: images uint8 [N, 32, 32, 3]; labels int32 [N]; order int32 [N]; start int32 scalar.
-    Returns: {'image': uint8 [size, 32, 32, 3], 'label': int32 [size], 'mask': float32 [size], 1 for real examples}.
+    Returns: {'image': uint8 [size, 32, 32, 3], 'label': int32 [size], 'index': int32 [size], its place in the dataset,
+    'mask': float32 [size], 1 for real examples}.
     """
     positions = start + jnp.arange(size, dtype=jnp.int32)
     indices = order[jnp.minimum(positions, order.shape[0] - 1)]
     mask = (positions < order.shape[0]).astype(jnp.float32)
-    return {"image": images[indices], "label": labels[indices], "mask": mask}
+    return {"image": images[indices], "label": labels[indices], "index": indices, "mask": mask}

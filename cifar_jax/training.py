@@ -21,7 +21,7 @@ import optax
 from flax.training import train_state
 from jax import lax
 
-from cifar_jax.augmentation import create_augment, mix, trivial_augment
+from cifar_jax.augmentation import create_augment, is_mirrored, mix, trivial_augment
 from cifar_jax.configs.default import Config
 from cifar_jax.errors import UserError
 from cifar_jax.input_pipeline import scale_images, split_seed, take_batch
@@ -167,6 +167,9 @@ def create_train_step(
         images = batch["image"]
         if config.trivial_augment:
             images = jax.vmap(lambda key, image: trivial_augment(jax.random.fold_in(key, 4), image))(keys, images)
+        if config.alternating_flip:
+            mirrored = is_mirrored(state.rng, batch["index"], batch["epoch"])
+            images = jnp.where(mirrored.reshape(-1, 1, 1, 1), images[:, :, ::-1], images)
         images = augment(keys, scale_images(images, config.input_scaling))
         if image_size != images.shape[1]:
             images = jax.image.resize(images, (size, image_size, image_size, 3), "linear")  # antialiased
@@ -362,7 +365,8 @@ def create_train_steps(config: Config, devices: Sequence[jax.Device], steps_per_
         def one(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
             state, history = carry
             batch = take_batch(images, labels, order, i * config.batch_size + device * size, size)
-            state, metrics = train_step(state, batch)
+            epoch = state.step // -(-order.shape[0] // config.batch_size)
+            state, metrics = train_step(state, batch | {"epoch": epoch})
             return state, _record(history, i, metrics)
 
         state, history = _repeat(one, start, count, (state, history), steps_per_call)

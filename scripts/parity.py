@@ -236,7 +236,7 @@ def without_randomness(config: Config) -> Config:
     """The recipe without dropout and augmentation."""
     return dataclasses.replace(
         config, dropout_rates=(0.0,) * len(config.dropout_rates), rotation_degrees=0.0, shift_fraction=0.0,
-        crop_padding=0, random_flip=False, cutout_size=0,
+        crop_padding=0, random_flip=False, alternating_flip=False, cutout_size=0,
     )  # fmt: skip
 
 

@@ -180,3 +180,14 @@ def test_trivial_augment_shifts_turns_and_shears():
     angles = np.rad2deg(np.arctan2(a[turned][:, 1], a[turned][:, 0]))
     assert 29 < angles.max() <= 30.01
     assert -30.01 <= angles.min() < -29
+
+
+def test_alternating_flip_mirrors_a_random_half_and_then_the_other():
+    mirrored = jax.jit(augmentation.is_mirrored)
+    key, indices = jax.random.key(0), jnp.arange(1000)
+    epochs = [np.asarray(mirrored(key, indices, jnp.int32(epoch))) for epoch in range(4)]
+    assert 450 < epochs[0].sum() < 550
+    np.testing.assert_array_equal(epochs[1], ~epochs[0])
+    np.testing.assert_array_equal(epochs[2], epochs[0])
+    np.testing.assert_array_equal(epochs[3], epochs[1])
+    np.testing.assert_array_equal(mirrored(key, indices[::-1], jnp.int32(0)), epochs[0][::-1])  # the image's, wherever

@@ -440,3 +440,21 @@ def test_lsuv_scales_by_the_images_of_the_recipe(tiny_dataset, tiny_config):
     images = jnp.asarray(tiny_dataset.train_images, jnp.float32) / 255
     assert float(state.apply_fn({"params": state.params}, images).std()) == pytest.approx(1, rel=1e-4)
     assert_trees_close(state.ema_params, state.params)
+
+
+def test_alternating_flip_goes_by_the_image_and_the_epoch(tiny_dataset, tiny_config, monkeypatch):
+    """With one rule for all, mirrored in odd epochs, the first epoch's losses are those of the images as they are, the
+    next one's, from the same parameters, those of mirrored images."""
+    config = dataclasses.replace(
+        tiny_config, alternating_flip=True, random_flip=False, dropout_rates=(0.0, 0.0), crop_padding=0
+    )
+    monkeypatch.setattr(training, "is_mirrored", lambda _, index, epoch: jnp.full(index.shape, epoch % 2 == 1))
+    images = tiny_dataset.train_images
+    steps = math.ceil(len(images) / config.batch_size)
+    plain = dataclasses.replace(config, alternating_flip=False)
+    turned = dataclasses.replace(tiny_dataset, train_images=images[:, :, ::-1])
+    for epoch, dataset in ((0, tiny_dataset), (1, turned), (2, tiny_dataset)):
+        start = lambda: create_train_state(config, steps).replace(step=jnp.int32(epoch * steps))
+        losses = train_epoch(config, tiny_dataset, state=start())[1]["loss"]
+        np.testing.assert_allclose(losses, train_epoch(plain, dataset, state=start())[1]["loss"], rtol=1e-6)
+    assert np.abs(losses - train_epoch(plain, turned, state=start())[1]["loss"]).max() > 1e-4

@@ -1,4 +1,4 @@
-"""All-CNN in few epochs: Muon, one cycle, small images first, crops, flips, label smoothing, an average of the weights.
+"""All-CNN in few epochs: Muon, one cycle, small images first, crops, alternating flips, label smoothing, an average of the weights.
 
 python -m cifar_jax.train all_cnn_fast
 """
@@ -12,8 +12,8 @@ CONFIG = Config(
     input_scaling="standardized",
     initializer="he",
     batch_size=256,
-    num_epochs=17,
-    image_sizes=((16, 3), (20, 4), (24, 5)),
+    num_epochs=22,
+    image_sizes=((16, 3), (20, 4), (24, 6)),
     optimizer="muon",
     learning_rate=0.01,
     momentum=0.95,
@@ -24,5 +24,5 @@ CONFIG = Config(
     ema_decay=0.995,
     label_smoothing=0.1,
     crop_padding=4,
-    random_flip=True,
+    alternating_flip=True,
 )

@@ -82,6 +82,8 @@ class Config:
     """Random crop: shift by ± this number of whole pixels, edges reflected."""
     random_flip: bool = False
     """Mirror half of the images left and right."""
+    alternating_flip: bool = False
+    """Instead: every image in every second epoch, in the first epoch a random half of them (arXiv:2404.00498)."""
     cutout_size: int = 0
     """Side of the square that is set to 0, in pixels."""
     trivial_augment: bool = False
@@ -128,6 +130,7 @@ class Config:
         check(
             not self.image_sizes or self.model == "all_cnn", "image_sizes", "empty for lenet5, which has dense layers"
         )
+        check(not (self.alternating_flip and self.random_flip), "alternating_flip", "False with --random-flip")
         sizes_fit = all(14 <= size <= 32 and epochs >= 1 for size, epochs in self.image_sizes)
         check(sizes_fit, "image_sizes", "pairs of a size from 14 to 32 and a number of epochs")
         check(self.lr_decay == 0 or self.schedule == "inverse_time", "lr_decay", "0 unless --schedule inverse_time")
