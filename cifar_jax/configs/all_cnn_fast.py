@@ -1,4 +1,4 @@
-"""All-CNN in few epochs: Muon, one cycle, small images first, crops, alternating flips, label smoothing, an average of the weights.
+"""All-CNN in few epochs: Muon, one cycle, small images first, crops, alternating flips, averaged weights.
 
 python -m cifar_jax.train all_cnn_fast
 """
