@@ -26,7 +26,7 @@ import numpy as np
 import tyro
 
 from benchmarks.throughput import create_workload
-from cifar_jax import ops
+from cifar_jax import ops, training
 from cifar_jax.configs import RECIPES
 from cifar_jax.configs.default import Config
 from cifar_jax.environment import describe_command, describe_environment
@@ -48,13 +48,14 @@ WORKLOADS = {
     "lenet5_batch128": (create_workload("lenet5", 128, "float32")[1].augmented, 8),
     "all_cnn_batch64": (RECIPES["all_cnn_reference"], 2),
 }
-ALL = ("gradient", "wide", "row", "few channels", "pool", "dropout")
+ALL = ("gradient", "wide", "large", "row", "few channels", "pool", "dropout")
 # name: the parts of ops that are not JAX's own; "cores": the batch is divided over the CPU's cores, where it is large;
 # "memory": freed memory stays with the process
 FORMS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "kernel gradient": ("gradient",),
     "kernel gradient, wide": ("gradient", "wide"),
+    "kernel gradient, large": ("gradient", "large"),
     "kernel gradient, padded row": ("gradient", "row"),
     "kernel gradient, few channels": ("gradient", "few channels"),
     "max pool": ("pool",),
@@ -70,14 +71,18 @@ def only(parts: tuple[str, ...]) -> Iterator[None]:
     """While entered, programs are traced with these parts of ops, and JAX's own form of the others."""
     pool = ops.slices_max_pool if "pool" in parts else ops.lax_max_pool
     mask = ops.bernoulli_mask if "dropout" in parts else jax.random.bernoulli
-    few_channels = ops._FEW_CHANNELS if "few channels" in parts else 0
+    channels = ops._CHANNELS if "few channels" in parts else 1
     wide = ops._WIDE if "wide" in parts else 0
+    large_kernel = ops._LARGE_KERNEL if "large" in parts else sys.maxsize
+    options = training.compiler_options if "memory" in parts else lambda *_: {}
     unpadded = ops.unpadded_convolution if "row" in parts else functools.partial(ops.lax_convolution, padding="VALID")
     with (
         mock.patch.object(ops, "on_cpu", return_value="gradient" in parts),  # decides the convolution
         mock.patch.object(ops, "max_pool", pool),
         mock.patch.object(ops, "bernoulli_mask", mask),
-        mock.patch.object(ops, "_FEW_CHANNELS", few_channels),
+        mock.patch.object(ops, "_CHANNELS", channels),
+        mock.patch.object(ops, "_LARGE_KERNEL", large_kernel),
+        mock.patch.object(training, "compiler_options", options),
         mock.patch.object(ops, "_WIDE", wide),
         mock.patch.object(ops, "unpadded_convolution", unpadded),
     ):

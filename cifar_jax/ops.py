@@ -20,7 +20,9 @@ from jax.extend.random import threefry_2x32
 
 DIMENSION_NUMBERS = ("NHWC", "HWIO", "NHWC")
 _BLOCK = 4  # images of one im2col matrix: small enough for the cache
-_FEW_CHANNELS = 4  # up to here the forward pass is faster as im2col, too
+_CHANNELS = 4  # XLA:CPU is 4 times slower where the number of channels is no multiple
+_FEW_CHANNELS = 4  # up to here, the kernel gradient does not pay as one product of rows and columns
+_LARGE_KERNEL = 5  # from here on, the kernel gradient pays as a convolution
 _WIDE = 1.2  # up to this padded width by width, the kernel gradient pays as one product of rows and columns
 
 
@@ -49,46 +51,43 @@ def _patches(images: jax.Array, height: int, width: int) -> jax.Array:
     return jnp.concatenate(slices, axis=-1)
 
 
-def _pad(images: jax.Array, kernel: jax.Array, padding: Any) -> jax.Array:
+def _pads(images: jax.Array, kernel: jax.Array, padding: Any) -> Any:
+    """The padding as pairs: of rows and of columns, before and after."""
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], (1, 1), padding)
-    return jnp.pad(images, ((0, 0), *map(tuple, padding), (0, 0)))
+    return tuple(map(tuple, padding))
 
 
-def _map_blocks(function: Callable[[jax.Array], jax.Array], images: jax.Array) -> jax.Array:
-    """`function` of blocks of images, one after the other."""
-    block = math.gcd(images.shape[0], _BLOCK)
-    if block == images.shape[0]:
-        return function(images)
-    result = lax.map(function, images.reshape(-1, block, *images.shape[1:]))
-    return result.reshape(-1, *result.shape[2:])
+def _is_unpadded(images: jax.Array, kernel: jax.Array, padding: Any) -> bool:
+    """Of kernels larger than 1×1, which need no padding and have no slow way without it."""
+    return kernel.shape[:2] != (1, 1) and _pads(images, kernel, padding) == ((0, 0), (0, 0))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul_convolution(images: jax.Array, kernel: jax.Array, padding: Any) -> jax.Array:
-    """`lax_convolution` with gradients as blocked matrix products; for few channels forward, too.
+def cpu_convolution(images: jax.Array, kernel: jax.Array, padding: Any) -> jax.Array:
+    """`lax_convolution` in other forms, for its gradients above all.
 
     The products of the kernel's gradient are summed in float32 (in float64 for such arguments) whatever the type of the
     computation.
     """
-    height, width, channels, features = kernel.shape
-    padded = _pad(images, kernel, padding)
-    if channels > _FEW_CHANNELS:
-        unpadded = padded.shape == images.shape and height > 1
-        return unpadded_convolution(images, kernel) if unpadded else lax_convolution(images, kernel, padding)
-    matrix = kernel.reshape(-1, features)
-    return _map_blocks(lambda images: _patches(images, height, width) @ matrix, padded)
+    fill = (0, -kernel.shape[2] % _CHANNELS)
+    if fill[1]:
+        images = jnp.pad(images, ((0, 0), (0, 0), (0, 0), fill))
+        kernel = jnp.pad(kernel, ((0, 0), (0, 0), fill, (0, 0)))
+    if _is_unpadded(images, kernel, padding):
+        return unpadded_convolution(images, kernel)
+    return lax_convolution(images, kernel, padding)
 
 
 def _forward(images: jax.Array, kernel: jax.Array, padding: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return matmul_convolution(images, kernel, padding), (images, kernel)
+    return cpu_convolution(images, kernel, padding), (images, kernel)
 
 
 def _backward(padding: Any, saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     images, kernel = saved
-    padded = _pad(images, kernel, padding)
-    if padded.shape == images.shape and kernel.shape[:2] != (1, 1):
-        image_gradient = _map_blocks(functools.partial(_image_gradient, kernel), gradient)
+    padded = jnp.pad(images, ((0, 0), *_pads(images, kernel, padding), (0, 0)))
+    if _is_unpadded(images, kernel, padding):
+        image_gradient = _image_gradient(kernel, gradient)
     else:
         _, image_vjp = jax.vjp(lambda images: lax_convolution(images, kernel, padding), images)
         (image_gradient,) = image_vjp(gradient)
@@ -96,33 +95,36 @@ def _backward(padding: Any, saved: tuple[jax.Array, jax.Array], gradient: jax.Ar
 
 
 def _image_gradient(kernel: jax.Array, gradient: jax.Array) -> jax.Array:
-    """Of a convolution without padding: each patch's gradient, added up where patches overlap, rows and then columns.
+    """Of a convolution without padding: by one along the rows, for all rows of the kernel, whose results are added up.
 
-    lax makes this a convolution of the gradient padded all around: for 5×5 on 14×14 twice as many products.
+    lax makes this a convolution of the gradient padded all around: for 5×5 on 14×14 2 times the products, not 1.4.
     """
     height, width, channels, features = kernel.shape
-    patches = gradient @ kernel.reshape(-1, features).T
-    patches = patches.reshape(*gradient.shape[:3], height, width, channels)
-    image: Any = 0
-    for i in range(height):
-        rows: Any = 0
-        for j in range(width):
-            rows += jnp.pad(patches[:, :, :, i, j], ((0, 0), (0, 0), (j, width - 1 - j), (0, 0)))
-        image += jnp.pad(rows, ((0, 0), (i, height - 1 - i), (0, 0), (0, 0)))
-    return image
+    by_row = kernel[:, ::-1].transpose(1, 3, 0, 2).reshape(1, width, features, height * channels)
+    rows = lax_convolution(gradient, by_row, ((0, 0), (width - 1, width - 1)))
+    rows = rows.reshape(*rows.shape[:3], height, channels)
+    total = jnp.pad(rows[..., 0, :], ((0, 0), (0, height - 1), (0, 0), (0, 0)))
+    for i in range(1, height):  # in place: as a sum of padded rows, XLA would keep each of them
+        part = total[:, i : i + gradient.shape[1]] + rows[..., i, :]
+        total = lax.dynamic_update_slice_in_dim(total, part, i, axis=1)
+    return total
 
 
 def _kernel_gradient(padded: jax.Array, gradient: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Products of im2col patches with the gradient, summed over blocks of images.
+    """Summed over blocks of images, in the form that copies least for the kernel's size and the images'.
 
-    Where the image is wide, one product: of the kernel's rows of the images, side by side, with its columns of the
-    gradient. Else a product for each row of the kernel, of its columns of the images. Either copies less than im2col.
+    Of a large kernel: a convolution of the images by the gradient, with channels in place of images and images in place
+    of channels. Of a small one, where the image is wide: one product of the kernel's rows of the images, side by side,
+    with its columns of the gradient. Else a product for each row of the kernel, of its columns of the images (im2col).
     """
     height, width, channels, features = kernel.shape
     block = math.gcd(padded.shape[0], _BLOCK)
     blocks = lambda x: x.reshape(-1, block, *x.shape[1:])
     total_dtype = jnp.float64 if kernel.dtype == jnp.float64 else jnp.float32
-    wide = height > 1 and channels > _FEW_CHANNELS and padded.shape[2] <= _WIDE * gradient.shape[2]
+
+    def convolution(images: jax.Array, gradient: jax.Array) -> jax.Array:
+        images, gradient = images.astype(total_dtype), gradient.astype(total_dtype)
+        return unpadded_convolution(images.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3))
 
     def product_of_rows_and_columns(images: jax.Array, gradient: jax.Array) -> jax.Array:
         rows = _patches(images, height, 1).reshape(-1, height * channels)
@@ -138,19 +140,25 @@ def _kernel_gradient(padded: jax.Array, gradient: jax.Array, kernel: jax.Array) 
             products.append(jnp.matmul(left, right, preferred_element_type=total_dtype))
         return jnp.concatenate(products)
 
-    product = product_of_rows_and_columns if wide else product_by_row
-    if block == padded.shape[0]:
-        total = product(padded, gradient)
+    # The form, the shape of its result, and where in it the kernel's axes are.
+    form: Callable[[jax.Array, jax.Array], jax.Array]
+    shape: tuple[int, ...]
+    if height >= _LARGE_KERNEL:
+        form, shape, order = convolution, (channels, height, width, features), (1, 2, 0, 3)
+    elif height > 1 and channels > _FEW_CHANNELS and padded.shape[2] <= _WIDE * gradient.shape[2]:
+        form, shape, order = product_of_rows_and_columns, (height, channels, width, features), (0, 2, 1, 3)
     else:
-        add = lambda total, pair: (total + product(*pair), None)
-        shape = (height * channels, width * features) if wide else (kernel.size // features, features)
-        total, _ = lax.scan(add, jnp.zeros(shape, total_dtype), (blocks(padded), blocks(gradient)))
-    if wide:
-        total = total.reshape(height, channels, width, features).transpose(0, 2, 1, 3)
-    return total.reshape(kernel.shape).astype(kernel.dtype)
+        form, shape, order = product_by_row, kernel.shape, (0, 1, 2, 3)
+    if block == padded.shape[0]:
+        total = form(padded, gradient)
+    else:
+        result = jax.eval_shape(form, padded, gradient)
+        add = lambda total, pair: (total + form(*pair), None)
+        total, _ = lax.scan(add, jnp.zeros(result.shape, total_dtype), (blocks(padded), blocks(gradient)))
+    return total.reshape(shape).transpose(order).astype(kernel.dtype)
 
 
-matmul_convolution.defvjp(_forward, _backward)
+cpu_convolution.defvjp(_forward, _backward)
 
 
 def lax_max_pool(images: jax.Array, window: int, stride: int) -> jax.Array:
@@ -183,18 +191,19 @@ def conv_general_dilated(
 ) -> jax.Array:
     """For flax.linen.Conv(conv_general_dilated=…): stride 1, NHWC and HWIO, without dilation and groups."""
     padding = padding if isinstance(padding, str) else tuple(map(tuple, padding))
-    return (matmul_convolution if on_cpu() else lax_convolution)(images, kernel, padding)
+    return (cpu_convolution if on_cpu() else lax_convolution)(images, kernel, padding)
 
 
 def bernoulli_mask(key: jax.Array, probability: float, shape: Sequence[int]) -> jax.Array:
     """True with this probability, to 1/131,072: bool [*shape].
 
-    `jax.random.bernoulli` hashes twice 32 bits for each element; here they make four of 16 bits, on every platform.
+    `jax.random.bernoulli` hashes twice 32 bits for each element; here they make four of 16 bits, on every platform:
+    the lower halves of all words, then the upper ones (in turn, XLA:CPU would compute each element on its own).
     """
     count = math.prod(shape)
     words = threefry_2x32(jax.random.bits(key, (2,), jnp.uint32), lax.iota(jnp.uint32, -(-count // 2)))
-    bits = lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:count].reshape(shape)
-    return bits < jnp.uint16(min(round(probability * 2**16), 2**16 - 1))
+    bits = jnp.concatenate([words & 0xFFFF, words >> 16])[:count].reshape(shape)
+    return bits < jnp.uint32(min(round(probability * 2**16), 2**16 - 1))
 
 
 class Dropout(nn.Module):

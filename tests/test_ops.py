@@ -37,18 +37,19 @@ def value_and_gradients(function, *arguments):
 
 
 @pytest.mark.parametrize(("images", "kernel", "padding"), CONVOLUTIONS)
-def test_matmul_convolution_is_laxs(images, kernel, padding):
+def test_cpu_convolution_is_laxs(images, kernel, padding):
     arguments = normal(0, images), normal(1, kernel)
-    actual = value_and_gradients(lambda x, k: ops.matmul_convolution(x, k, padding), *arguments)
+    actual = value_and_gradients(lambda x, k: ops.cpu_convolution(x, k, padding), *arguments)
     expected = value_and_gradients(lambda x, k: ops.lax_convolution(x, k, padding), *arguments)
     for a, b in zip(actual, expected, strict=True):
         # Sums of up to thousands of products in another order.
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.abs(b).max())
 
 
-def test_matmul_convolution_in_bfloat16():
-    images, kernel = normal(0, (16, 15, 15, 8), jnp.bfloat16), normal(1, (3, 3, 8, 16), jnp.bfloat16)
-    actual = value_and_gradients(lambda x, k: ops.matmul_convolution(x, k, "SAME"), images, kernel)
+@pytest.mark.parametrize("size", [3, 5])
+def test_cpu_convolution_in_bfloat16(size):
+    images, kernel = normal(0, (16, 15, 15, 8), jnp.bfloat16), normal(1, (size, size, 8, 16), jnp.bfloat16)
+    actual = value_and_gradients(lambda x, k: ops.cpu_convolution(x, k, "SAME"), images, kernel)
     exact = value_and_gradients(
         lambda x, k: ops.lax_convolution(x, k, "SAME"), images.astype(jnp.float32), kernel.astype(jnp.float32)
     )
