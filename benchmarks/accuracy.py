@@ -39,7 +39,7 @@ from cifar_jax.errors import UserError, command, parse_arguments
 from cifar_jax.input_pipeline import load_dataset, scale_images
 from cifar_jax.interop import pytorch
 from cifar_jax.metrics import write_atomically, write_json
-from cifar_jax.train import Interrupted, train_and_evaluate
+from cifar_jax.train import DeadTraining, Interrupted, train_and_evaluate
 from cifar_jax.training import prepare_cpu
 
 
@@ -136,6 +136,7 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "lenet5": {
         "the recipe": {},
         "no flip": {"random_flip": False},
+        "alternating flip": {"random_flip": False, "alternating_flip": True},
         "no crop": {"crop_padding": 0},
         "no cutout": {"cutout_size": 0},
         "cutmix": {"cutmix_alpha": 1.0},
@@ -155,7 +156,8 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "all_cnn_fast": {
         "the recipe": {},
-        "no flip": {"random_flip": False},
+        "no flip": {"alternating_flip": False},
+        "random flip": {"alternating_flip": False, "random_flip": True},
         "no crop": {"crop_padding": 0},
         "cutout": {"cutout_size": 8},
         "cutmix": {"cutmix_alpha": 1.0},
@@ -225,14 +227,17 @@ def configure(arguments: Arguments, recipe: str, workdir: str, seed: int, **chan
     """A recipe for one training of this command. Raises UserError for an unknown one."""
     if recipe not in RECIPES:
         raise UserError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
+    num_epochs = arguments.num_epochs or RECIPES[recipe].num_epochs
+    share = num_epochs / RECIPES[recipe].num_epochs  # a shorter training has fewer epochs of each image size, too
+    sizes = tuple((size, max(1, int(share * epochs))) for size, epochs in RECIPES[recipe].image_sizes)
     return dataclasses.replace(
         RECIPES[recipe],
         workdir=str(arguments.runs / workdir),
         seed=seed,
-        num_epochs=arguments.num_epochs or RECIPES[recipe].num_epochs,
+        num_epochs=num_epochs,
         dataset=arguments.dataset,
         data_dir=arguments.data_dir,
-        **changes,
+        **{"image_sizes": sizes} | changes,
     )
 
 
@@ -246,7 +251,10 @@ def run_recipe(arguments: Arguments, recipe: str) -> dict[str, Any]:
         "recipe": recipe,
         "config": summaries[0]["config"] | {"seed": None},
         "seeds": list(arguments.seeds),
-        "hardware_of_runs": [summary["hardware"] for summary in summaries],
+        # Of the trainings; this process may only have collected them.
+        "hardware": "; ".join(sorted({summary["hardware"] for summary in summaries})),
+        "versions": summaries[-1]["versions"],
+        "date": " and ".join(sorted({summary["date"] for summary in summaries})),
         "test_accuracy": spread([run[-1]["test_accuracy"] for run in runs]),
         "train_accuracy": spread([run[-1]["train_accuracy"] for run in runs]),
         "training_seconds": [summary["training_seconds"] for summary in summaries],
@@ -257,7 +265,7 @@ def run_recipe(arguments: Arguments, recipe: str) -> dict[str, Any]:
 
 
 def run_ablation(arguments: Arguments, recipe: str) -> dict[str, Any]:
-    """The content of ablation_RECIPE.json."""
+    """The content of ablation_RECIPE.json. A variant that diverges has null for its accuracies."""
     if recipe not in ABLATIONS:
         raise UserError(f"--ablation {recipe}: choose one of {', '.join(ABLATIONS)}")
     variants = {}
@@ -266,14 +274,22 @@ def run_ablation(arguments: Arguments, recipe: str) -> dict[str, Any]:
         for seed in arguments.seeds:
             workdir = f"ablation_{recipe}/{name.replace(' ', '_')}/seed{seed}"
             config = configure(arguments, recipe, workdir, seed, holdout=HOLDOUT, **changes)
-            runs.append(train_and_evaluate(config))
-        accuracies = {part: [run[f"{part}_accuracy"] for run in runs] for part in ("test", "train")}
+            try:
+                runs.append(train_and_evaluate(config))
+            except DeadTraining as dead:
+                print(f"{name}: {dead}", flush=True)
+                break
+        diverged = len(runs) < len(arguments.seeds)
+        accuracies = {
+            part: None if diverged else spread([run[f"{part}_accuracy"] for run in runs]) for part in ("test", "train")
+        }
         variants[name] = {
             "changes": changes,
-            "holdout_accuracy": spread(accuracies["test"]),
-            "train_accuracy": spread(accuracies["train"]),
+            "holdout_accuracy": accuracies["test"],
+            "train_accuracy": accuracies["train"],
         }
-        print(f"{name:32} {variants[name]['holdout_accuracy']['mean']:.2%}", flush=True)
+        if accuracies["test"] is not None:
+            print(f"{name:32} {accuracies['test']['mean']:.2%}", flush=True)
     return {
         "recipe": recipe,
         "holdout": HOLDOUT,

@@ -12,8 +12,8 @@ set -u
 mkdir -p "$1" && OUT=$(cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python}
-runs=${CAMPAIGN_RUNS:-lenet5_reference:15:60 lenet5:50:30 all_cnn_reference:20:75}
-parts=${CAMPAIGN_THROUGHPUT:-all_cnn:bfloat16:64,512,1024:100 lenet5:float32:4,128,1024:80 all_cnn:float32:64,512,1024:75}
+runs=${CAMPAIGN_RUNS:-lenet5_reference:15:60 lenet5:80:40 all_cnn_reference:20:60}
+parts=${CAMPAIGN_THROUGHPUT:-all_cnn:bfloat16:64,512,1024:80 lenet5:float32:4,128,1024:65 all_cnn:float32:64,512,1024:60}
 flags=${CAMPAIGN_FLAGS:---frameworks jax pytorch pytorch-compile pytorch-cudagraphs --rounds 5 --seconds-per-round 0.5 --timeout 60}
 workdirs=$(mktemp -d)
 trap 'rm -rf "$workdirs"' EXIT
@@ -32,7 +32,7 @@ for run in $runs; do
     ${DATA_DIR:+--data-dir "$DATA_DIR"} >>"$OUT/$recipe.log"
   [ -e "$workdir/summary.json" ] || continue  # also there if the run was cut off after an epoch
   cp "$workdir/summary.json" "$OUT/$recipe.json"
-  part "$recipe" 20 "$PYTHON" -m cifar_jax.evaluate --workdir "$workdir" --json ${DATA_DIR:+--data-dir "$DATA_DIR"} \
+  part "$recipe" 15 "$PYTHON" -m cifar_jax.evaluate --workdir "$workdir" --json ${DATA_DIR:+--data-dir "$DATA_DIR"} \
     >"$OUT/${recipe}_evaluate.json"
 done
 for spec in $parts; do

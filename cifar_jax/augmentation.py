@@ -122,7 +122,7 @@ def trivial_augment(key: jax.Array, image: jax.Array) -> jax.Array:
         blend((box + 4 * image) / 13),
         jnp.where(image >= 256 * (1 - strength), 255 - image, image),
         jnp.floor(image / step) * step,
-        (image - low) * (255 / jnp.maximum(high - low, 1)),
+        jnp.where(high > low, (image - low) * (255 / jnp.maximum(high - low, 1)), image),
     ]
     return jnp.clip(jax.lax.select_n(kind, *results), 0, 255)
 

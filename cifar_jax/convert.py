@@ -36,8 +36,8 @@ class Arguments:
     """The network; None: guessed from the number of tensors."""
     input_scaling: InputScaling | None = None
     """How pixels are scaled for these weights; None: as the file says, else as the model's original program does."""
-    checkpoint: Literal["best", "latest"] = "latest"
-    """Of a run's folder."""
+    checkpoint: Literal["best", "latest"] | None = None
+    """Of a run's folder; None: the latest."""
 
 
 @command
@@ -50,10 +50,12 @@ def main() -> int:
             raise UserError(
                 f"{arguments.input} is a run, which knows its architecture and input scaling: leave them out"
             )
-        config, state, _ = load_run(arguments.input, arguments.checkpoint)
+        config, state, _ = load_run(arguments.input, arguments.checkpoint or "latest")
         if arguments.model not in (None, config.model):
             raise UserError(f"{arguments.input}: holds the weights of {config.model}, not of {arguments.model}")
         weights = Weights(config.model, jax.tree.map(np.asarray, state.eval_params), config.input_scaling)
+    elif arguments.checkpoint is not None:
+        raise UserError(f"--checkpoint goes with a run's folder, and {arguments.input} is none")
     else:
         weights = load_weights(arguments.input, arguments.model, arguments.architecture, arguments.input_scaling)
     save_weights(arguments.output, weights)

@@ -23,6 +23,7 @@ import tyro
 from cifar_jax.checkpoint import Checkpoints, Progress
 from cifar_jax.configs import RECIPES
 from cifar_jax.configs.default import Config, InputScaling, ModelName
+from cifar_jax.environment import describe_environment
 from cifar_jax.errors import UserError, command, parse_arguments
 from cifar_jax.input_pipeline import load_dataset
 from cifar_jax.interop.files import Weights, load_weights
@@ -124,8 +125,8 @@ class Arguments:
 
     workdir: Path | None = None
     """The run's folder, as given to cifar_jax.train."""
-    checkpoint: Literal["best", "latest"] = "latest"
-    """The latest checkpoint, or the best. The best was chosen by test accuracy, so its accuracy is biased upwards."""
+    checkpoint: Literal["best", "latest"] | None = None
+    """With --workdir: the latest checkpoint (None), or the best, which was chosen by test accuracy: biased upwards."""
     weights: Path | None = None
     """A weight file: .safetensors, .pth (PyTorch), .h5, .weights.h5 or .keras (Keras)."""
     architecture: Path | None = None
@@ -159,10 +160,13 @@ def main() -> int:
     for field in ("architecture", "model", "input_scaling"):
         if getattr(arguments, field) is not None and arguments.weights is None:
             raise UserError(f"--{field.replace('_', '-')} goes with --weights alone")
+    if arguments.checkpoint is not None and arguments.workdir is None:
+        raise UserError("--checkpoint goes with --workdir alone")
     if arguments.workdir is not None:
-        config, state, progress = load_run(arguments.workdir, arguments.checkpoint, arguments.dtype)
-        name = f"{arguments.checkpoint} checkpoint, epoch {progress.epoch}"
-        source = {"workdir": str(arguments.workdir), "checkpoint": arguments.checkpoint}
+        checkpoint = arguments.checkpoint or "latest"
+        config, state, progress = load_run(arguments.workdir, checkpoint, arguments.dtype)
+        name = f"{checkpoint} checkpoint, epoch {progress.epoch}"
+        source = {"workdir": str(arguments.workdir), "checkpoint": checkpoint}
         source |= {"epoch": progress.epoch, "step": int(state.step), "dtype": config.dtype}
     else:
         path = arguments.weights or pretrained_path(str(arguments.pretrained))
@@ -185,6 +189,7 @@ def main() -> int:
         "test_loss": metrics["loss"],
         "test_accuracy": metrics["accuracy"],
         "num_examples": len(labels),
+        **describe_environment(jax.local_devices()),
     }
     if arguments.json:
         print(json.dumps(result, indent=2))

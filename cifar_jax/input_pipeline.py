@@ -148,8 +148,14 @@ def _find_layout(folder: Path, itself: bool) -> tuple[Callable[[Path], Arrays], 
 
 
 def _read_tfds(folder: Path) -> Arrays:
-    import tensorflow_datasets as tfds  # here: importing it costs a second, and a cached start does not need it
-
+    try:  # here: importing them costs a second, and a cached start does not need it
+        import array_record.python.array_record_module  # noqa: F401  # not on every platform; TFDS reads with it
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError(
+            f"{folder}: reading it needs tensorflow-datasets and array-record ({error}): install them, or name an "
+            "official archive with --data-dir"
+        ) from error
     arrays: Arrays = {}
     print(f"decoding {folder} (once; cached for the next start)", file=sys.stderr)
     for split, size in (("train", 5 * IMAGES_PER_BATCH), ("test", IMAGES_PER_BATCH)):

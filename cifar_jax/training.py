@@ -51,7 +51,7 @@ def create_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
     if config.schedule == "inverse_time":  # Keras 2's SGD(decay=…), keras/optimizers.py
         return lambda step: config.learning_rate / (1.0 + config.lr_decay * jnp.asarray(step, jnp.float32))
     total_steps = config.num_epochs * steps_per_epoch
-    warmup_steps = round(config.warmup_fraction * total_steps)
+    warmup_steps = min(round(config.warmup_fraction * total_steps), total_steps - 1)
     if config.schedule == "cosine":
         cosine = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup_steps, total_steps)
         return lambda step: cosine(jnp.asarray(step, jnp.float32))  # optax mixes the step's type with float32

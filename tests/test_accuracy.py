@@ -91,6 +91,27 @@ def test_the_ablation_holds_images_out(quick_recipe, tmp_path, run_command, monk
         )
 
 
+def test_a_variant_that_diverges_does_not_stop_the_ablation(quick_recipe, tmp_path, run_command, monkeypatch):
+    monkeypatch.setattr(accuracy, "HOLDOUT", 10)
+    variants = {"the recipe": {}, "wild": {"learning_rate": 1e30}}
+    monkeypatch.setattr(accuracy, "ABLATIONS", {"lenet5_reference": variants})
+    flags = ("--ablation", "lenet5_reference", "--seeds", "0", "--num-epochs", "1", "--runs", tmp_path)
+    status, output, _ = run_command(accuracy.main, *flags, "--out", tmp_path)
+    assert status == 0
+    assert "wild: training diverged" in output
+    content = json.loads((tmp_path / "ablation_lenet5_reference.json").read_text())["variants"]
+    assert content["the recipe"]["holdout_accuracy"]["n"] == 1
+    assert content["wild"]["holdout_accuracy"] is content["wild"]["train_accuracy"] is None
+
+
+def test_a_shorter_training_has_fewer_epochs_of_each_image_size(tmp_path):
+    arguments = accuracy.Arguments(out=tmp_path, num_epochs=5)
+    sizes = accuracy.configure(arguments, "all_cnn_fast", "run", 0).image_sizes
+    assert [size for size, _ in sizes] == [size for size, _ in RECIPES["all_cnn_fast"].image_sizes]
+    assert 0 < sum(epochs for _, epochs in sizes) < 5
+    assert accuracy.configure(arguments, "all_cnn_fast", "run", 0, image_sizes=()).image_sizes == ()
+
+
 def test_an_interrupted_training_is_one_line(quick_recipe, tmp_path, run_command, monkeypatch):
     def interrupted(config):
         raise Interrupted(15, Progress(1, 2), 6)

@@ -157,6 +157,14 @@ def test_trivial_augment_is_one_of_its_operations():
     assert 170 < others < 260  # the five warps
 
 
+def test_trivial_augment_leaves_most_of_a_constant_image():
+    """As Pillow's autocontrast does; brightness, solarize and posterize change it."""
+    keys = jax.random.split(jax.random.key(1), 600)
+    results = jax.jit(jax.vmap(augmentation.trivial_augment, (0, None)))(keys, jnp.full((8, 8, 3), 100, jnp.uint8))
+    assert (results == 0).all((1, 2, 3)).mean() < 0.01
+    assert jnp.isclose(results, 100, atol=0.01).all((1, 2, 3)).mean() > 10 / 13
+
+
 def test_trivial_augment_shifts_turns_and_shears():
     """The warps on a picture of coordinates, which they return but at the edges: straight lines within their bounds."""
     rows, columns = np.meshgrid(np.arange(32.0) * 4, np.arange(32.0) * 4, indexing="ij")

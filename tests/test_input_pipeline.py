@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import socket
+import sys
 import tarfile
 import threading
 import zlib
@@ -352,6 +353,17 @@ def test_tfds_by_a_relative_path_or_a_link(cifar10_dir, tmp_path, monkeypatch):
     assert set(asked) == {tmp_path}
 
 
+@pytest.mark.parametrize("package", ["tensorflow_datasets", "array_record.python.array_record_module"])
+def test_a_tfds_folder_without_its_packages(package, tmp_path, monkeypatch):
+    folder = tmp_path / "cifar10" / "3.0.2"
+    folder.mkdir(parents=True)
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "cifar10-train.array_record-00000-of-00001").touch()
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=r"3\.0\.2: reading it needs tensorflow-datasets and array-record"):
+        load_dataset("cifar10", tmp_path)
+
+
 def test_a_tfrecord_copy_is_passed_over(small_batches, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "cifar10" / "3.0.2"
     folder.mkdir(parents=True)
@@ -412,6 +424,7 @@ def test_batches_cover_the_order_once_whatever_the_number_of_devices(num_devices
         batch = jax.tree.map(lambda *parts: np.concatenate(parts), *slices)
         assert batch["image"].shape == (64, 1, 1, 1)
         np.testing.assert_array_equal(batch["image"].ravel(), batch["label"])
+        np.testing.assert_array_equal(batch["index"], batch["label"])
         assert batch["mask"].sum() == (64 if step < 2 else 2)
         seen.append(batch["label"][batch["mask"] == 1])
     np.testing.assert_array_equal(np.concatenate(seen), order)

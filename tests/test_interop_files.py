@@ -348,6 +348,10 @@ def test_evaluate_wants_one_source(tmp_path, run_command):
 
 
 def test_flags_that_do_not_apply_are_refused(tmp_path, run_command):
+    status, _, errors = run_command(evaluate.main, "--pretrained", "lenet5", "--checkpoint", "best")
+    assert (status, errors) == (2, "error: --checkpoint goes with --workdir alone\n")
+    status, _, errors = run_command(convert.main, tmp_path / "x.pth", tmp_path / "out.pth", "--checkpoint", "best")
+    assert (status, errors) == (2, f"error: --checkpoint goes with a run's folder, and {tmp_path / 'x.pth'} is none\n")
     for flags in (("--model", "lenet5"), ("--input-scaling", "unit"), ("--architecture", "x.json")):
         status, _, errors = run_command(evaluate.main, "--workdir", tmp_path, *flags)
         assert (status, errors) == (2, f"error: {flags[0]} goes with --weights alone\n")

@@ -31,10 +31,12 @@ def test_the_ablations_table(monkeypatch, tmp_path):
         "train_accuracy": value(0.9, std),
     }
     variants = {"the recipe": variant({}, 0.8, 0.01), "no flip": variant({"random_flip": False}, 0.79, None)}
+    variants["wild"] = {"changes": {"learning_rate": 9}, "holdout_accuracy": None, "train_accuracy": None}
     content = {"recipe": "lenet5", "num_epochs": 8, "seeds": [0, 1], "variants": variants, "command": "python x"}
     content |= {"hardware": "an abacus", "versions": {"jax": "1"}, "date": "2026-01-01", "note": "Slowly."}
     (tmp_path / "ablation_lenet5.json").write_text(json.dumps(content))
     text = report.ablation()
     assert "| the recipe |  | 80.00 ± 1.00 |  | 90.00 |" in text
     assert "| no flip | random_flip = false | 79.00 | -1.00 | 90.00 |" in text
+    assert "| wild | learning_rate = 9 | diverged |  |  |" in text
     assert text.endswith("`python x`: seeds 0, 1; an abacus; jax 1; 2026-01-01. Slowly.")

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from benchmarks import pytorch_contenders, report, throughput
 from benchmarks.contenders import JaxContender
 from cifar_jax import augmentation
+from cifar_jax.configs import RECIPES
 from cifar_jax.input_pipeline import scale_images
 
 
@@ -235,6 +237,17 @@ def test_jax_goes_over_the_data_again_and_again():
     contender.run("training", 1500)
     contender.run("inference", 1500)
     assert calls == [(0, 1000), (0, 500), (0, 1000), (0, 500)]
+
+
+def test_the_gpu_campaign_takes_8_minutes_at_most():
+    script = (report.ROOT / "benchmarks" / "gpu_campaign.sh").read_text()
+    parts = {name: specs.split() for name, specs in re.findall(r"CAMPAIGN_(RUNS|THROUGHPUT):-([^}]*)}", script)}
+    seconds = [int(spec.rpartition(":")[2]) for specs in parts.values() for spec in specs]
+    evaluations = [int(re.search(r'part "\$recipe" (\d+) .*evaluate', script)[1])] * len(parts["RUNS"])
+    grace = int(re.search(r"timeout -k (\d+)", script)[1])  # after which a part is killed
+    assert sum(limit + grace for limit in seconds + evaluations) < 8 * 60
+    for recipe, epochs, _ in (spec.split(":") for spec in parts["RUNS"]):
+        assert int(epochs) == RECIPES[recipe].num_epochs or recipe == "all_cnn_reference"  # its rate is told by 20
 
 
 def test_the_gpu_campaign_on_a_cpu(tmp_path):

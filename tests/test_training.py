@@ -59,10 +59,19 @@ def test_pytorch_schedule_is_constant():
 
 
 def test_cosine_schedule_warms_up_and_ends_at_zero():
-    config = dataclasses.replace(RECIPES["lenet5"], num_epochs=10, warmup_fraction=0.2, learning_rate=0.1)
+    config = dataclasses.replace(
+        RECIPES["lenet5"], num_epochs=10, schedule="cosine", warmup_fraction=0.2, learning_rate=0.1
+    )
     schedule = create_schedule(config, 100)
-    rates = [float(schedule(step)) for step in (0, 100, 200, 600, 1000)]
-    np.testing.assert_allclose(rates, [0, 0.05, 0.1, 0.05, 0], atol=1e-7)
+    rates = [float(schedule(step)) for step in (0, 100, 200, 400, 600, 1000)]
+    np.testing.assert_allclose(rates, [0, 0.05, 0.1, 0.05 + 0.05 * 2**-0.5, 0.05, 0], atol=1e-7)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
+def test_a_warm_up_leaves_a_step_to_the_schedule(schedule):
+    config = dataclasses.replace(RECIPES["lenet5"], num_epochs=1, schedule=schedule, warmup_fraction=0.99)
+    rates = [float(create_schedule(config, 45)(step)) for step in (0, 44, 45)]
+    np.testing.assert_allclose(rates, [0, config.learning_rate, 0], atol=1e-7)
 
 
 def test_one_cycle_schedule_rises_and_falls_in_lines():
