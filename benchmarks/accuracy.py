@@ -229,7 +229,7 @@ def configure(arguments: Arguments, recipe: str, workdir: str, seed: int, **chan
         raise UserError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
     num_epochs = arguments.num_epochs or RECIPES[recipe].num_epochs
     share = num_epochs / RECIPES[recipe].num_epochs  # a shorter training has fewer epochs of each image size, too
-    sizes = tuple((size, max(1, int(share * epochs))) for size, epochs in RECIPES[recipe].image_sizes)
+    sizes = tuple((size, int(share * epochs)) for size, epochs in RECIPES[recipe].image_sizes if share * epochs >= 1)
     return dataclasses.replace(
         RECIPES[recipe],
         workdir=str(arguments.runs / workdir),
@@ -253,7 +253,10 @@ def run_recipe(arguments: Arguments, recipe: str) -> dict[str, Any]:
         "seeds": list(arguments.seeds),
         # Of the trainings; this process may only have collected them.
         "hardware": "; ".join(sorted({summary["hardware"] for summary in summaries})),
-        "versions": summaries[-1]["versions"],
+        "versions": {
+            name: " and ".join(sorted({summary["versions"].get(name, "none") for summary in summaries}))
+            for name in summaries[0]["versions"]
+        },
         "date": " and ".join(sorted({summary["date"] for summary in summaries})),
         "test_accuracy": spread([run[-1]["test_accuracy"] for run in runs]),
         "train_accuracy": spread([run[-1]["train_accuracy"] for run in runs]),

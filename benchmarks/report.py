@@ -115,13 +115,14 @@ def changed(variant: dict[str, Any]) -> str:
 def ablation() -> str:
     parts = []
     for result in map(load, result_names("ablation_")):
-        rows, recipe = [], result["variants"]["the recipe"]["holdout_accuracy"]["mean"]
+        rows, recipe = [], result["variants"]["the recipe"]["holdout_accuracy"]
         for name, variant in result["variants"].items():
             held_out, trained = variant["holdout_accuracy"], variant["train_accuracy"]
             if held_out is None:
                 rows.append([name, changed(variant), "diverged", "", ""])
                 continue
-            difference = f"{100 * (held_out['mean'] - recipe):+.2f}" if variant["changes"] else ""
+            compared = variant["changes"] and recipe is not None
+            difference = f"{100 * (held_out['mean'] - recipe['mean']):+.2f}" if compared else ""
             rows.append([name, changed(variant), mean_and_deviation(held_out), difference, percent(trained["mean"])])
         title = f"`{result['recipe']}`, {result['num_epochs']} epochs"
         columns = [title, "changed", "5,000 held-out images", "difference", "training images"]
@@ -157,15 +158,14 @@ def draw_accuracy(path: Path) -> None:
 
 
 def pretrained() -> str:
-    rows = []
+    rows, conditions = [], set()
     for path in sorted(RESULTS.glob("pretrained_*_float32.json")):
-        result, half = load(path.stem), load(path.stem.replace("float32", "bfloat16"))
-        name = result["weights"]
-        card = f"[{name}](cifar_jax/pretrained/{name}.md)"
-        mirror = load(path.stem.replace("float32", "mirror"))
-        rows.append([card, *(percent(run["test_accuracy"]) for run in (result, half, mirror))])
+        runs = [load(path.stem.replace("float32", kind)) for kind in ("float32", "bfloat16", "mirror")]
+        name = runs[0]["weights"]
+        rows.append([f"[{name}](cifar_jax/pretrained/{name}.md)", *(percent(run["test_accuracy"]) for run in runs)])
+        conditions |= {environment(run) for run in runs}
     header = ["network", "test accuracy, float32", "bfloat16", "float32, averaged with the mirror image"]
-    return f"{table(header, rows)}\n\n{environment(result)}"
+    return "\n\n".join([table(header, rows), *sorted(conditions)])
 
 
 def early_training() -> str:

@@ -1,8 +1,9 @@
 """Convolution and max pool in the form that is fastest on the platform, chosen when a program is traced; dropout.
 
-On the CPU, XLA computes the gradient of a convolution's kernel, convolutions of few input channels, and the gradient
-of a max pool slowly; written with matrix products and slices they are several times faster (figures: DESIGN, and
-benchmarks/NOTES.md). Elsewhere these functions are `lax`'s own, which is also their reference in the tests.
+On the CPU, XLA is slow at the gradient of a convolution's kernel, the gradient of the images of one without padding,
+convolutions of few input channels, and the gradient of a max pool; as matrix products, slices and convolutions of other
+shapes they are up to several times faster (benchmarks/NOTES.md). Elsewhere these functions are `lax`'s own, which is
+also their reference in the tests.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def _pads(images: jax.Array, kernel: jax.Array, padding: Any) -> Any:
 
 
 def _is_unpadded(images: jax.Array, kernel: jax.Array, padding: Any) -> bool:
-    """Of kernels larger than 1×1, which need no padding and have no slow way without it."""
+    """Whether a kernel larger than 1×1 is applied without padding (1×1 never has any, nor a slow way)."""
     return kernel.shape[:2] != (1, 1) and _pads(images, kernel, padding) == ((0, 0), (0, 0))
 
 
@@ -203,7 +204,7 @@ def bernoulli_mask(key: jax.Array, probability: float, shape: Sequence[int]) -> 
     count = math.prod(shape)
     words = threefry_2x32(jax.random.bits(key, (2,), jnp.uint32), lax.iota(jnp.uint32, -(-count // 2)))
     bits = jnp.concatenate([words & 0xFFFF, words >> 16])[:count].reshape(shape)
-    return bits < jnp.uint32(min(round(probability * 2**16), 2**16 - 1))
+    return bits < jnp.uint32(round(probability * 2**16))
 
 
 class Dropout(nn.Module):

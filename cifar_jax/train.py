@@ -131,6 +131,8 @@ def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, 
     workdir = Path(config.workdir)
     dataset = hold_out(load_dataset(config.dataset, config.data_dir), config.holdout)
     num_images = len(dataset.train_labels)
+    if config.image_size(config.num_epochs - 1) != 32:
+        print("warning: --image-sizes leaves no epoch to images of 32 pixels, which are tested on", file=sys.stderr)
     if config.batch_size > num_images:
         raise UserError(f"--batch-size {config.batch_size}: there are only {num_images} training images")
     steps_per_epoch = -(-num_images // config.batch_size)

@@ -46,10 +46,6 @@ def test_the_reference_recipes_are_the_originals():
         ({"mixup_alpha": 1.0, "cutmix_alpha": 1.0}, "must be 0 with --cutmix-alpha"),
         ({"image_sizes": ((24, 2),)}, "must be empty for lenet5"),
         ({"model": "all_cnn", "dropout_rates": (0.0,) * 3, "image_sizes": ((9, 2),)}, "from 14 to 32"),
-        (
-            {"model": "all_cnn", "dropout_rates": (0.0,) * 3, "image_sizes": ((16, 2), (24, 3)), "num_epochs": 5},
-            "of fewer epochs than --num-epochs",
-        ),
         ({"alternating_flip": True}, "--alternating-flip True: must be False with --random-flip"),
         ({"warmup_fraction": 0.1, "schedule": "constant"}, "unless --schedule cosine or one_cycle"),
     ],

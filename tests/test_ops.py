@@ -47,11 +47,12 @@ def test_cpu_convolution_is_laxs(images, kernel, padding):
 
 
 @pytest.mark.parametrize("size", [3, 5])
-def test_cpu_convolution_in_bfloat16(size):
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_cpu_convolution_in_bfloat16(size, padding):
     images, kernel = normal(0, (16, 15, 15, 8), jnp.bfloat16), normal(1, (size, size, 8, 16), jnp.bfloat16)
-    actual = value_and_gradients(lambda x, k: ops.cpu_convolution(x, k, "SAME"), images, kernel)
+    actual = value_and_gradients(lambda x, k: ops.cpu_convolution(x, k, padding), images, kernel)
     exact = value_and_gradients(
-        lambda x, k: ops.lax_convolution(x, k, "SAME"), images.astype(jnp.float32), kernel.astype(jnp.float32)
+        lambda x, k: ops.lax_convolution(x, k, padding), images.astype(jnp.float32), kernel.astype(jnp.float32)
     )
     for a, b in zip(actual, exact, strict=True):
         assert a.dtype == jnp.bfloat16
@@ -92,11 +93,17 @@ def test_bernoulli_mask(probability, shape):
     flat = mask.ravel()
     spread = 5 * np.sqrt(probability * (1 - probability) / flat.size)
     assert abs(flat.mean() - probability) < spread + 2**-17
-    # Neighbours share a word: they must not share their fate. Nor may keys.
+    # Elements half the array apart share a word: they must not share their fate. Nor may neighbours or keys.
+    half = -(-flat.size // 2)
     other = np.asarray(ops.bernoulli_mask(jax.random.key(1), probability, shape)).ravel()
-    for left, right in ((flat[:-1], flat[1:]), (flat[:-2], flat[2:]), (flat, other)):
+    for left, right in ((flat[:-1], flat[1:]), (flat[: flat.size - half], flat[half:]), (flat, other)):
         expected = probability**2
         assert abs((left & right).mean() - expected) < 5 * np.sqrt(expected * (1 - expected) / left.size) + 2**-16
+
+
+def test_a_certain_mask():
+    for probability in (0, 1):
+        assert (np.asarray(ops.bernoulli_mask(jax.random.key(0), probability, (300_000,))) == probability).all()
 
 
 def test_dropout_scales_what_it_keeps():

@@ -1,8 +1,11 @@
+import dataclasses
 import json
 
 import pytest
 
 from benchmarks import report
+from cifar_jax.configs import RECIPES
+from cifar_jax.configs.default import EXECUTION_FIELDS, Config
 
 
 def test_the_readmes_tables_are_those_of_the_results():
@@ -39,4 +42,17 @@ def test_the_ablations_table(monkeypatch, tmp_path):
     assert "| the recipe |  | 80.00 ± 1.00 |  | 90.00 |" in text
     assert "| no flip | random_flip = false | 79.00 | -1.00 | 90.00 |" in text
     assert "| wild | learning_rate = 9 | diverged |  |  |" in text
+    content["variants"]["the recipe"] = variants["wild"] | {"changes": {}}
+    (tmp_path / "ablation_wild.json").write_text(json.dumps(content))
+    assert "| no flip | random_flip = false | 79.00 |  | 90.00 |" in report.ablation()
     assert text.endswith("`python x`: seeds 0, 1; an abacus; jax 1; 2026-01-01. Slowly.")
+
+
+@pytest.mark.parametrize("name", report.result_names("accuracy_"))
+def test_the_results_are_of_the_recipes_as_they_are(name):
+    """A field that a result does not have came later: the recipe must have its default."""
+    result = report.load(name)
+    recipe = json.loads(json.dumps(dataclasses.asdict(RECIPES[result["recipe"]])))
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    for field in recipe.keys() - {"seed", *EXECUTION_FIELDS}:
+        assert result["config"].get(field, defaults[field]) == recipe[field], field

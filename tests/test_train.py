@@ -80,6 +80,14 @@ def uninterrupted(finished_run):
         yield finished_run
 
 
+def test_small_images_to_the_end_are_warned_of(tiny_dataset, tiny_config, monkeypatch, capsys):
+    changes = {"model": "all_cnn", "dropout_rates": (0.0,) * 3, "image_sizes": ((14, 1),), "num_epochs": 1}
+    monkeypatch.setattr(train, "create_train_state", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_and_evaluate(dataclasses.replace(tiny_config, **changes))
+    assert "warning: --image-sizes leaves no epoch to images of 32 pixels" in capsys.readouterr().err
+
+
 def test_a_run_writes_all_its_files(uninterrupted):
     folder = train.Path(uninterrupted.workdir)
     names = {path.name for path in folder.iterdir()}

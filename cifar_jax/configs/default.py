@@ -133,8 +133,6 @@ class Config:
         check(not (self.alternating_flip and self.random_flip), "alternating_flip", "False with --random-flip")
         sizes_fit = all(14 <= size <= 32 and epochs >= 1 for size, epochs in self.image_sizes)
         check(sizes_fit, "image_sizes", "pairs of a size from 14 to 32 and a number of epochs")
-        small = sum(epochs for _, epochs in self.image_sizes)
-        check(not self.image_sizes or small < self.num_epochs, "image_sizes", "of fewer epochs than --num-epochs")
         check(self.lr_decay == 0 or self.schedule == "inverse_time", "lr_decay", "0 unless --schedule inverse_time")
         check(0 <= self.warmup_fraction < 1, "warmup_fraction", "at least 0 and below 1")
         warms_up = self.schedule in ("cosine", "one_cycle")
