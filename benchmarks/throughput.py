@@ -3,7 +3,7 @@
 python -m benchmarks.throughput --out DIR [--models …] [--batch-sizes …] [--frameworks …] [--dtype bfloat16] …
 
 Each contender has a process of its own; they are compiled and warmed up one by one, then take turns, phase by phase
-and round by round, so that a drifting machine hurts all alike. Training is the whole loop: batches gathered by a
+and round by round, forth and back, so that a drifting machine hurts all alike. Training is the whole loop: batches gathered by a
 shuffled order from uint8 images on the device, scaling, augmentation if any, forward with dropout, backward, update.
 Inference is the whole evaluation: gather, scaling, forward, loss and number of correct ones. Medians over the rounds
 go to DIR/NAME.json, written anew after each workload. A contender that fails is named there with its reason.
@@ -188,6 +188,7 @@ def measure(workload: Workload, contenders: list[str], arguments: Arguments) -> 
             for phase in arguments.phases:
                 for name, rate in ask("run_round", phase):
                     results[name]["phases"][phase]["rounds"].append(rate)
+            workers = dict(reversed(workers.items()))  # else each would always follow the same one
         for name, peak in ask("peak_memory"):  # before the matrices
             results[name]["peak_memory_bytes"] = peak
         for size in MATRIX_SIZES.get(jax_itself["platform"], (4096, 8192)):
