@@ -3,10 +3,11 @@
 python -m benchmarks.throughput --out DIR [--models …] [--batch-sizes …] [--frameworks …] [--dtype bfloat16] …
 
 Each contender has a process of its own; they are compiled and warmed up one by one, then take turns, phase by phase
-and round by round, forth and back, so that a drifting machine hurts all alike. Training is the whole loop: batches gathered by a
-shuffled order from uint8 images on the device, scaling, augmentation if any, forward with dropout, backward, update.
-Inference is the whole evaluation: gather, scaling, forward, loss and number of correct ones. Medians over the rounds
-go to DIR/NAME.json, written anew after each workload. A contender that fails is named there with its reason.
+and round by round, forth and back, so that a drifting machine hurts all alike. Training is the whole loop: batches
+gathered by a shuffled order from uint8 images on the device, scaling, augmentation if any, forward with dropout,
+backward, update. Inference is the whole evaluation: gather, scaling, forward, loss and number of correct ones. Medians
+over the rounds go to DIR/NAME.json, written anew after each workload. A contender that fails is named there with its
+reason.
 
 Measure on a quiet machine: where others compute, PyTorch's OpenMP threads wait for each other in vain, and it slows
 down tenfold.

@@ -85,6 +85,8 @@ def test_the_report_shows_them(tmp_path):
         "workloads": workloads,
         "dtype": "float32",
         "rounds": 1,
+        "seconds_per_round": 2.0,
+        "load_average_before": 0.123,
         "hardware": "an abacus",
         "versions": {"jax": "1"},
         "date": "2026-01-01",
@@ -92,7 +94,7 @@ def test_the_report_shows_them(tmp_path):
     text = report.throughput_table(result)
     assert "| LeNet-5, batch 4 | jax | 110 (0.55×, 11 %) | 1.5 | 3 |" in text
     assert "Absent from LeNet-5, batch 4: keras (no module)." in text
-    assert "10 GFLOP/s), float32; medians of 1 rounds. an abacus; jax 1; 2026-01-01." in text
+    assert "10 GFLOP/s), float32; medians of 1 rounds of 2 s; load average before 0.12. an abacus; jax 1; 2026-01-01." in text
     report.draw_throughput(result, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 1000
 
