@@ -94,7 +94,8 @@ def test_the_report_shows_them(tmp_path):
     text = report.throughput_table(result)
     assert "| LeNet-5, batch 4 | jax | 110 (0.55×, 11 %) | 1.5 | 3 |" in text
     assert "Absent from LeNet-5, batch 4: keras (no module)." in text
-    assert "10 GFLOP/s), float32; medians of 1 rounds of 2 s; load average before 0.12. an abacus; jax 1; 2026-01-01." in text
+    assert "10 GFLOP/s), float32; medians of 1 rounds of 2 s; load average before 0.12." in text
+    assert text.endswith("an abacus; jax 1; 2026-01-01.")
     report.draw_throughput(result, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 1000
 
