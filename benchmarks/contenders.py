@@ -131,7 +131,7 @@ class JaxContender(Contender):
         use_cpu_cores()
         devices = select_devices(workload.plain)
         self._devices = devices if devices[0].platform == "cpu" else devices[:1]  # PyTorch has all cores and one GPU
-        self._per_call = default_steps_per_call(self._devices)
+        self._per_call = default_steps_per_call(workload.plain.model, self._devices)
         images, labels, order = workload.data()
         self._images, self._labels, self._order = replicate((images, labels, order.ravel()), self._devices)
         self._phases: dict[str, Callable[[int, int], Any]] = {}

@@ -57,7 +57,7 @@ class Evaluator:
         self._data = replicate((images, labels), devices)
         self._devices, self._size = devices, len(labels)
         self._num_steps = -(-self._size // eval_batch_size(config, self._size, devices))
-        self._per_call = config.steps_per_call or default_steps_per_call(devices)
+        self._per_call = config.steps_per_call or default_steps_per_call(config.model, devices)
         compile_for = create_eval_steps(config, devices, self._per_call, dropout, mirror)
         self._eval_steps = compile_for(self._history(), state, *self._data, np.int32(0), np.int32(0))
 

@@ -136,7 +136,7 @@ def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, 
     if config.batch_size > num_images:
         raise UserError(f"--batch-size {config.batch_size}: there are only {num_images} training images")
     steps_per_epoch = -(-num_images // config.batch_size)
-    steps_per_call = min(config.steps_per_call or default_steps_per_call(devices), steps_per_epoch)
+    steps_per_call = min(config.steps_per_call or default_steps_per_call(config.model, devices), steps_per_epoch)
 
     state = replicate(create_train_state(config, steps_per_epoch, dataset.train_images[:256]), devices)
     new_history = lambda: replicate(create_history(steps_per_epoch), devices)

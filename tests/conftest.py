@@ -95,6 +95,7 @@ def tiny_config(use_tiny_dataset, tmp_path):
         random_flip=True,
         eval_batch_size=8,
         num_devices=1,
+        steps_per_call=1,
     )
 
 

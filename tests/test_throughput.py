@@ -233,6 +233,7 @@ def test_jax_goes_over_the_data_again_and_again():
     contender = JaxContender(workload)
     calls = []
     contender._phases = dict.fromkeys(("training", "inference"), lambda *call: calls.append(call))
+    contender._per_call = 1
     contender.run("inference", 1026)
     assert calls[1022:] == [(1022, 1), (1023, 1), (0, 1), (1, 1)]
     calls.clear()

@@ -101,7 +101,7 @@ class Config:
     num_devices: int | None = None
     """Local devices to use; None: all, but CPU cores only where each gets 16 images. Each draws its own dropout."""
     steps_per_call: int | None = None
-    """Training steps of one compiled call; None: 1 on the CPU (where loops are slow), up to 1,000 elsewhere."""
+    """Training steps of one compiled call; None: on the CPU 1 for all_cnn and 16 for lenet5, elsewhere 1,000."""
 
     def __post_init__(self) -> None:
         def check(ok: bool, field: str, rule: str) -> None:
