@@ -68,6 +68,7 @@ def finished_run(tiny_dataset, tmp_path_factory):
             random_flip=True,
             eval_batch_size=8,
             num_devices=1,
+            steps_per_call=1,
         )
         train_and_evaluate(config)
     return config
@@ -195,9 +196,10 @@ def test_output_that_is_no_terminal(use_tiny_dataset, tmp_path, run_command, mon
 
 def test_sigterm_saves_and_says_how_to_go_on(use_tiny_dataset, interrupt, tmp_path, run_command):
     interrupt(3, signal.SIGTERM)
-    status, _, error = run_command(train.main, "quickstart", "--workdir", tmp_path / "run", "--num-devices", 1)
+    arguments = ["quickstart", "--workdir", tmp_path / "run", "--num-devices", 1, "--steps-per-call", 1]
+    status, _, error = run_command(train.main, *arguments)
     assert status == 128 + signal.SIGTERM
-    expected = f"To go on: python -m cifar_jax.train quickstart --workdir {tmp_path}/run --num-devices 1"
+    expected = f"To go on: python -m cifar_jax.train {' '.join(map(str, arguments))}"
     assert error.splitlines()[-1] == f"saved after 0 epochs and 1/3 steps. {expected}"
 
 
