@@ -48,13 +48,13 @@ WORKLOADS = {
     "lenet5_batch128": (create_workload("lenet5", 128, "float32")[1].augmented, 8),
     "all_cnn_batch64": (RECIPES["all_cnn_reference"], 2),
 }
-ALL = ("gradient", "wide", "large", "row", "few channels", "pool", "dropout")
+ALL = ("gradient", "winograd", "large", "row", "few channels", "pool", "dropout")
 # name: the parts of ops that are not JAX's own; "cores": the batch is divided over the CPU's cores, where it is large;
 # "memory": freed memory stays with the process
 FORMS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "kernel gradient": ("gradient",),
-    "kernel gradient, wide": ("gradient", "wide"),
+    "kernel gradient, Winograd": ("gradient", "winograd"),
     "kernel gradient, large": ("gradient", "large"),
     "kernel gradient, padded row": ("gradient", "row"),
     "kernel gradient, few channels": ("gradient", "few channels"),
@@ -72,7 +72,7 @@ def only(parts: tuple[str, ...]) -> Iterator[None]:
     pool = ops.slices_max_pool if "pool" in parts else ops.lax_max_pool
     mask = ops.bernoulli_mask if "dropout" in parts else jax.random.bernoulli
     channels = ops._CHANNELS if "few channels" in parts else 1
-    wide = ops._WIDE if "wide" in parts else 0
+    pays = ops.winograd_pays if "winograd" in parts else lambda kernel: False
     large_kernel = ops._LARGE_KERNEL if "large" in parts else sys.maxsize
     options = training.compiler_options if "memory" in parts else lambda *_: {}
     unpadded = ops.unpadded_convolution if "row" in parts else functools.partial(ops.lax_convolution, padding="VALID")
@@ -83,7 +83,7 @@ def only(parts: tuple[str, ...]) -> Iterator[None]:
         mock.patch.object(ops, "_CHANNELS", channels),
         mock.patch.object(ops, "_LARGE_KERNEL", large_kernel),
         mock.patch.object(training, "compiler_options", options),
-        mock.patch.object(ops, "_WIDE", wide),
+        mock.patch.object(ops, "winograd_pays", pays),
         mock.patch.object(ops, "unpadded_convolution", unpadded),
     ):
         yield

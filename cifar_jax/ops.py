@@ -1,30 +1,34 @@
 """Convolution and max pool in the form that is fastest on the platform, chosen when a program is traced; dropout.
 
-On the CPU, XLA is slow at the gradient of a convolution's kernel, the gradient of the images of one without padding,
-convolutions of few input channels, and the gradient of a max pool; as matrix products, slices and convolutions of other
-shapes they are up to several times faster (benchmarks/NOTES.md). Elsewhere these functions are `lax`'s own, which is
-also their reference in the tests.
+On the CPU, convolutions take Winograd's form, which needs half of the products. XLA is slow there at the gradient of a
+convolution's kernel, at convolutions without padding or of few input channels, and at the gradient of a max pool: as
+matrix products, slices and convolutions of other shapes they are up to several times faster (benchmarks/NOTES.md).
+Elsewhere these functions are `lax`'s own, which is also their reference in the tests.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.random import threefry_2x32
 
 DIMENSION_NUMBERS = ("NHWC", "HWIO", "NHWC")
-_BLOCK = 4  # images of one im2col matrix: small enough for the cache
+_BLOCK = 4  # images whose products are one summand of a kernel's gradient: small enough for the cache
 _CHANNELS = 4  # XLA:CPU is 4 times slower where the number of channels is no multiple
-_FEW_CHANNELS = 4  # up to here, the kernel gradient does not pay as one product of rows and columns
-_LARGE_KERNEL = 5  # from here on, the kernel gradient pays as a convolution
-_WIDE = 1.2  # up to this padded width by width, the kernel gradient pays as one product of rows and columns
+_LARGE_KERNEL = 5  # from this width on, the kernel gradient pays as a convolution
+_TILE = 4  # outputs of a Winograd tile: more save more products, and cost accuracy
+# The first points of a Winograd form in the order of arXiv:1803.10986, table 1, for small errors; infinity is the last.
+_POINTS = (0.0, 1.0, -1.0, 0.5, -2.0, 2.0, -0.5)
+
+Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
 def on_cpu() -> bool:
@@ -37,6 +41,78 @@ def lax_convolution(images: jax.Array, kernel: jax.Array, padding: Any) -> jax.A
     return lax.conv_general_dilated(images, kernel, (1, 1), padding, dimension_numbers=DIMENSION_NUMBERS)
 
 
+def cpu_convolution(images: jax.Array, kernel: jax.Array, padding: Any) -> jax.Array:
+    """`lax_convolution` in Winograd's form where that pays, and with faster gradients."""
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], (1, 1), padding)
+    rows, columns = map(tuple, padding)
+    form = winograd_convolution if winograd_pays(kernel) else direct_convolution
+    return form(images, kernel, (rows, columns))
+
+
+# --- Winograd's form ---
+
+
+def winograd_pays(kernel: jax.Array) -> bool:
+    """Not for few channels: then the transforms are all the work; nor in bfloat16, which has too few digits for it."""
+    _, width, channels, _ = kernel.shape
+    return 1 < width <= len(_POINTS) + 2 - _TILE and channels > 4 and kernel.dtype != jnp.bfloat16
+
+
+def toom_cook(outputs: int, taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Matrices A [outputs, n], G [n, taps], B [n, n], float64, of n = outputs + taps - 1 points, for which
+    y = A·(G·g ∘ B·d) is the correlation y_i = Σ_k g_k·d_{i+k}: n products in place of outputs·taps.
+
+    Winograd's F(outputs, taps) (arXiv:1509.09308): polynomials are multiplied by their values at n - 1 points and
+    infinity; the correlation is the transpose of that.
+    """
+    points, count = np.array(_POINTS[: outputs + taps - 2]), outputs + taps - 1
+    a, g, b = np.zeros((outputs, count)), np.zeros((count, taps)), np.zeros((count, count))
+    for i, point in enumerate(points):
+        others = np.delete(points, i)
+        a[:, i] = point ** np.arange(outputs)
+        g[i] = point ** np.arange(taps) / np.prod(point - others)
+        b[i, :-1] = np.poly(others)[::-1]
+    a[-1, -1] = g[-1, -1] = 1
+    b[-1] = np.poly(points)[::-1]
+    return a, g, b
+
+
+def _combine(weights: np.ndarray, arrays: Sequence[jax.Array]) -> jax.Array:
+    """The weighted sum of arrays."""
+    terms = [x if w == 1 else x * jnp.asarray(w, x.dtype) for w, x in zip(weights, arrays) if w != 0]
+    return functools.reduce(jnp.add, terms)
+
+
+def winograd_convolution(images: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
+    """`lax_convolution` along the rows by Winograd's F(4, width): half of the products for a width of 3, fewer for 5.
+
+    Along the columns nothing is saved, so each of its points is a convolution with a kernel of one column: transforms
+    in one direction are cheap, and so are theirs in the gradients, which are this form's own. In float32 the error is
+    about 3 times that of the plain sum.
+    """
+    _, width, channels, features = kernel.shape
+    images = jnp.pad(images, ((0, 0), (0, 0), pads[1], (0, 0)))
+    size = images.shape[2] - width + 1
+    tiles = -(-size // _TILE)
+    a, g, b = toom_cook(_TILE, width)
+    count = len(b)
+    blocks = tiles + -(-count // _TILE) - 1  # of _TILE columns, which tiles begin with and reach into
+    images = jnp.pad(images, ((0, 0), (0, 0), (0, blocks * _TILE - images.shape[2]), (0, 0)))
+    images = images.reshape(*images.shape[:2], blocks, _TILE, channels)
+    columns = [images[:, :, i // _TILE : i // _TILE + tiles, i % _TILE] for i in range(count)]  # of all tiles
+    kernel_columns = [kernel[:, i : i + 1] for i in range(width)]
+    products = [
+        direct_convolution(_combine(b[i], columns), _combine(g[i], kernel_columns), (pads[0], (0, 0)))
+        for i in range(count)
+    ]
+    outputs = jnp.stack([_combine(a[i], products) for i in range(_TILE)], axis=3)
+    return outputs.reshape(*outputs.shape[:2], tiles * _TILE, features)[:, :, :size]
+
+
+# --- the direct form ---
+
+
 def unpadded_convolution(images: jax.Array, kernel: jax.Array) -> jax.Array:
     """`lax_convolution` with 'VALID', as one with a row of padding whose result is dropped.
 
@@ -45,121 +121,65 @@ def unpadded_convolution(images: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax_convolution(images, kernel, ((0, 1), (0, 0)))[:, :-1]
 
 
-def _patches(images: jax.Array, height: int, width: int) -> jax.Array:
-    """im2col: [N, H, W, I], already padded → [N, H', W', height·width·I], in the order of an HWIO kernel."""
-    rows, columns = images.shape[1] - height + 1, images.shape[2] - width + 1
-    slices = [images[:, i : i + rows, j : j + columns] for i in range(height) for j in range(width)]
-    return jnp.concatenate(slices, axis=-1)
-
-
-def _pads(images: jax.Array, kernel: jax.Array, padding: Any) -> Any:
-    """The padding as pairs: of rows and of columns, before and after."""
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], (1, 1), padding)
-    return tuple(map(tuple, padding))
-
-
-def _is_unpadded(images: jax.Array, kernel: jax.Array, padding: Any) -> bool:
-    """Whether a kernel larger than 1×1 is applied without padding (1×1 never has any, nor a slow way)."""
-    return kernel.shape[:2] != (1, 1) and _pads(images, kernel, padding) == ((0, 0), (0, 0))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def cpu_convolution(images: jax.Array, kernel: jax.Array, padding: Any) -> jax.Array:
-    """`lax_convolution` in other forms, for its gradients above all.
+def direct_convolution(images: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
+    """`lax_convolution` with another gradient of the kernel.
 
-    The products of the kernel's gradient are summed in float32 (in float64 for such arguments) whatever the type of the
-    computation.
+    Its products are summed in float32 (in float64 for such arguments) whatever the type of the computation.
     """
     fill = (0, -kernel.shape[2] % _CHANNELS)
     if fill[1]:
         images = jnp.pad(images, ((0, 0), (0, 0), (0, 0), fill))
         kernel = jnp.pad(kernel, ((0, 0), (0, 0), fill, (0, 0)))
-    if _is_unpadded(images, kernel, padding):
+    if kernel.shape[:2] != (1, 1) and pads == ((0, 0), (0, 0)):  # 1×1 has no slow way
         return unpadded_convolution(images, kernel)
-    return lax_convolution(images, kernel, padding)
+    return lax_convolution(images, kernel, pads)
 
 
-def _forward(images: jax.Array, kernel: jax.Array, padding: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return cpu_convolution(images, kernel, padding), (images, kernel)
+def _forward(images: jax.Array, kernel: jax.Array, pads: Pads) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return direct_convolution(images, kernel, pads), (images, kernel)
 
 
-def _backward(padding: Any, saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(pads: Pads, saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     images, kernel = saved
-    padded = jnp.pad(images, ((0, 0), *_pads(images, kernel, padding), (0, 0)))
-    if _is_unpadded(images, kernel, padding):
-        image_gradient = _image_gradient(kernel, gradient)
-    else:
-        _, image_vjp = jax.vjp(lambda images: lax_convolution(images, kernel, padding), images)
-        (image_gradient,) = image_vjp(gradient)
-    return image_gradient, _kernel_gradient(padded, gradient, kernel)
-
-
-def _image_gradient(kernel: jax.Array, gradient: jax.Array) -> jax.Array:
-    """Of a convolution without padding: by one along the rows, for all rows of the kernel, whose results are added up.
-
-    lax makes this a convolution of the gradient padded all around: for 5×5 on 14×14 2 times the products, not 1.4.
-    """
-    height, width, channels, features = kernel.shape
-    by_row = kernel[:, ::-1].transpose(1, 3, 0, 2).reshape(1, width, features, height * channels)
-    rows = lax_convolution(gradient, by_row, ((0, 0), (width - 1, width - 1)))
-    rows = rows.reshape(*rows.shape[:3], height, channels)
-    total = jnp.pad(rows[..., 0, :], ((0, 0), (0, height - 1), (0, 0), (0, 0)))
-    for i in range(1, height):  # in place: as a sum of padded rows, XLA would keep each of them
-        part = total[:, i : i + gradient.shape[1]] + rows[..., i, :]
-        total = lax.dynamic_update_slice_in_dim(total, part, i, axis=1)
-    return total
+    _, image_vjp = jax.vjp(lambda images: lax_convolution(images, kernel, pads), images)
+    return *image_vjp(gradient), _kernel_gradient(jnp.pad(images, ((0, 0), *pads, (0, 0))), gradient, kernel)
 
 
 def _kernel_gradient(padded: jax.Array, gradient: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Summed over blocks of images, in the form that copies least for the kernel's size and the images'.
+    """Summed over blocks of images, in the form that copies least.
 
-    Of a large kernel: a convolution of the images by the gradient, with channels in place of images and images in place
-    of channels. Of a small one, where the image is wide: one product of the kernel's rows of the images, side by side,
-    with its columns of the gradient. Else a product for each row of the kernel, of its columns of the images (im2col).
+    Of a wide kernel: a convolution of the images by the gradient, with channels in place of images and images in place
+    of channels. Else a product for each row of the kernel, of its columns of the images (im2col) and the gradient.
     """
-    height, width, channels, features = kernel.shape
+    height, width, _, features = kernel.shape
     block = math.gcd(padded.shape[0], _BLOCK)
     blocks = lambda x: x.reshape(-1, block, *x.shape[1:])
     total_dtype = jnp.float64 if kernel.dtype == jnp.float64 else jnp.float32
 
     def convolution(images: jax.Array, gradient: jax.Array) -> jax.Array:
         images, gradient = images.astype(total_dtype), gradient.astype(total_dtype)
-        return unpadded_convolution(images.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3))
-
-    def product_of_rows_and_columns(images: jax.Array, gradient: jax.Array) -> jax.Array:
-        rows = _patches(images, height, 1).reshape(-1, height * channels)
-        shifts = [jnp.pad(gradient, ((0, 0), (0, 0), (j, width - 1 - j), (0, 0))) for j in range(width)]
-        columns = jnp.concatenate(shifts, axis=-1).reshape(-1, width * features)
-        return jnp.matmul(rows.T, columns, preferred_element_type=total_dtype)
+        by_channel = unpadded_convolution(images.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3))
+        return by_channel.transpose(1, 2, 0, 3)
 
     def product_by_row(images: jax.Array, gradient: jax.Array) -> jax.Array:
-        columns, right = _patches(images, 1, width), gradient.reshape(-1, features)
-        products = []
+        size = gradient.shape[2]
+        columns = jnp.concatenate([images[:, :, i : i + size] for i in range(width)], axis=-1)
+        right, products = gradient.reshape(-1, features), []
         for i in range(height):
             left = columns[:, i : i + gradient.shape[1]].reshape(-1, columns.shape[-1]).T
             products.append(jnp.matmul(left, right, preferred_element_type=total_dtype))
-        return jnp.concatenate(products)
+        return jnp.stack(products).reshape(kernel.shape)
 
-    # The form, the shape of its result, and where in it the kernel's axes are.
-    form: Callable[[jax.Array, jax.Array], jax.Array]
-    shape: tuple[int, ...]
-    if height >= _LARGE_KERNEL:
-        form, shape, order = convolution, (channels, height, width, features), (1, 2, 0, 3)
-    elif height > 1 and channels > _FEW_CHANNELS and padded.shape[2] <= _WIDE * gradient.shape[2]:
-        form, shape, order = product_of_rows_and_columns, (height, channels, width, features), (0, 2, 1, 3)
-    else:
-        form, shape, order = product_by_row, kernel.shape, (0, 1, 2, 3)
+    form = convolution if width >= _LARGE_KERNEL else product_by_row
     if block == padded.shape[0]:
-        total = form(padded, gradient)
-    else:
-        result = jax.eval_shape(form, padded, gradient)
-        add = lambda total, pair: (total + form(*pair), None)
-        total, _ = lax.scan(add, jnp.zeros(result.shape, total_dtype), (blocks(padded), blocks(gradient)))
-    return total.reshape(shape).transpose(order).astype(kernel.dtype)
+        return form(padded, gradient).astype(kernel.dtype)
+    add = lambda total, pair: (total + form(*pair), None)
+    total, _ = lax.scan(add, jnp.zeros(kernel.shape, total_dtype), (blocks(padded), blocks(gradient)))
+    return total.astype(kernel.dtype)
 
 
-cpu_convolution.defvjp(_forward, _backward)
+direct_convolution.defvjp(_forward, _backward)
 
 
 def lax_max_pool(images: jax.Array, window: int, stride: int) -> jax.Array:

@@ -8,7 +8,7 @@ def test_every_form_is_timed_and_written(tmp_path, run_command, monkeypatch):
     monkeypatch.setitem(kernels.WORKLOADS, "lenet5_batch4", (RECIPES["lenet5_reference"], 1))
     for form in (
         "kernel gradient",
-        "kernel gradient, wide",
+        "kernel gradient, Winograd",
         "kernel gradient, large",
         "kernel gradient, padded row",
         "kernel gradient, few channels",

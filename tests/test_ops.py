@@ -21,6 +21,9 @@ CONVOLUTIONS = [
     ((6, 9, 8, 5), (4, 2, 5, 7), "SAME"),
     ((5, 7, 7, 4), (7, 7, 4, 1), "VALID"),
     ((12, 5, 6, 1), (3, 3, 1, 2), ((2, 0), (1, 3))),
+    ((2, 7, 9, 5), (3, 4, 5, 3), ((1, 0), (2, 3))),
+    ((3, 6, 5, 6), (5, 5, 6, 2), "SAME"),
+    ((2, 4, 3, 8), (1, 3, 8, 4), "VALID"),
 ]
 POOLS = [((4, 32, 32, 96), 3, 2), ((4, 13, 13, 192), 3, 2), ((4, 28, 28, 32), 2, 2), ((4, 10, 10, 64), 2, 2)]
 ODD_POOLS = [((1, 7, 5, 2), 3, 2), ((3, 9, 4, 1), 2, 3), ((2, 5, 6, 3), 4, 1)]
@@ -44,6 +47,31 @@ def test_cpu_convolution_is_laxs(images, kernel, padding):
     for a, b in zip(actual, expected, strict=True):
         # Sums of up to thousands of products in another order.
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("taps", [2, 3, 4, 5])
+def test_toom_cook_correlates(taps):
+    a, g, b = ops.toom_cook(ops._TILE, taps)
+    kernel, data = np.random.default_rng(0).normal(size=taps), np.random.default_rng(1).normal(size=len(b))
+    assert len(b) == ops._TILE + taps - 1  # as many products
+    np.testing.assert_allclose(a @ (g @ kernel * (b @ data)), np.correlate(data, kernel, "valid"), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("images", "kernel", "padding"), [c for c in CONVOLUTIONS if 1 < c[1][1] < 6 and c[1][2] > 4])
+def test_winograds_form_is_exact_but_for_rounding(images, kernel, padding):
+    """The sums are the same ones in float64; in float32 they are nearly as exact as the plain convolution's."""
+    arguments = [np.asarray(normal(seed, shape)) for seed, shape in enumerate((images, kernel))]
+    assert ops.winograd_pays(arguments[1])
+    convolve = lambda x, k: ops.cpu_convolution(x, k, padding)
+    assert str(jax.make_jaxpr(convolve)(*arguments)).count("custom_vjp_call[") == kernel[1] + ops._TILE - 1
+    actual = value_and_gradients(convolve, *arguments)
+    with jax.enable_x64(True):
+        doubles = [np.asarray(x, np.float64) for x in arguments]
+        exact = value_and_gradients(lambda x, k: ops.lax_convolution(x, k, padding), *doubles)
+        for a, b in zip(value_and_gradients(convolve, *doubles), exact, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-13 * np.abs(b).max() * images[-1])
+    # The cotangents of float32 and float64 are drawn anew, so only the results can be compared.
+    np.testing.assert_allclose(actual[0], exact[0], atol=5e-6 * np.abs(exact[0]).max())
 
 
 @pytest.mark.parametrize("size", [3, 5])
