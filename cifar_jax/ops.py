@@ -46,8 +46,9 @@ def cpu_convolution(images: jax.Array, kernel: jax.Array, padding: Any) -> jax.A
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], (1, 1), padding)
     rows, columns = map(tuple, padding)
-    form = winograd_convolution if winograd_pays(kernel) else direct_convolution
-    return form(images, kernel, (rows, columns))
+    if winograd_pays(kernel):
+        return winograd_convolution(images, kernel, (rows, columns))
+    return direct_convolutions((images,), (kernel,), (rows, columns))[0]
 
 
 # --- Winograd's form ---
@@ -102,10 +103,8 @@ def winograd_convolution(images: jax.Array, kernel: jax.Array, pads: Pads) -> ja
     images = images.reshape(*images.shape[:2], blocks, _TILE, channels)
     columns = [images[:, :, i // _TILE : i // _TILE + tiles, i % _TILE] for i in range(count)]  # of all tiles
     kernel_columns = [kernel[:, i : i + 1] for i in range(width)]
-    products = [
-        direct_convolution(_combine(b[i], columns), _combine(g[i], kernel_columns), (pads[0], (0, 0)))
-        for i in range(count)
-    ]
+    values = tuple(_combine(weights, columns) for weights in b)
+    products = direct_convolutions(values, tuple(_combine(weights, kernel_columns) for weights in g), (pads[0], (0, 0)))
     outputs = jnp.stack([_combine(a[i], products) for i in range(_TILE)], axis=3)
     return outputs.reshape(*outputs.shape[:2], tiles * _TILE, features)[:, :, :size]
 
@@ -121,12 +120,19 @@ def unpadded_convolution(images: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax_convolution(images, kernel, ((0, 1), (0, 0)))[:, :-1]
 
 
+Arrays = tuple[jax.Array, ...]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def direct_convolution(images: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
-    """`lax_convolution` with another gradient of the kernel.
+def direct_convolutions(images: Arrays, kernels: Arrays, pads: Pads) -> Arrays:
+    """`lax_convolution` of each pair, all of the same shapes, with another gradient of the kernels.
 
     Its products are summed in float32 (in float64 for such arguments) whatever the type of the computation.
     """
+    return tuple(_direct_convolution(x, kernel, pads) for x, kernel in zip(images, kernels))
+
+
+def _direct_convolution(images: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     fill = (0, -kernel.shape[2] % _CHANNELS)
     if fill[1]:
         images = jnp.pad(images, ((0, 0), (0, 0), (0, 0), fill))
@@ -136,25 +142,26 @@ def direct_convolution(images: jax.Array, kernel: jax.Array, pads: Pads) -> jax.
     return lax_convolution(images, kernel, pads)
 
 
-def _forward(images: jax.Array, kernel: jax.Array, pads: Pads) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return direct_convolution(images, kernel, pads), (images, kernel)
+def _forward(images: Arrays, kernels: Arrays, pads: Pads) -> tuple[Arrays, tuple[Arrays, Arrays]]:
+    return direct_convolutions(images, kernels, pads), (images, kernels)
 
 
-def _backward(pads: Pads, saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    images, kernel = saved
-    _, image_vjp = jax.vjp(lambda images: lax_convolution(images, kernel, pads), images)
-    return *image_vjp(gradient), _kernel_gradient(jnp.pad(images, ((0, 0), *pads, (0, 0))), gradient, kernel)
+def _backward(pads: Pads, saved: tuple[Arrays, Arrays], gradients: Arrays) -> tuple[Arrays, Arrays]:
+    images, kernels = saved
+    convolve = lambda kernel: lambda images: lax_convolution(images, kernel, pads)
+    image_gradients = [jax.vjp(convolve(kernel), x)[1](g)[0] for x, kernel, g in zip(images, kernels, gradients)]
+    padded = tuple(jnp.pad(x, ((0, 0), *pads, (0, 0))) for x in images)
+    return tuple(image_gradients), _kernel_gradients(padded, gradients, kernels[0])
 
 
-def _kernel_gradient(padded: jax.Array, gradient: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Summed over blocks of images, in the form that copies least.
+def _kernel_gradients(padded: Arrays, gradients: Arrays, kernel: jax.Array) -> Arrays:
+    """Summed over blocks of images in one loop, in the form that copies least; `kernel` is one of the kernels.
 
     Of a wide kernel: a convolution of the images by the gradient, with channels in place of images and images in place
     of channels. Else a product for each row of the kernel, of its columns of the images (im2col) and the gradient.
     """
     height, width, _, features = kernel.shape
-    block = math.gcd(padded.shape[0], _BLOCK)
-    blocks = lambda x: x.reshape(-1, block, *x.shape[1:])
+    block = math.gcd(padded[0].shape[0], _BLOCK)
     total_dtype = jnp.float64 if kernel.dtype == jnp.float64 else jnp.float32
 
     def convolution(images: jax.Array, gradient: jax.Array) -> jax.Array:
@@ -172,14 +179,20 @@ def _kernel_gradient(padded: jax.Array, gradient: jax.Array, kernel: jax.Array) 
         return jnp.stack(products).reshape(kernel.shape)
 
     form = convolution if width >= _LARGE_KERNEL else product_by_row
-    if block == padded.shape[0]:
-        return form(padded, gradient).astype(kernel.dtype)
-    add = lambda total, pair: (total + form(*pair), None)
-    total, _ = lax.scan(add, jnp.zeros(kernel.shape, total_dtype), (blocks(padded), blocks(gradient)))
-    return total.astype(kernel.dtype)
+
+    def add(totals: Arrays, block: tuple[Arrays, Arrays]) -> tuple[Arrays, None]:
+        return tuple(total + form(*pair) for total, *pair in zip(totals, *block)), None
+
+    totals = (jnp.zeros(kernel.shape, total_dtype),) * len(padded)
+    if block == padded[0].shape[0]:
+        totals, _ = add(totals, (padded, gradients))
+    else:
+        blocks = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), (padded, gradients))
+        totals, _ = lax.scan(add, totals, blocks)
+    return tuple(total.astype(kernel.dtype) for total in totals)
 
 
-direct_convolution.defvjp(_forward, _backward)
+direct_convolutions.defvjp(_forward, _backward)
 
 
 def lax_max_pool(images: jax.Array, window: int, stride: int) -> jax.Array:

@@ -3,7 +3,7 @@
 import os
 
 # Compiled quickly rather than well: compilation is what the tests spend their time on.
-_flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1"
+_flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flags}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
