@@ -135,8 +135,8 @@ HOLDOUT = 5000
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "lenet5": {
         "the recipe": {},
-        "no flip": {"random_flip": False},
-        "alternating flip": {"random_flip": False, "alternating_flip": True},
+        "no flip": {"alternating_flip": False},
+        "random flip": {"alternating_flip": False, "random_flip": True},
         "no crop": {"crop_padding": 0},
         "smaller crop": {"crop_padding": 2},
         "no cutout": {"cutout_size": 0},

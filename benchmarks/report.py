@@ -150,7 +150,7 @@ def draw_accuracy(path: Path) -> None:
                 [100 * value for value in run],
                 color=f"C{number}",
                 lw=1,
-                label=result["recipe"] if index == 0 else None,
+                label=f"{result['recipe']}, {len(run)} epochs" if index == 0 else None,
             )
     for axes in charts.values():
         axes.legend()

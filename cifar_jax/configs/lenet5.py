@@ -1,4 +1,4 @@
-"""LeNet-5 trained well: Muon, one cycle, crops, flips, cutout, label smoothing and an average of the weights.
+"""LeNet-5 trained well: Muon, one cycle, crops, alternating flips, cutout, label smoothing and averaged weights.
 
 python -m cifar_jax.train lenet5
 """
@@ -12,7 +12,7 @@ CONFIG = Config(
     input_scaling="standardized",
     initializer="he",
     batch_size=256,
-    num_epochs=80,
+    num_epochs=160,
     optimizer="muon",
     learning_rate=0.012,
     momentum=0.95,
@@ -23,6 +23,6 @@ CONFIG = Config(
     ema_decay=0.995,
     label_smoothing=0.1,
     crop_padding=4,
-    random_flip=True,
+    alternating_flip=True,
     cutout_size=8,
 )
