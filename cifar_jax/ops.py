@@ -1,9 +1,9 @@
 """Convolution and max pool in the form that is fastest on the platform, chosen when a program is traced; dropout.
 
-On the CPU, convolutions take Winograd's form, which needs half of the products. XLA is slow there at the gradient of a
-convolution's kernel, at convolutions without padding or of few input channels, and at the gradient of a max pool: as
-matrix products, slices and convolutions of other shapes they are up to several times faster (benchmarks/NOTES.md).
-Elsewhere these functions are `lax`'s own, which is also their reference in the tests.
+On the CPU, most convolutions take Winograd's form, which needs about half of the products. XLA is slow there at the
+gradient of a convolution's kernel, at convolutions without padding or of few input channels, and at the gradient of a
+max pool: as matrix products, slices and convolutions of other shapes they are up to several times faster
+(benchmarks/NOTES.md). Elsewhere these functions are `lax`'s own, which is also their reference in the tests.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _BLOCK = 4  # images whose products are one summand of a kernel's gradient: smal
 _CHANNELS = 4  # XLA:CPU is 4 times slower where the number of channels is no multiple
 _LARGE_KERNEL = 5  # from this width on, the kernel gradient pays as a convolution
 _TILE = 4  # outputs of a Winograd tile: more save more products, and cost accuracy
-# The first points of a Winograd form in the order of arXiv:1803.10986, table 1, for small errors; infinity is the last.
-_POINTS = (0.0, 1.0, -1.0, 0.5, -2.0, 2.0, -0.5)
+# A Winograd form takes the first of these and infinity: the sets that arXiv:1803.10986 found to have small errors.
+_POINTS = (0.0, 1.0, -1.0, 0.5, -2.0, -0.5, 2.0)
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
@@ -46,7 +46,7 @@ def cpu_convolution(images: jax.Array, kernel: jax.Array, padding: Any) -> jax.A
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], (1, 1), padding)
     rows, columns = map(tuple, padding)
-    if winograd_pays(kernel):
+    if winograd_pays(kernel, images.shape[2] + sum(columns) - kernel.shape[1] + 1):
         return winograd_convolution(images, kernel, (rows, columns))
     return direct_convolutions((images,), (kernel,), (rows, columns))[0]
 
@@ -54,10 +54,15 @@ def cpu_convolution(images: jax.Array, kernel: jax.Array, padding: Any) -> jax.A
 # --- Winograd's form ---
 
 
-def winograd_pays(kernel: jax.Array) -> bool:
-    """Not for few channels: then the transforms are all the work; nor in bfloat16, which has too few digits for it."""
+def winograd_pays(kernel: jax.Array, size: int) -> bool:
+    """Whether a convolution with rows of `size` outputs needs at most three quarters of the products in this form.
+
+    Not for few channels: then the transforms are all the work; nor in bfloat16, which has too few digits for it.
+    """
     _, width, channels, _ = kernel.shape
-    return 1 < width <= len(_POINTS) + 2 - _TILE and channels > 4 and kernel.dtype != jnp.bfloat16
+    products = (_TILE + width - 1) * -(-size // _TILE)
+    fits = 1 < width <= len(_POINTS) + 2 - _TILE and products <= 0.75 * width * size
+    return fits and channels > 4 and kernel.dtype in (jnp.float32, jnp.float64)
 
 
 def toom_cook(outputs: int, taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -86,11 +91,12 @@ def _combine(weights: np.ndarray, arrays: Sequence[jax.Array]) -> jax.Array:
 
 
 def winograd_convolution(images: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
-    """`lax_convolution` along the rows by Winograd's F(4, width): half of the products for a width of 3, fewer for 5.
+    """`lax_convolution` along the rows by Winograd's F(4, width): half of the products for a width of 3, 0.4 for 5.
 
     Along the columns nothing is saved, so each of its points is a convolution with a kernel of one column: transforms
     in one direction are cheap, and so are theirs in the gradients, which are this form's own. In float32 the error is
-    about 3 times that of the plain sum.
+    2 to 3 times that of the plain sum; and where an image is flat its outputs are equal but for rounding, so a max
+    pool's gradient goes to any of them.
     """
     _, width, channels, features = kernel.shape
     images = jnp.pad(images, ((0, 0), (0, 0), pads[1], (0, 0)))

@@ -253,7 +253,7 @@ def use_cpu_cores() -> None:
 # mallopt's parameters (malloc.h): free bytes that are given back, bytes asked for ahead, number of blocks mapped.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _HEAP_BYTES = 60 * 2**20  # below the 64 MiB of a heap of the C library
-_LARGEST_ARRAY = {"all_cnn": 34 * 34 * 96 * 4, "lenet5": 32 * 32 * 32 * 4}  # bytes of an image's largest, with padding
+_LARGEST_ARRAY = {"all_cnn": 34 * 36 * 96 * 4, "lenet5": 32 * 32 * 32 * 4}  # bytes of an image's largest, padded
 
 
 def keep_memory() -> None:

@@ -57,21 +57,34 @@ def test_toom_cook_correlates(taps):
     np.testing.assert_allclose(a @ (g @ kernel * (b @ data)), np.correlate(data, kernel, "valid"), rtol=1e-12)
 
 
-@pytest.mark.parametrize(("images", "kernel", "padding"), [c for c in CONVOLUTIONS if 1 < c[1][1] < 6 and c[1][2] > 4])
+WINOGRAD = [c for c in CONVOLUTIONS if 1 < c[1][1] < 6 and c[1][2] > 4 and c[0][2] > 5]
+
+
+@pytest.mark.parametrize(("images", "kernel", "padding"), WINOGRAD)
 def test_winograds_form_is_exact_but_for_rounding(images, kernel, padding):
     """The sums are the same ones in float64; in float32 they are nearly as exact as the plain convolution's."""
     arguments = [np.asarray(normal(seed, shape)) for seed, shape in enumerate((images, kernel))]
-    assert ops.winograd_pays(arguments[1])
-    convolve = lambda x, k: ops.cpu_convolution(x, k, padding)
-    assert str(jax.make_jaxpr(convolve)(*arguments)).count("custom_vjp_call[") == kernel[1] + ops._TILE - 1
-    actual = value_and_gradients(convolve, *arguments)
+    ours = lambda x, k: ops.cpu_convolution(x, k, padding)
+    plain = lambda x, k: ops.lax_convolution(x, k, padding)
+    assert str(jax.make_jaxpr(ours)(*arguments)).count("= conv_general_dilated[") == kernel[1] + ops._TILE - 1
+    in_float32 = value_and_gradients(ours, *arguments), value_and_gradients(plain, *arguments)
     with jax.enable_x64(True):
         doubles = [np.asarray(x, np.float64) for x in arguments]
-        exact = value_and_gradients(lambda x, k: ops.lax_convolution(x, k, padding), *doubles)
-        for a, b in zip(value_and_gradients(convolve, *doubles), exact, strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-13 * np.abs(b).max() * images[-1])
-    # The cotangents of float32 and float64 are drawn anew, so only the results can be compared.
-    np.testing.assert_allclose(actual[0], exact[0], atol=5e-6 * np.abs(exact[0]).max())
+        exact = value_and_gradients(plain, *doubles)
+        for a, b in zip(value_and_gradients(ours, *doubles), exact, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-13 * np.abs(b).max())
+    for a, p, b in zip(*in_float32, exact, strict=True):
+        deviation = lambda x, b=b: float(np.sqrt(np.mean(np.square(x - np.asarray(b)))))
+        assert deviation(a) < 5 * deviation(p) + 1e-7 * np.abs(b).max()
+
+
+def test_winograds_form_is_taken_where_it_saves():
+    kernel = normal(0, (3, 3, 8, 8))
+    assert [size for size in range(1, 17) if not ops.winograd_pays(kernel, size)] == [1, 2, 5]
+    assert not ops.winograd_pays(kernel.astype(jnp.bfloat16), 16)
+    assert not ops.winograd_pays(kernel[:, :, :4], 16)
+    assert not ops.winograd_pays(normal(0, (3, 1, 8, 8)), 16)
+    assert not ops.winograd_pays(normal(0, (3, 6, 8, 8)), 16)  # more points than there are
 
 
 @pytest.mark.parametrize("size", [3, 5])
