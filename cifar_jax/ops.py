@@ -154,10 +154,20 @@ def _forward(images: Arrays, kernels: Arrays, pads: Pads) -> tuple[Arrays, tuple
 
 def _backward(pads: Pads, saved: tuple[Arrays, Arrays], gradients: Arrays) -> tuple[Arrays, Arrays]:
     images, kernels = saved
-    convolve = lambda kernel: lambda images: lax_convolution(images, kernel, pads)
-    image_gradients = [jax.vjp(convolve(kernel), x)[1](g)[0] for x, kernel, g in zip(images, kernels, gradients)]
+    image_gradients = tuple(_image_gradient(kernel, gradient, pads) for kernel, gradient in zip(kernels, gradients))
     padded = tuple(jnp.pad(x, ((0, 0), *pads, (0, 0))) for x in images)
-    return tuple(image_gradients), _kernel_gradients(padded, gradients, kernels[0])
+    return image_gradients, _kernel_gradients(padded, gradients, kernels[0])
+
+
+def _image_gradient(kernel: jax.Array, gradient: jax.Array, pads: Pads) -> jax.Array:
+    """A convolution of the gradient by the turned kernel.
+
+    lax's own is the same with other names of the axes, for which XLA:CPU has no fast way in a loop of steps.
+    """
+    turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
+    (top, bottom), (left, right) = pads
+    height, width = kernel.shape[0] - 1, kernel.shape[1] - 1
+    return lax_convolution(gradient, turned, ((height - top, height - bottom), (width - left, width - right)))
 
 
 def _kernel_gradients(padded: Arrays, gradients: Arrays, kernel: jax.Array) -> Arrays:
