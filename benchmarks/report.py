@@ -235,7 +235,7 @@ def throughput_table(result: dict[str, Any]) -> str:
         for name, reason in workload["absent"].items()
     ]
     notes = (
-        f"Images a second (× the best PyTorch, % of the matrix-product rate, "
+        f"`{result['command']}`: images a second (× the best PyTorch, % of the matrix-product rate, "
         f"{result['matrix_flops_per_second'] / 1e9:,.0f} GFLOP/s), {result['dtype']}; medians of {result['rounds']} "
         f"rounds of {result['seconds_per_round']:g} s; load average before {result['load_average_before']:.2f}. "
         f"{environment(result)}"
