@@ -12,7 +12,7 @@ set -u
 mkdir -p "$1" && OUT=$(cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python}
-runs=${CAMPAIGN_RUNS:-lenet5_reference:15:60 lenet5:80:40 all_cnn_reference:20:60}
+runs=${CAMPAIGN_RUNS:-lenet5_reference:15:60 lenet5:160:60 all_cnn_reference:20:60}
 parts=${CAMPAIGN_THROUGHPUT:-all_cnn:bfloat16:64,512,1024:80 lenet5:float32:4,128,1024:65 all_cnn:float32:64,512,1024:60}
 flags=${CAMPAIGN_FLAGS:---frameworks jax pytorch pytorch-compile pytorch-cudagraphs --rounds 5 --seconds-per-round 0.5 --timeout 60}
 workdirs=$(mktemp -d)

@@ -81,6 +81,7 @@ def test_medians_ratios_and_shares():
 def test_the_report_shows_them(tmp_path):
     workloads = {"a": measured(jax=[110], pytorch=[200])}
     result = {
+        "command": "python x",
         "matrix_flops_per_second": throughput.summarize(workloads),
         "workloads": workloads,
         "dtype": "float32",
