@@ -28,6 +28,7 @@ _TILE = 4  # outputs of a Winograd tile: more save more products, and cost accur
 # A Winograd form takes the first of these and infinity: the sets that arXiv:1803.10986 found to have small errors.
 _POINTS = (0.0, 1.0, -1.0, 0.5, -2.0, -0.5, 2.0)
 
+Arrays = tuple[jax.Array, ...]
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
@@ -99,19 +100,19 @@ def winograd_convolution(images: jax.Array, kernel: jax.Array, pads: Pads) -> ja
     pool's gradient goes to any of them.
     """
     _, width, channels, features = kernel.shape
-    images = jnp.pad(images, ((0, 0), (0, 0), pads[1], (0, 0)))
-    size = images.shape[2] - width + 1
+    left, right = pads[1]
+    size = left + images.shape[2] + right - width + 1
     tiles = -(-size // _TILE)
     a, g, b = toom_cook(_TILE, width)
     count = len(b)
     blocks = tiles + -(-count // _TILE) - 1  # of _TILE columns, which tiles begin with and reach into
-    images = jnp.pad(images, ((0, 0), (0, 0), (0, blocks * _TILE - images.shape[2]), (0, 0)))
+    images = jnp.pad(images, ((0, 0), (0, 0), (left, blocks * _TILE - left - images.shape[2]), (0, 0)))
     images = images.reshape(*images.shape[:2], blocks, _TILE, channels)
     columns = [images[:, :, i // _TILE : i // _TILE + tiles, i % _TILE] for i in range(count)]  # of all tiles
     kernel_columns = [kernel[:, i : i + 1] for i in range(width)]
     values = tuple(_combine(weights, columns) for weights in b)
     products = direct_convolutions(values, tuple(_combine(weights, kernel_columns) for weights in g), (pads[0], (0, 0)))
-    outputs = jnp.stack([_combine(a[i], products) for i in range(_TILE)], axis=3)
+    outputs = jnp.stack([_combine(weights, products) for weights in a], axis=3)
     return outputs.reshape(*outputs.shape[:2], tiles * _TILE, features)[:, :, :size]
 
 
@@ -124,9 +125,6 @@ def unpadded_convolution(images: jax.Array, kernel: jax.Array) -> jax.Array:
     Without any padding XLA:CPU takes another way, at some sizes 4 times slower (15×15, 192→192; jaxlib 0.10).
     """
     return lax_convolution(images, kernel, ((0, 1), (0, 0)))[:, :-1]
-
-
-Arrays = tuple[jax.Array, ...]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -162,7 +160,7 @@ def _backward(pads: Pads, saved: tuple[Arrays, Arrays], gradients: Arrays) -> tu
 def _image_gradient(kernel: jax.Array, gradient: jax.Array, pads: Pads) -> jax.Array:
     """A convolution of the gradient by the turned kernel.
 
-    lax's own is the same with other names of the axes, for which XLA:CPU has no fast way in a loop of steps.
+    lax's own, the same with other names of the axes, was slower on the CPU in a loop of steps (benchmarks/NOTES.md).
     """
     turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
     (top, bottom), (left, right) = pads
