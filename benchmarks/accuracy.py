@@ -231,7 +231,7 @@ def configure(arguments: Arguments, recipe: str, workdir: str, seed: int, **chan
         raise UserError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
     num_epochs = arguments.num_epochs or RECIPES[recipe].num_epochs
     share = num_epochs / RECIPES[recipe].num_epochs  # a shorter training has fewer epochs of each image size, too
-    sizes = tuple((size, int(share * epochs)) for size, epochs in RECIPES[recipe].image_sizes if share * epochs >= 1)
+    sizes = tuple((size, round(share * epochs)) for size, epochs in RECIPES[recipe].image_sizes if round(share * epochs))
     return dataclasses.replace(
         RECIPES[recipe],
         workdir=str(arguments.runs / workdir),

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ import scipy.stats
 import torch
 import tyro
 
+from cifar_jax import ops
 from cifar_jax.configs import RECIPES
 from cifar_jax.configs.default import Config
 from cifar_jax.environment import PACKAGES, describe_command, describe_environment
@@ -43,6 +45,7 @@ from cifar_jax.training import (
 
 DRAWS = 5  # of the dropout masks at test
 WHY_RELU = "near-ties of ReLU and max pool fall to either side in float32, float64 shows the semantics"
+WHY_FLOAT64 = "the same formula: float64 rounding alone"
 FLOORS = {"all_cnn": "3e-3", "lenet5": "4e-5"}  # of gradients in float32, measured on CIFAR-10
 
 
@@ -186,24 +189,30 @@ def without_ties(images: np.ndarray) -> np.ndarray:
 
 
 def check_gradients(reference: type[Reference], model: str, images: np.ndarray, labels: np.ndarray) -> list[Check]:
-    """Loss and gradients of a batch, float32 and float64, dropout off."""
-    checks, start, images = [], initial_params(model), without_ties(images)
+    """Loss and gradients of a batch, float32 and float64, dropout off; and on the images as they are, without
+    Winograd's form, in float64."""
+    checks, start = [], initial_params(model)
     tolerance = {"float32": {"all_cnn": 2e-2, "lenet5": 2e-4}[model], "float64": 1e-12}
-    for dtype in ("float32", "float64"):
+
+    def errors(images: np.ndarray, dtype: str) -> tuple[float, float]:
         with precision(dtype):
             params, inputs = as_dtype(start, dtype), scaled(images, model, dtype)
             ours_loss, ours = jax_loss_and_gradients(model, params, inputs, labels)
             network = reference(model, params, dtype)
             loss = torch_loss(network.logits(inputs), labels)
-            theirs = network.gradients(loss)
-            why = "float32 rounding: floor 2e-7" if dtype == "float32" else "the same formula: float64 rounding alone"
-            loss_tolerance = 1e-6 if dtype == "float32" else 1e-12
-            checks.append(Check(f"{model}: loss, {dtype}", abs(float(ours_loss) - loss.item()), loss_tolerance, why))
-            why = f"{WHY_RELU}: floor {FLOORS[model]}" if dtype == "float32" else why
-            error = relative_difference(ours, theirs)
-            name = f"{model}: gradients, {dtype}, low 3 bits of pixels random, relative to each tensor's largest"
-            checks.append(Check(name, error, tolerance[dtype], why))
-    return checks
+            return abs(float(ours_loss) - loss.item()), relative_difference(ours, network.gradients(loss))
+
+    for dtype in ("float32", "float64"):
+        loss_error, error = errors(without_ties(images), dtype)
+        why = "float32 rounding: floor 2e-7" if dtype == "float32" else WHY_FLOAT64
+        checks.append(Check(f"{model}: loss, {dtype}", loss_error, 1e-6 if dtype == "float32" else 1e-12, why))
+        why = f"{WHY_RELU}: floor {FLOORS[model]}" if dtype == "float32" else WHY_FLOAT64
+        name = f"{model}: gradients, {dtype}, low 3 bits of pixels random, relative to each tensor's largest"
+        checks.append(Check(name, error, tolerance[dtype], why))
+    with mock.patch.object(ops, "winograd_pays", lambda kernel, size: False):
+        _, error = errors(images, "float64")
+    name = f"{model}: gradients, float64, images as they are, without Winograd's form"
+    return [*checks, Check(name, error, tolerance["float64"], WHY_FLOAT64)]
 
 
 def jax_optimizer(config: Config, params: Params, gradients: Sequence[Params]) -> Params:
@@ -228,7 +237,7 @@ def check_optimizer(config: Config, fed: Callable[[Config, Params, Sequence[Para
     rng = np.random.default_rng(0)
     start = {"kernel": rng.normal(size=1000) * 0.05}
     gradients = [{"kernel": rng.normal(size=1000) * 0.1} for _ in range(100)]
-    float64 = (1e-15, "the same formula: float64 rounding alone")
+    float64 = (1e-15, WHY_FLOAT64)
     if config.schedule != "constant":
         float64 = (2e-8, "the rate is float32 in either: floor 4e-9; outside the velocity it makes 100 times that")
     rows = (("float32", 5e-7, "float32 rounding of 100 steps: floor 4e-9, Keras 5e-8"), ("float64", *float64))
