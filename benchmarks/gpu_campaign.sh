@@ -5,14 +5,15 @@
 # each run's summary as RECIPE.json, its evaluation as RECIPE_evaluate.json, and a log of each part. A part that fails
 # or is cut off is named at the end, with exit status 1. A throughput part that is cut off leaves the workloads before.
 #
-# CAMPAIGN_RUNS: recipe:epochs:seconds …; CAMPAIGN_THROUGHPUT: model:dtype:batch,sizes:seconds …; CAMPAIGN_FLAGS: more
-# flags of benchmarks.throughput.
+# CAMPAIGN_RUNS: recipe:epochs:seconds …; CAMPAIGN_EVALUATION: seconds of an evaluation; CAMPAIGN_THROUGHPUT:
+# model:dtype:batch,sizes:seconds …; CAMPAIGN_FLAGS: more flags of benchmarks.throughput.
 set -u
 [ $# -eq 1 ] || { echo "usage: benchmarks/gpu_campaign.sh OUT" >&2; exit 2; }
 mkdir -p "$1" && OUT=$(cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python}
 runs=${CAMPAIGN_RUNS:-lenet5_reference:15:60 lenet5:160:60 all_cnn_reference:20:60}
+evaluation=${CAMPAIGN_EVALUATION:-15}
 parts=${CAMPAIGN_THROUGHPUT:-all_cnn:bfloat16:64,512,1024:80 lenet5:float32:4,128,1024:65 all_cnn:float32:64,512,1024:60}
 flags=${CAMPAIGN_FLAGS:---frameworks jax pytorch pytorch-compile pytorch-cudagraphs --rounds 5 --seconds-per-round 0.5 --timeout 60}
 workdirs=$(mktemp -d)
@@ -32,8 +33,8 @@ for run in $runs; do
     ${DATA_DIR:+--data-dir "$DATA_DIR"} >>"$OUT/$recipe.log"
   [ -e "$workdir/summary.json" ] || continue  # also there if the run was cut off after an epoch
   cp "$workdir/summary.json" "$OUT/$recipe.json"
-  part "$recipe" 15 "$PYTHON" -m cifar_jax.evaluate --workdir "$workdir" --json ${DATA_DIR:+--data-dir "$DATA_DIR"} \
-    >"$OUT/${recipe}_evaluate.json"
+  part "$recipe" "$evaluation" "$PYTHON" -m cifar_jax.evaluate --workdir "$workdir" --json \
+    ${DATA_DIR:+--data-dir "$DATA_DIR"} >"$OUT/${recipe}_evaluate.json"
 done
 for spec in $parts; do
   IFS=: read -r model dtype sizes seconds <<<"$spec"

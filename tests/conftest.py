@@ -24,7 +24,7 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from cifar_jax import evaluate, input_pipeline, train
+from cifar_jax import evaluate, input_pipeline, ops, train
 from cifar_jax.configs.default import Config
 from cifar_jax.input_pipeline import Dataset, load_dataset
 
@@ -39,6 +39,14 @@ def _isolated(monkeypatch, tmp_path_factory):
         monkeypatch.setenv(name, str(value))
     monkeypatch.delenv("KERAS_HOME", raising=False)
     monkeypatch.chdir(home)
+
+
+@pytest.fixture(scope="module")
+def direct_convolutions():
+    """Without Winograd's form a step compiles two to three times as fast: for the tests of other things."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "winograd_pays", lambda kernel, size: False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,8 @@ from cifar_jax.checkpoint import Progress
 from cifar_jax.configs import RECIPES
 from cifar_jax.train import Interrupted
 
+pytestmark = pytest.mark.usefixtures("direct_convolutions")
+
 
 @pytest.fixture
 def quick_recipe(monkeypatch, tiny_dataset, use_tiny_dataset):

@@ -24,6 +24,8 @@ from cifar_jax.training import (
     select_devices,
 )
 
+pytestmark = pytest.mark.usefixtures("direct_convolutions")
+
 
 def train_epoch(config, dataset, steps_per_call=1, state=None):
     """One epoch from a fresh state: (state, history)."""
