@@ -231,7 +231,8 @@ def configure(arguments: Arguments, recipe: str, workdir: str, seed: int, **chan
         raise UserError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
     num_epochs = arguments.num_epochs or RECIPES[recipe].num_epochs
     share = num_epochs / RECIPES[recipe].num_epochs  # a shorter training has fewer epochs of each image size, too
-    sizes = tuple((size, round(share * epochs)) for size, epochs in RECIPES[recipe].image_sizes if round(share * epochs))
+    rounded = [(size, round(share * epochs)) for size, epochs in RECIPES[recipe].image_sizes]
+    sizes = tuple((size, epochs) for size, epochs in rounded if epochs)
     return dataclasses.replace(
         RECIPES[recipe],
         workdir=str(arguments.runs / workdir),

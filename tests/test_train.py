@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from cifar_jax import evaluate, train
+from cifar_jax import evaluate, ops, train
 from cifar_jax.checkpoint import Checkpoints
 from cifar_jax.configs import RECIPES
 from cifar_jax.errors import UserError
@@ -387,6 +387,7 @@ def test_progressive_sizes_train_and_resume(use_tiny_dataset, tmp_path, interrup
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "create_train_steps", recorded)
+        patch.setattr(ops, "winograd_pays", lambda kernel, size: False)  # compiles faster
         interrupt(3 + 4 + 3, signal.SIGTERM)  # in the steps of the second epoch, after its first
         with pytest.raises(Interrupted):
             train_and_evaluate(config)
