@@ -26,6 +26,7 @@ from cifar_jax.configs.default import Config
 from cifar_jax.errors import UserError
 from cifar_jax.input_pipeline import scale_images, split_seed, take_batch
 from cifar_jax.models import MODELS, unit_variance
+from cifar_jax.symmetry import symmetric_gradients, symmetric_start
 
 AXIS = "devices"
 MIN_BATCH_OF_A_CORE = 16  # with fewer, the hand-over between cores costs more than the second core gains
@@ -69,15 +70,16 @@ def create_tx(config: Config, steps_per_epoch: int) -> optax.GradientTransformat
     a changing rate they are not the same optimizer.
     """
     schedule = create_schedule(config, steps_per_epoch)
-    clip = [optax.clip_by_global_norm(config.gradient_clip)] if config.gradient_clip else []
+    first = [symmetric_gradients()] if config.mirror_symmetry else []
+    first += [optax.clip_by_global_norm(config.gradient_clip)] if config.gradient_clip else []
     if config.optimizer == "muon":
-        tx = optax.chain(*clip, _create_muon(config, schedule))
+        tx = optax.chain(*first, _create_muon(config, schedule))
     else:
         trace = optax.trace(config.momentum, config.nesterov)
         rate = optax.scale_by_learning_rate(schedule)
         parts = [rate, trace] if config.optimizer == "keras_sgd" else [trace, rate]
         decay = [optax.add_decayed_weights(config.weight_decay)] if config.weight_decay else []
-        tx = optax.chain(*clip, *decay, *parts)
+        tx = optax.chain(*first, *decay, *parts)
     if config.sam_rho:
         climb = optax.chain(optax.contrib.normalize(), optax.sgd(config.sam_rho))
         tx = optax.contrib.sam(tx, climb, opaque_mode=True, batch_axis_name=AXIS)
@@ -117,6 +119,8 @@ def create_train_state(config: Config, steps_per_epoch: int, images: Any = None)
     )
     params_key, rng, _ = split_seed(config.seed)
     params = jax.jit(model.init)(params_key, jnp.zeros((1, 32, 32, 3)))["params"]
+    if config.mirror_symmetry:
+        params = symmetric_start(params)
     if config.initializer == "lsuv" and images is not None:
         params = unit_variance(model, params, scale_images(jnp.asarray(images), config.input_scaling))
     tx = create_tx(config, steps_per_epoch)

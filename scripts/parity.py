@@ -46,7 +46,8 @@ from cifar_jax.training import (
 DRAWS = 5  # of the dropout masks at test
 WHY_RELU = "near-ties of ReLU and max pool fall to either side in float32, float64 shows the semantics"
 WHY_FLOAT64 = "the same formula: float64 rounding alone"
-FLOORS = {"all_cnn": "3e-3", "lenet5": "4e-5"}  # of gradients in float32, measured on CIFAR-10
+# Of gradients in float32, measured on CIFAR-10. A flip is as large between PyTorch's own float32 and float64 gradients.
+FLOORS = {"all_cnn": "3e-3", "lenet5": "3e-6, with a flip 1e-3"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +193,7 @@ def check_gradients(reference: type[Reference], model: str, images: np.ndarray, 
     """Loss and gradients of a batch, float32 and float64, dropout off; and on the images as they are, without
     Winograd's form, in float64."""
     checks, start = [], initial_params(model)
-    tolerance = {"float32": {"all_cnn": 2e-2, "lenet5": 2e-4}[model], "float64": 1e-12}
+    tolerance = {"float32": {"all_cnn": 2e-2, "lenet5": 5e-3}[model], "float64": 1e-12}
 
     def errors(images: np.ndarray, dtype: str) -> tuple[float, float]:
         with precision(dtype):

@@ -46,7 +46,7 @@ def test_the_reference_recipes_are_the_originals():
         ({"mixup_alpha": 1.0, "cutmix_alpha": 1.0}, "must be 0 with --cutmix-alpha"),
         ({"image_sizes": ((24, 2),)}, "must be empty for lenet5"),
         ({"model": "all_cnn", "dropout_rates": (0.0,) * 3, "image_sizes": ((9, 2),)}, "from 14 to 32"),
-        ({"random_flip": True}, "--alternating-flip True: must be False with --random-flip"),
+        ({"random_flip": True, "alternating_flip": True}, "--alternating-flip True: must be False with --random-flip"),
         ({"warmup_fraction": 0.1, "schedule": "constant"}, "unless --schedule cosine or one_cycle"),
     ],
 )

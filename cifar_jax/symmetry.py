@@ -1,0 +1,54 @@
+"""Mirror symmetry: weights with which a network computes the same for an image and for its mirror image.
+
+In each hidden layer the units in reverse order compute of an image what the units in order compute of its mirror
+image, and the last layer weighs both alike: an equivariant network (arXiv:1602.07576) of the architecture as it is,
+half of whose weights are free. The gradient made symmetric is that by the free weights: for LeNet-5 the mean of those
+for an image and for its mirror image, at the cost of one. All-CNN computes nearly the same for both: its pools of 3
+with stride 2 leave out the last column of 32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+
+
+def mirror(params: Any) -> Any:
+    """The parameters with which a network computes of an image what it computes of its mirror image with `params`.
+
+    Args: params of AllCNN or LeNet5. Exactly so for LeNet-5, and for All-CNN on images of 31×31 pixels.
+    """
+    mirrored, inputs = {}, None  # of the layer: channels of the one before, none for the image's colours
+    names = sorted(params)  # Conv_0, Conv_1, …, Dense_0, …: in the order of the layers
+    for name in names:
+        kernel, bias = params[name]["kernel"], params[name]["bias"]
+        outputs = kernel.shape[-1]
+        if name != names[-1]:  # the classes stay
+            kernel, bias = kernel[..., ::-1], bias[::-1]
+        if inputs is not None:
+            kernel = kernel.reshape(*kernel.shape[:-2], -1, inputs, outputs)[..., ::-1, :]
+            if kernel.ndim == 3:  # dense; the first one's inputs are rows, columns and channels
+                side = round(kernel.shape[0] ** 0.5)
+                kernel = kernel.reshape(side, side, inputs, outputs)[:, ::-1]
+        if name.startswith("Conv"):
+            kernel = kernel[:, ::-1]
+        mirrored[name] = {"kernel": kernel.reshape(params[name]["kernel"].shape), "bias": bias}
+        inputs = outputs
+    return mirrored
+
+
+def symmetric_part(params: Any) -> Any:
+    """The mean of parameters, or of their gradients, and their `mirror`."""
+    return jax.tree.map(lambda x, mirrored: (x + mirrored) / 2, params, mirror(params))
+
+
+def symmetric_start(params: Any) -> Any:
+    """The symmetric part of random initial parameters; kernels keep their variance."""
+    return jax.tree.map(lambda x: x * 2**0.5 if x.ndim > 1 else x, symmetric_part(params))
+
+
+def symmetric_gradients() -> optax.GradientTransformation:
+    """Makes gradients symmetric, so that symmetric parameters stay so."""
+    return optax.stateless(lambda updates, _: symmetric_part(updates))

@@ -1,0 +1,66 @@
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cifar_jax.evaluate import load_run
+from cifar_jax.models import MODELS
+from cifar_jax.symmetry import mirror, symmetric_part, symmetric_start
+from cifar_jax.train import train_and_evaluate
+from cifar_jax.training import create_train_state
+
+pytestmark = pytest.mark.usefixtures("direct_convolutions")
+SIDES = {"lenet5": 32, "all_cnn": 31}  # of images whose pools leave nothing out
+
+
+@pytest.fixture(params=list(MODELS), scope="module")
+def network(request):
+    """(apply, params, images): small random images, and biases that are not 0."""
+    model, side = MODELS[request.param](), SIDES[request.param]
+    images = np.random.default_rng(0).normal(size=(3, side, side, 3)).astype(np.float32)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    shifted = {name: layer | {"bias": layer["bias"] + jnp.linspace(0, 0.1, len(layer["bias"]))}
+               for name, layer in params.items()}  # fmt: skip
+    return jax.jit(lambda params, images: model.apply({"params": params}, images)), shifted, images
+
+
+def test_mirrored_weights_see_the_mirror_image(network):
+    apply, params, images = network
+    ours = apply(mirror(params), images)
+    np.testing.assert_allclose(ours, apply(params, images[:, :, ::-1]), rtol=1e-4, atol=1e-6)
+    assert np.abs(ours - apply(params, images)).max() > 1e-3
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(mirror(mirror(params))), jax.device_get(params))
+
+
+def test_symmetric_weights_see_both_alike_and_keep_their_variance(network):
+    apply, params, images = network
+    start = symmetric_start(params)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(mirror(start)), jax.device_get(start))
+    np.testing.assert_allclose(apply(start, images), apply(start, images[:, :, ::-1]), rtol=1e-4, atol=1e-6)
+    for name, layer in params.items():
+        assert float(start[name]["kernel"].std()) == pytest.approx(float(layer["kernel"].std()), rel=0.1)
+
+
+def test_a_symmetric_gradient_is_the_mean_over_both_images(network):
+    apply, params, images = network
+    gradient = jax.grad(lambda params, images: (apply(params, images) ** 2).sum())
+    start = symmetric_start(params)
+    both = jax.tree.map(lambda a, b: (a + b) / 2, gradient(start, images), gradient(start, images[:, :, ::-1]))
+    near = lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max())
+    jax.tree.map(near, symmetric_part(gradient(start, images)), both)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_training_keeps_the_symmetry(tiny_config, optimizer):
+    config = dataclasses.replace(tiny_config, num_epochs=1, mirror_symmetry=True, optimizer=optimizer)
+    config = dataclasses.replace(config, dropout_rates=(0.0, 0.0), learning_rate=0.05, gradient_clip=10.0)
+    with jax.numpy_dtype_promotion("standard"):  # optax takes powers of an integer
+        train_and_evaluate(config)
+    trained = load_run(Path(config.workdir), "latest")[1].params
+    start = create_train_state(config, 1).params
+    assert np.abs(trained["Dense_0"]["kernel"] - start["Dense_0"]["kernel"]).max() > 1e-3
+    near = lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    jax.tree.map(near, mirror(trained), trained)
