@@ -3,8 +3,8 @@
 In each hidden layer the units in reverse order compute of an image what the units in order compute of its mirror
 image, and the last layer weighs both alike: an equivariant network (arXiv:1602.07576) of the architecture as it is,
 half of whose weights are free. The gradient made symmetric is that by the free weights: for LeNet-5 the mean of those
-for an image and for its mirror image, at the cost of one. All-CNN computes nearly the same for both: its pools of 3
-with stride 2 leave out the last column of 32.
+for an image and for its mirror image, at the cost of one. All-CNN computes nearly the same for both: its first pool,
+of 3 with stride 2, leaves out the last column of 32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import optax
 def mirror(params: Any) -> Any:
     """The parameters with which a network computes of an image what it computes of its mirror image with `params`.
 
-    Args: params of AllCNN or LeNet5. Exactly so for LeNet-5, and for All-CNN on images of 31×31 pixels.
+    So for LeNet-5, and for All-CNN on images of 31×31 pixels. Args: params of AllCNN or LeNet5, or their gradients.
     """
     mirrored, inputs = {}, None  # of the layer: channels of the one before, none for the image's colours
     names = sorted(params)  # Conv_0, Conv_1, …, Dense_0, …: in the order of the layers
@@ -45,10 +45,13 @@ def symmetric_part(params: Any) -> Any:
 
 
 def symmetric_start(params: Any) -> Any:
-    """The symmetric part of random initial parameters; kernels keep their variance."""
+    """The symmetric part of random initial parameters; kernels keep their variance, LSUV's not their orthogonality.
+
+    Logits become larger, as the last layer adds up pairs of units that are alike.
+    """
     return jax.tree.map(lambda x: x * 2**0.5 if x.ndim > 1 else x, symmetric_part(params))
 
 
 def symmetric_gradients() -> optax.GradientTransformation:
-    """Makes gradients symmetric, so that symmetric parameters stay so."""
+    """Makes gradients symmetric, so that symmetric parameters stay so but for rounding."""
     return optax.stateless(lambda updates, _: symmetric_part(updates))

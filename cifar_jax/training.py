@@ -70,8 +70,9 @@ def create_tx(config: Config, steps_per_epoch: int) -> optax.GradientTransformat
     a changing rate they are not the same optimizer.
     """
     schedule = create_schedule(config, steps_per_epoch)
-    first = [symmetric_gradients()] if config.mirror_symmetry else []
-    first += [optax.clip_by_global_norm(config.gradient_clip)] if config.gradient_clip else []
+    symmetric = [symmetric_gradients()] if config.mirror_symmetry else []
+    clip = [optax.clip_by_global_norm(config.gradient_clip)] if config.gradient_clip else []
+    first = [*symmetric, *clip]
     if config.optimizer == "muon":
         tx = optax.chain(*first, _create_muon(config, schedule))
     else:
@@ -81,7 +82,7 @@ def create_tx(config: Config, steps_per_epoch: int) -> optax.GradientTransformat
         decay = [optax.add_decayed_weights(config.weight_decay)] if config.weight_decay else []
         tx = optax.chain(*first, *decay, *parts)
     if config.sam_rho:
-        climb = optax.chain(optax.contrib.normalize(), optax.sgd(config.sam_rho))
+        climb = optax.chain(*symmetric, optax.contrib.normalize(), optax.sgd(config.sam_rho))
         tx = optax.contrib.sam(tx, climb, opaque_mode=True, batch_axis_name=AXIS)
     return optax.with_extra_args_support(tx)
 

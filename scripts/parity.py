@@ -47,7 +47,7 @@ DRAWS = 5  # of the dropout masks at test
 WHY_RELU = "near-ties of ReLU and max pool fall to either side in float32, float64 shows the semantics"
 WHY_FLOAT64 = "the same formula: float64 rounding alone"
 # Of gradients in float32, measured on CIFAR-10. A flip is as large between PyTorch's own float32 and float64 gradients.
-FLOORS = {"all_cnn": "3e-3", "lenet5": "3e-6, with a flip 1e-3"}
+FLOORS = {"all_cnn": "3e-3", "lenet5": "6e-6, with a flip 1e-3"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +212,9 @@ def check_gradients(reference: type[Reference], model: str, images: np.ndarray, 
         checks.append(Check(name, error, tolerance[dtype], why))
     with mock.patch.object(ops, "winograd_pays", return_value=False):
         _, error = errors(images, "float64")
-    name = f"{model}: gradients, float64, images as they are, without Winograd's form"
+    name = (
+        f"{model}: gradients, float64, images as they are, without Winograd's form, relative to each tensor's largest"
+    )
     return [*checks, Check(name, error, tolerance["float64"], WHY_FLOAT64)]
 
 

@@ -10,7 +10,7 @@ from cifar_jax.evaluate import load_run
 from cifar_jax.models import MODELS
 from cifar_jax.symmetry import mirror, symmetric_part, symmetric_start
 from cifar_jax.train import train_and_evaluate
-from cifar_jax.training import create_train_state
+from cifar_jax.training import AXIS, create_train_state, create_tx
 
 pytestmark = pytest.mark.usefixtures("direct_convolutions")
 SIDES = {"lenet5": 32, "all_cnn": 31}  # of images whose pools leave nothing out
@@ -53,14 +53,33 @@ def test_a_symmetric_gradient_is_the_mean_over_both_images(network):
     jax.tree.map(near, symmetric_part(gradient(start, images)), both)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
-def test_training_keeps_the_symmetry(tiny_config, optimizer):
-    config = dataclasses.replace(tiny_config, num_epochs=1, mirror_symmetry=True, optimizer=optimizer)
-    config = dataclasses.replace(config, dropout_rates=(0.0, 0.0), learning_rate=0.05, gradient_clip=10.0)
+@pytest.mark.parametrize("changes", [{"optimizer": "sgd", "sam_rho": 0.05}, {"optimizer": "muon", "ema_decay": 0.9}])
+def test_training_keeps_the_symmetry(tiny_config, changes):
+    config = dataclasses.replace(tiny_config, num_epochs=1, mirror_symmetry=True, initializer="lsuv", **changes)
+    config = dataclasses.replace(config, dropout_rates=(0.0, 0.0), weight_decay=0.1, gradient_clip=10.0)
     with jax.numpy_dtype_promotion("standard"):  # optax takes powers of an integer
         train_and_evaluate(config)
-    trained = load_run(Path(config.workdir), "latest")[1].params
+    state = load_run(Path(config.workdir), "latest")[1]
     start = create_train_state(config, 1).params
-    assert np.abs(trained["Dense_0"]["kernel"] - start["Dense_0"]["kernel"]).max() > 1e-3
     near = lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    jax.tree.map(near, mirror(trained), trained)
+    for trained in (state.params, state.eval_params):
+        assert np.abs(trained["Dense_0"]["kernel"] - start["Dense_0"]["kernel"]).max() > 1e-3
+        jax.tree.map(near, mirror(trained), trained)
+
+
+def test_sam_climbs_to_symmetric_weights(tiny_config):
+    config = dataclasses.replace(tiny_config, mirror_symmetry=True, sam_rho=0.05)
+    params = create_train_state(config, 1).params
+    tx = create_tx(config, 1)
+    seen = []
+    gradients = jax.tree.map(lambda x: jnp.linspace(0, 1, x.size).reshape(x.shape), params)
+    grad_fn = lambda params, _: seen.append(params) or gradients
+
+    def update(_):
+        return tx.update(gradients, tx.init(params), params, grad_fn=grad_fn)[0], seen[0]
+
+    _, climbed = jax.vmap(update, axis_name=AXIS)(jnp.zeros(1))
+    near = lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    climbed = jax.tree.map(lambda x: x[0], climbed)
+    jax.tree.map(near, mirror(climbed), climbed)
+    assert np.abs(climbed["Dense_0"]["kernel"] - params["Dense_0"]["kernel"]).max() > 0

@@ -50,7 +50,7 @@ class Config:
     scaled so that each layer's outputs for 256 training images have unit variance (LSUV, arXiv:1511.06422)."""
     mirror_symmetry: bool = False
     """Weights that compute the same for an image and its mirror image: half of the units have the other half's kernels,
-    mirrored (see symmetry.py)."""
+    mirrored (see symmetry.py). lenet5 then gains nothing by flips."""
     optimizer: Literal["sgd", "keras_sgd", "muon"] = "sgd"
     """SGD with momentum; keras_sgd keeps the learning rate inside the velocity, as Keras does; muon takes
     orthogonalised steps for kernels (arXiv:2502.16982's scale), Adam's (NAdam's with --nesterov) for the rest: biases
