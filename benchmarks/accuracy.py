@@ -135,9 +135,9 @@ HOLDOUT = 5000
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "lenet5": {
         "the recipe": {},
-        "no mirror symmetry": {"mirror_symmetry": False},
-        "random flip in its place": {"mirror_symmetry": False, "random_flip": True},
-        "alternating flip in its place": {"mirror_symmetry": False, "alternating_flip": True},
+        "no flip": {"alternating_flip": False},
+        "random flip": {"alternating_flip": False, "random_flip": True},
+        "mirror symmetry": {"mirror_symmetry": True},
         "no crop": {"crop_padding": 0},
         "smaller crop": {"crop_padding": 2},
         "no cutout": {"cutout_size": 0},
