@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import struct
 from flax.training import train_state
 from jax import lax
 
@@ -36,10 +37,11 @@ Batch = dict[str, jax.Array]
 
 class TrainState(train_state.TrainState):
     """Flax's TrainState (step, params, tx, opt_state), the key from which every step's randomness is folded, and the
-    moving average of the parameters, if the recipe has one."""
+    average of the parameters, if the recipe has one, with the rule by which they enter it (`create_average_weight`)."""
 
     rng: jax.Array
     ema_params: Any = None
+    average_weight: Callable[[jax.Array | int], jax.Array] | None = struct.field(pytree_node=False, default=None)
 
     @property
     def eval_params(self) -> Any:
@@ -47,11 +49,31 @@ class TrainState(train_state.TrainState):
         return self.params if self.ema_params is None else self.ema_params
 
 
+def swa_steps(config: Config, steps_per_epoch: int) -> tuple[int, int]:
+    """The step at which the cycles of stochastic weight averaging begin, and the steps of each; the latter 0: none."""
+    total_steps = config.num_epochs * steps_per_epoch
+    cycle = int(config.swa_fraction * total_steps / config.swa_cycles)
+    return total_steps - config.swa_cycles * cycle, cycle
+
+
 def create_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
     """Learning rate by step, float32."""
+    start, cycle = swa_steps(config, steps_per_epoch)
+    first = _create_first_schedule(config, start)
+    if cycle == 0:
+        return first
+
+    def schedule(step: Any) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        return jnp.where(step < start, first(step), config.swa_learning_rate * (1 - (step - start) % cycle / cycle))
+
+    return schedule
+
+
+def _create_first_schedule(config: Config, total_steps: int) -> optax.Schedule:
+    """The recipe's schedule, which ends after that many steps."""
     if config.schedule == "inverse_time":  # Keras 2's SGD(decay=…), keras/optimizers.py
         return lambda step: config.learning_rate / (1.0 + config.lr_decay * jnp.asarray(step, jnp.float32))
-    total_steps = config.num_epochs * steps_per_epoch
     warmup_steps = min(round(config.warmup_fraction * total_steps), total_steps - 1)
     if config.schedule == "cosine":
         cosine = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup_steps, total_steps)
@@ -61,6 +83,25 @@ def create_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
         rates = jnp.array([0 if warmup_steps else config.learning_rate, config.learning_rate, 0], jnp.float32)
         return lambda step: jnp.interp(jnp.asarray(step, jnp.float32), corners, rates)
     return optax.constant_schedule(config.learning_rate)
+
+
+def create_average_weight(config: Config, steps_per_epoch: int) -> Callable[[jax.Array | int], jax.Array]:
+    """The weight of the parameters in their average, float32, by the number of steps taken, int32.
+
+    It is an exponential moving average until the cycles of stochastic weight averaging; then the mean of what it was
+    and of the parameters at the end of each cycle.
+    """
+    start, cycle = swa_steps(config, steps_per_epoch)
+
+    def weight(step: jax.Array | int) -> jax.Array:
+        taken = jnp.asarray(step, jnp.float32)
+        moving = 1 - jnp.minimum(config.ema_decay, taken / (taken + 10))  # at first it forgets the initial parameters
+        if cycle == 0:
+            return moving
+        cycles = (taken - start) / cycle
+        return jnp.where(step <= start, moving, jnp.where((step - start) % cycle == 0, 1 / (1 + cycles), 0.0))
+
+    return weight
 
 
 def create_tx(config: Config, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
@@ -125,8 +166,12 @@ def create_train_state(config: Config, steps_per_epoch: int, images: Any = None)
     if config.initializer == "lsuv" and images is not None:
         params = unit_variance(model, params, scale_images(jnp.asarray(images), config.input_scaling))
     tx = create_tx(config, steps_per_epoch)
-    ema_params = jax.tree.map(jnp.copy, params) if config.ema_decay else None
-    state = TrainState.create(apply_fn=model.apply, params=params, tx=tx, rng=rng, ema_params=ema_params)
+    averages = config.ema_decay > 0 or config.swa_fraction > 0
+    ema_params = jax.tree.map(jnp.copy, params) if averages else None
+    weight = create_average_weight(config, steps_per_epoch) if averages else None
+    state = TrainState.create(
+        apply_fn=model.apply, params=params, tx=tx, rng=rng, ema_params=ema_params, average_weight=weight
+    )
     return state.replace(step=jnp.zeros((), jnp.int32))  # create's Python 0 would compile the step twice
 
 
@@ -198,10 +243,9 @@ def create_train_step(
         updates, opt_state = state.tx.update(lax.pmean(grads, AXIS), state.opt_state, state.params, grad_fn=grad_fn)
         params = optax.apply_updates(state.params, updates)
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
-        if config.ema_decay:
-            step = jnp.asarray(state.step, jnp.float32)
-            decay = jnp.minimum(config.ema_decay, step / (step + 10))  # at first it forgets the initial parameters
-            state = state.replace(ema_params=optax.incremental_update(state.params, state.ema_params, 1 - decay))
+        if state.average_weight is not None:
+            weight = state.average_weight(state.step)
+            state = state.replace(ema_params=optax.incremental_update(state.params, state.ema_params, weight))
         correct = (is_correct(logits, batch["label"]) * batch["mask"]).sum()
         metrics = {
             "loss": lax.pmean(loss, AXIS),

@@ -42,6 +42,8 @@ def test_the_reference_recipes_are_the_originals():
         ({"crop_padding": 32}, "--crop-padding 32"),
         ({"seed": -1}, "--seed -1"),
         ({"ema_decay": 1.0}, "--ema-decay 1.0"),
+        ({"swa_fraction": 1.0}, "--swa-fraction 1.0"),
+        ({"swa_cycles": 0}, "--swa-cycles 0"),
         ({"gradient_clip": -1.0}, "--gradient-clip -1.0"),
         ({"mixup_alpha": 1.0, "cutmix_alpha": 1.0}, "must be 0 with --cutmix-alpha"),
         ({"image_sizes": ((24, 2),)}, "must be empty for lenet5"),

@@ -10,13 +10,15 @@ import jax
 import numpy as np
 import pytest
 
-from cifar_jax import evaluate, ops, train
+from cifar_jax import evaluate, train
 from cifar_jax.checkpoint import Checkpoints
 from cifar_jax.configs import RECIPES
 from cifar_jax.errors import UserError
 from cifar_jax.metrics import read_batch_loss, read_metrics
 from cifar_jax.train import Interrupted, parse_config, train_and_evaluate
 from cifar_jax.training import create_train_state, replicate
+
+pytestmark = pytest.mark.usefixtures("direct_convolutions")
 
 STOP_CALLS_AN_EPOCH = 1 + 6 + 4  # before the epoch, before its steps, after the steps of its evaluation
 
@@ -387,7 +389,6 @@ def test_progressive_sizes_train_and_resume(use_tiny_dataset, tmp_path, interrup
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "create_train_steps", recorded)
-        patch.setattr(ops, "winograd_pays", lambda kernel, size: False)  # compiles faster
         interrupt(3 + 4 + 3, signal.SIGTERM)  # in the steps of the second epoch, after its first
         with pytest.raises(Interrupted):
             train_and_evaluate(config)

@@ -310,6 +310,23 @@ def test_the_average_follows_the_parameters_and_is_evaluated(tiny_dataset, tiny_
     assert evaluate(steps[-1])["loss"] != plain(last)["loss"]
 
 
+def test_the_ends_of_cycles_are_averaged(tiny_dataset, tiny_config):
+    """Two of three epochs are cycles of one: the mean of the parameters after each epoch is evaluated."""
+    config = dataclasses.replace(tiny_config, swa_fraction=2 / 3, swa_cycles=2, swa_learning_rate=0.03)
+    rates = [float(training.create_schedule(config, 6)(step)) for step in range(18)]
+    assert rates[:6] == pytest.approx([0.05] * 6)
+    assert rates[6:] == pytest.approx([0.03 * (1 - i / 6) for i in range(6)] * 2)
+    states = [create_train_state(config, 6)]
+    for _ in range(3):
+        copied = jax.tree.map(lambda x: x if isinstance(x, int) else jnp.copy(x), states[-1])
+        states.append(train_epoch(config, tiny_dataset, state=copied)[0])
+    expected = jax.tree.map(lambda *x: sum(map(np.asarray, x)) / 3, *(state.params for state in states[1:]))
+    assert_trees_close(states[-1].eval_params, expected, atol=1e-6)
+    assert_trees_close(states[1].eval_params, states[1].params)  # the average begins with the first schedule's end
+    weight = training.create_average_weight(dataclasses.replace(config, ema_decay=0.5), 6)
+    assert [float(weight(step)) for step in (6, 7, 11, 12, 13, 18)] == pytest.approx([0.625, 0, 0, 1 / 2, 0, 1 / 3])
+
+
 def test_mixed_labels_and_a_smaller_image(tiny_dataset, monkeypatch):
     """What the network gets, and its loss against both labels."""
     config = dataclasses.replace(

@@ -74,6 +74,13 @@ class Config:
     """Share of all steps in which the rate rises linearly from 0, before a cosine or one_cycle schedule falls."""
     ema_decay: float = 0.0
     """Of the exponential moving average of the parameters, which is then what is evaluated; 0: none."""
+    swa_fraction: float = 0.0
+    """Stochastic weight averaging (arXiv:1803.05407): the share of all steps, the last, that goes into swa_cycles. In
+    each the rate falls anew, in a line to 0; the weights at their starts and ends are averaged, and evaluated."""
+    swa_cycles: int = 4
+    """Number of those cycles."""
+    swa_learning_rate: float = 0.005
+    """Learning rate at the start of each."""
     label_smoothing: float = 0.0
     """Share of each target that is spread evenly over the classes."""
 
@@ -129,6 +136,9 @@ class Config:
         for field in (*amounts, "rotation_degrees", "shift_fraction", "cutout_size"):
             check(0 <= getattr(self, field) < math.inf, field, "0 or more")
         check(0 <= self.ema_decay < 1, "ema_decay", "at least 0 and below 1")
+        check(0 <= self.swa_fraction < 1, "swa_fraction", "at least 0 and below 1")
+        check(self.swa_cycles >= 1, "swa_cycles", "1 or more")
+        check(0 < self.swa_learning_rate < math.inf, "swa_learning_rate", "a number above 0")
         check(self.mixup_alpha == 0 or self.cutmix_alpha == 0, "mixup_alpha", "0 with --cutmix-alpha")
         check(
             not self.image_sizes or self.model == "all_cnn", "image_sizes", "empty for lenet5, which has dense layers"
