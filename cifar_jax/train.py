@@ -112,6 +112,7 @@ def _restarted(config: Config, number: int) -> Config:
         config,
         workdir=str(Path(config.workdir) / f"restart{number}"),
         learning_rate=config.learning_rate / 2**number,
+        swa_learning_rate=config.swa_learning_rate / 2**number,
         seed=(config.seed + number) % 2**32,
     )
 

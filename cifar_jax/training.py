@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from flax.training import train_state
 from jax import lax
 
@@ -37,11 +36,10 @@ Batch = dict[str, jax.Array]
 
 class TrainState(train_state.TrainState):
     """Flax's TrainState (step, params, tx, opt_state), the key from which every step's randomness is folded, and the
-    average of the parameters, if the recipe has one, with the rule by which they enter it (`create_average_weight`)."""
+    average of the parameters, if the recipe has one, named after its first kind (see `create_averaging_share`)."""
 
     rng: jax.Array
     ema_params: Any = None
-    average_weight: Callable[[jax.Array | int], jax.Array] | None = struct.field(pytree_node=False, default=None)
 
     @property
     def eval_params(self) -> Any:
@@ -52,20 +50,21 @@ class TrainState(train_state.TrainState):
 def swa_steps(config: Config, steps_per_epoch: int) -> tuple[int, int]:
     """The step at which the cycles of stochastic weight averaging begin, and the steps of each; the latter 0: none."""
     total_steps = config.num_epochs * steps_per_epoch
-    cycle = int(config.swa_fraction * total_steps / config.swa_cycles)
-    return total_steps - config.swa_cycles * cycle, cycle
+    cycle_steps = int(config.swa_fraction * total_steps / config.swa_cycles)
+    return total_steps - config.swa_cycles * cycle_steps, cycle_steps
 
 
 def create_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
     """Learning rate by step, float32."""
-    start, cycle = swa_steps(config, steps_per_epoch)
+    start, cycle_steps = swa_steps(config, steps_per_epoch)
     first = _create_first_schedule(config, start)
-    if cycle == 0:
+    if cycle_steps == 0:
         return first
 
     def schedule(step: Any) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
-        return jnp.where(step < start, first(step), config.swa_learning_rate * (1 - (step - start) % cycle / cycle))
+        in_cycle = (step - start) % cycle_steps
+        return jnp.where(step < start, first(step), config.swa_learning_rate * (1 - in_cycle / cycle_steps))
 
     return schedule
 
@@ -85,23 +84,23 @@ def _create_first_schedule(config: Config, total_steps: int) -> optax.Schedule:
     return optax.constant_schedule(config.learning_rate)
 
 
-def create_average_weight(config: Config, steps_per_epoch: int) -> Callable[[jax.Array | int], jax.Array]:
-    """The weight of the parameters in their average, float32, by the number of steps taken, int32.
+def create_averaging_share(config: Config, steps_per_epoch: int) -> Callable[[jax.Array | int], jax.Array]:
+    """The share of the parameters in their average, float32, by the number of steps taken, int32.
 
     It is an exponential moving average until the cycles of stochastic weight averaging; then the mean of what it was
     and of the parameters at the end of each cycle.
     """
-    start, cycle = swa_steps(config, steps_per_epoch)
+    start, cycle_steps = swa_steps(config, steps_per_epoch)
 
-    def weight(step: jax.Array | int) -> jax.Array:
+    def share(step: jax.Array | int) -> jax.Array:
         taken = jnp.asarray(step, jnp.float32)
         moving = 1 - jnp.minimum(config.ema_decay, taken / (taken + 10))  # at first it forgets the initial parameters
-        if cycle == 0:
+        if cycle_steps == 0:
             return moving
-        cycles = (taken - start) / cycle
-        return jnp.where(step <= start, moving, jnp.where((step - start) % cycle == 0, 1 / (1 + cycles), 0.0))
+        ended = jnp.where((step - start) % cycle_steps == 0, 1 / (1 + (taken - start) / cycle_steps), 0.0)
+        return jnp.where(step <= start, moving, ended)
 
-    return weight
+    return share
 
 
 def create_tx(config: Config, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
@@ -168,10 +167,7 @@ def create_train_state(config: Config, steps_per_epoch: int, images: Any = None)
     tx = create_tx(config, steps_per_epoch)
     averages = config.ema_decay > 0 or config.swa_fraction > 0
     ema_params = jax.tree.map(jnp.copy, params) if averages else None
-    weight = create_average_weight(config, steps_per_epoch) if averages else None
-    state = TrainState.create(
-        apply_fn=model.apply, params=params, tx=tx, rng=rng, ema_params=ema_params, average_weight=weight
-    )
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=tx, rng=rng, ema_params=ema_params)
     return state.replace(step=jnp.zeros((), jnp.int32))  # create's Python 0 would compile the step twice
 
 
@@ -204,8 +200,9 @@ def create_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The recipe's train_step(state, batch) → (state, metrics), to run under the axis AXIS, on images of that size.
 
-    metrics are of the global batch before the update: 'loss' float32, the mean over its examples (the recipe's loss,
-    dropout on), 'correct' int32, 'count' int32.
+    batch is `take_batch`'s; also 'epoch', int32 from 0, for alternating flips, and 'averaging_share', float32, where
+    parameters are averaged. metrics are of the global batch before the update: 'loss' float32, the mean over its
+    examples (the recipe's loss, dropout on), 'correct' int32, 'count' int32.
     """
     augment = create_augment(config)
     mixes = config.mixup_alpha > 0 or config.cutmix_alpha > 0
@@ -243,9 +240,9 @@ def create_train_step(
         updates, opt_state = state.tx.update(lax.pmean(grads, AXIS), state.opt_state, state.params, grad_fn=grad_fn)
         params = optax.apply_updates(state.params, updates)
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
-        if state.average_weight is not None:
-            weight = state.average_weight(state.step)
-            state = state.replace(ema_params=optax.incremental_update(state.params, state.ema_params, weight))
+        if state.ema_params is not None:
+            average = optax.incremental_update(state.params, state.ema_params, batch["averaging_share"])
+            state = state.replace(ema_params=average)
         correct = (is_correct(logits, batch["label"]) * batch["mask"]).sum()
         metrics = {
             "loss": lax.pmean(loss, AXIS),
@@ -419,8 +416,10 @@ def create_train_steps(config: Config, devices: Sequence[jax.Device], steps_per_
         def one(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
             state, history = carry
             batch = take_batch(images, labels, order, i * config.batch_size + device * size, size)
-            epoch = state.step // -(-order.shape[0] // config.batch_size)
-            state, metrics = train_step(state, batch | {"epoch": epoch})
+            steps_per_epoch = -(-order.shape[0] // config.batch_size)
+            share = create_averaging_share(config, steps_per_epoch)(state.step + 1)
+            batch |= {"epoch": state.step // steps_per_epoch, "averaging_share": share}
+            state, metrics = train_step(state, batch)
             return state, _record(history, i, metrics)
 
         state, history = _repeat(one, start, count, (state, history), steps_per_call)

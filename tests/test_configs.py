@@ -44,6 +44,7 @@ def test_the_reference_recipes_are_the_originals():
         ({"ema_decay": 1.0}, "--ema-decay 1.0"),
         ({"swa_fraction": 1.0}, "--swa-fraction 1.0"),
         ({"swa_cycles": 0}, "--swa-cycles 0"),
+        ({"swa_learning_rate": 0.0}, "--swa-learning-rate 0.0"),
         ({"gradient_clip": -1.0}, "--gradient-clip -1.0"),
         ({"mixup_alpha": 1.0, "cutmix_alpha": 1.0}, "must be 0 with --cutmix-alpha"),
         ({"image_sizes": ((24, 2),)}, "must be empty for lenet5"),

@@ -64,6 +64,8 @@ def finished_run(tiny_dataset, tmp_path_factory):
             optimizer="muon",
             learning_rate=0.02,
             ema_decay=0.9,
+            swa_fraction=0.5,  # two cycles of 4 steps, from step 10, in the second epoch
+            swa_cycles=2,
             batch_size=16,
             num_epochs=3,
             crop_padding=2,
@@ -305,6 +307,7 @@ def test_dead_training_is_said_or_restarted(tiny_config, monkeypatch, capsys):
     config = dataclasses.replace(config, workdir=f"{config.workdir}-restarted", auto_restart=True)
     summary = train_and_evaluate(config)
     assert (summary["config"]["learning_rate"], summary["config"]["seed"]) == (5e-13, 1)
+    assert summary["config"]["swa_learning_rate"] == config.swa_learning_rate / 2
     assert f"starting again in {config.workdir}/restart1: rate 5e-13, seed 1" in capsys.readouterr().err
     assert read_metrics(train.Path(config.workdir)) == []  # the dead epoch is not logged
     monkeypatch.setattr(train, "create_train_steps", None)  # nothing is trained again

@@ -62,7 +62,7 @@ def test_pytorch_schedule_is_constant():
 
 def test_cosine_schedule_warms_up_and_ends_at_zero():
     config = dataclasses.replace(
-        RECIPES["lenet5"], num_epochs=10, schedule="cosine", warmup_fraction=0.2, learning_rate=0.1
+        RECIPES["lenet5_reference"], num_epochs=10, schedule="cosine", warmup_fraction=0.2, learning_rate=0.1
     )
     schedule = create_schedule(config, 100)
     rates = [float(schedule(step)) for step in (0, 100, 200, 400, 600, 1000)]
@@ -71,14 +71,14 @@ def test_cosine_schedule_warms_up_and_ends_at_zero():
 
 @pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
 def test_a_warm_up_leaves_a_step_to_the_schedule(schedule):
-    config = dataclasses.replace(RECIPES["lenet5"], num_epochs=1, schedule=schedule, warmup_fraction=0.99)
+    config = dataclasses.replace(RECIPES["lenet5_reference"], num_epochs=1, schedule=schedule, warmup_fraction=0.99)
     rates = [float(create_schedule(config, 45)(step)) for step in (0, 44, 45)]
     np.testing.assert_allclose(rates, [0, config.learning_rate, 0], atol=1e-7)
 
 
 def test_one_cycle_schedule_rises_and_falls_in_lines():
     config = dataclasses.replace(
-        RECIPES["lenet5"], num_epochs=10, schedule="one_cycle", warmup_fraction=0.2, learning_rate=0.1
+        RECIPES["lenet5_reference"], num_epochs=10, schedule="one_cycle", warmup_fraction=0.2, learning_rate=0.1
     )
     rates = [float(create_schedule(config, 100)(step)) for step in (0, 100, 200, 600, 1000)]
     np.testing.assert_allclose(rates, [0, 0.05, 0.1, 0.05, 0], atol=1e-7)
@@ -86,7 +86,7 @@ def test_one_cycle_schedule_rises_and_falls_in_lines():
 
 def test_one_cycle_without_warm_up_begins_at_its_peak():
     config = dataclasses.replace(
-        RECIPES["lenet5"], num_epochs=10, schedule="one_cycle", warmup_fraction=0.0, learning_rate=0.1
+        RECIPES["lenet5_reference"], num_epochs=10, schedule="one_cycle", warmup_fraction=0.0, learning_rate=0.1
     )
     rates = [float(create_schedule(config, 100)(step)) for step in (0, 1, 1000)]
     np.testing.assert_allclose(rates, [0.1, 0.1, 0], atol=2e-4)
@@ -310,21 +310,33 @@ def test_the_average_follows_the_parameters_and_is_evaluated(tiny_dataset, tiny_
     assert evaluate(steps[-1])["loss"] != plain(last)["loss"]
 
 
-def test_the_ends_of_cycles_are_averaged(tiny_dataset, tiny_config):
-    """Two of three epochs are cycles of one: the mean of the parameters after each epoch is evaluated."""
-    config = dataclasses.replace(tiny_config, swa_fraction=2 / 3, swa_cycles=2, swa_learning_rate=0.03)
-    rates = [float(training.create_schedule(config, 6)(step)) for step in range(18)]
-    assert rates[:6] == pytest.approx([0.05] * 6)
-    assert rates[6:] == pytest.approx([0.03 * (1 - i / 6) for i in range(6)] * 2)
+def test_cycles_follow_the_schedule():
+    config = dataclasses.replace(
+        RECIPES["lenet5_reference"], num_epochs=3, swa_fraction=0.5, swa_cycles=2, swa_learning_rate=0.03
+    )
+    config = dataclasses.replace(config, schedule="one_cycle", warmup_fraction=0.2, learning_rate=0.1)
+    rates = [float(create_schedule(config, 6)(step)) for step in range(18)]  # two cycles of 4 steps, from step 10
+    falls = [0.1 * (1 - i / 8) for i in range(8)]
+    assert rates == pytest.approx([0, 0.05, *falls, *[0.03 * (1 - i / 4) for i in range(4)] * 2])
+    share = training.create_averaging_share(dataclasses.replace(config, ema_decay=0.5), 6)
+    shares = [float(share(step)) for step in range(1, 19)]
+    assert shares[:10] == pytest.approx([1 - min(0.5, step / (step + 10)) for step in range(1, 11)])
+    assert shares[10:] == pytest.approx([0, 0, 0, 1 / 2, 0, 0, 0, 1 / 3])
+    too_short = dataclasses.replace(config, swa_fraction=0.1)  # 0.9 steps a cycle: none
+    assert training.swa_steps(too_short, 6) == (18, 0)
+    assert float(create_schedule(too_short, 6)(17)) == pytest.approx(0.1 / 14)
+    assert float(training.create_averaging_share(too_short, 6)(18)) == 1
+
+
+def test_the_average_and_the_ends_of_cycles_are_averaged(tiny_dataset, tiny_config):
+    """Here cycles are epochs: after the first epoch's moving average come the parameters after the second and third."""
+    config = dataclasses.replace(tiny_config, ema_decay=0.5, swa_fraction=2 / 3, swa_cycles=2, swa_learning_rate=0.03)
     states = [create_train_state(config, 6)]
     for _ in range(3):
-        copied = jax.tree.map(lambda x: x if isinstance(x, int) else jnp.copy(x), states[-1])
-        states.append(train_epoch(config, tiny_dataset, state=copied)[0])
-    expected = jax.tree.map(lambda *x: sum(map(np.asarray, x)) / 3, *(state.params for state in states[1:]))
-    assert_trees_close(states[-1].eval_params, expected, atol=1e-6)
-    assert_trees_close(states[1].eval_params, states[1].params)  # the average begins with the first schedule's end
-    weight = training.create_average_weight(dataclasses.replace(config, ema_decay=0.5), 6)
-    assert [float(weight(step)) for step in (6, 7, 11, 12, 13, 18)] == pytest.approx([0.625, 0, 0, 1 / 2, 0, 1 / 3])
+        states.append(train_epoch(config, tiny_dataset, state=jax.tree.map(jnp.copy, states[-1]))[0])
+    members = (states[1].ema_params, states[2].params, states[3].params)
+    expected = jax.tree.map(lambda *x: sum(map(np.asarray, x)) / 3, *members)
+    assert_trees_close(states[3].eval_params, expected, atol=1e-6)
 
 
 def test_mixed_labels_and_a_smaller_image(tiny_dataset, monkeypatch):

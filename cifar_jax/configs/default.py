@@ -71,16 +71,19 @@ class Config:
     lr_decay: float = 0.0
     """Of the inverse_time schedule, per step."""
     warmup_fraction: float = 0.0
-    """Share of all steps in which the rate rises linearly from 0, before a cosine or one_cycle schedule falls."""
+    """Share of the steps (but those of swa_fraction) in which the rate rises linearly from 0, before a cosine or
+    one_cycle schedule falls."""
     ema_decay: float = 0.0
-    """Of the exponential moving average of the parameters, which is then what is evaluated; 0: none."""
+    """Of the exponential moving average of the parameters, which is then what is evaluated (but see swa_fraction); 0:
+    none."""
     swa_fraction: float = 0.0
-    """Stochastic weight averaging (arXiv:1803.05407): the share of all steps, the last, that goes into swa_cycles. In
-    each the rate falls anew, in a line to 0; the weights at their starts and ends are averaged, and evaluated."""
+    """Stochastic weight averaging (arXiv:1803.05407): share of all steps, the last, that go into swa_cycles. The
+    average so far (of ema_decay, else the parameters) and the parameters at the end of each cycle are averaged, and
+    evaluated: in between the test accuracy stands still. 0: none."""
     swa_cycles: int = 4
-    """Number of those cycles."""
+    """Number of these cycles; no matter without swa_fraction."""
     swa_learning_rate: float = 0.005
-    """Learning rate at the start of each."""
+    """Learning rate at the start of each; it falls in a line to 0. No matter without swa_fraction."""
     label_smoothing: float = 0.0
     """Share of each target that is spread evenly over the classes."""
 
