@@ -1,4 +1,4 @@
-"""LeNet-5 trained well: Muon, mirror symmetry, crops, cutout, label smoothing, and averaged cycles (SWA) at the end.
+"""LeNet-5 trained well: Muon, one cycle, crops, alternating flips, cutout, label smoothing and averaged weights.
 
 python -m cifar_jax.train lenet5
 """
@@ -11,7 +11,6 @@ CONFIG = Config(
     dropout_rates=(0.0, 0.0),
     input_scaling="standardized",
     initializer="he",
-    mirror_symmetry=True,
     batch_size=256,
     num_epochs=160,
     optimizer="muon",
@@ -22,10 +21,8 @@ CONFIG = Config(
     schedule="one_cycle",
     warmup_fraction=0.05,
     ema_decay=0.995,
-    swa_fraction=0.4,
-    swa_cycles=6,
-    swa_learning_rate=0.005,
     label_smoothing=0.1,
     crop_padding=4,
+    alternating_flip=True,
     cutout_size=8,
 )
