@@ -60,13 +60,10 @@ def create_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
     first = _create_first_schedule(config, start)
     if cycle_steps == 0:
         return first
-
-    def schedule(step: Any) -> jax.Array:
-        step = jnp.asarray(step, jnp.float32)
-        in_cycle = (step - start) % cycle_steps
-        return jnp.where(step < start, first(step), config.swa_learning_rate * (1 - in_cycle / cycle_steps))
-
-    return schedule
+    cycle = optax.linear_schedule(config.swa_learning_rate, 0.0, cycle_steps)
+    starts = [start + number * cycle_steps for number in range(config.swa_cycles)]
+    joined = optax.join_schedules([first, *[cycle] * config.swa_cycles], starts)
+    return lambda step: joined(jnp.asarray(step, jnp.float32))  # optax mixes the step's type with float32
 
 
 def _create_first_schedule(config: Config, total_steps: int) -> optax.Schedule:
@@ -76,7 +73,7 @@ def _create_first_schedule(config: Config, total_steps: int) -> optax.Schedule:
     warmup_steps = min(round(config.warmup_fraction * total_steps), total_steps - 1)
     if config.schedule == "cosine":
         cosine = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup_steps, total_steps)
-        return lambda step: cosine(jnp.asarray(step, jnp.float32))  # optax mixes the step's type with float32
+        return lambda step: cosine(jnp.asarray(step, jnp.float32))  # as above
     if config.schedule == "one_cycle":
         corners = jnp.array([0, max(warmup_steps, 1), total_steps], jnp.float32)
         rates = jnp.array([0 if warmup_steps else config.learning_rate, config.learning_rate, 0], jnp.float32)

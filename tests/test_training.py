@@ -311,10 +311,9 @@ def test_the_average_follows_the_parameters_and_is_evaluated(tiny_dataset, tiny_
 
 
 def test_cycles_follow_the_schedule():
-    config = dataclasses.replace(
-        RECIPES["lenet5_reference"], num_epochs=3, swa_fraction=0.5, swa_cycles=2, swa_learning_rate=0.03
-    )
-    config = dataclasses.replace(config, schedule="one_cycle", warmup_fraction=0.2, learning_rate=0.1)
+    first = {"schedule": "one_cycle", "warmup_fraction": 0.2, "learning_rate": 0.1}
+    cycles = {"swa_fraction": 0.5, "swa_cycles": 2, "swa_learning_rate": 0.03}
+    config = dataclasses.replace(RECIPES["lenet5_reference"], num_epochs=3, **first, **cycles)
     rates = [float(create_schedule(config, 6)(step)) for step in range(18)]  # two cycles of 4 steps, from step 10
     falls = [0.1 * (1 - i / 8) for i in range(8)]
     assert rates == pytest.approx([0, 0.05, *falls, *[0.03 * (1 - i / 4) for i in range(4)] * 2])
