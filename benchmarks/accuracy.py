@@ -162,7 +162,7 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "the recipe": {},
         "no flip": {"alternating_flip": False},
         "random flip": {"alternating_flip": False, "random_flip": True},
-        "mirror symmetry": {"mirror_symmetry": True},
+        "no mirror symmetry": {"mirror_symmetry": False},
         "no crop": {"crop_padding": 0},
         "cutout": {"cutout_size": 8},
         "cutmix": {"cutmix_alpha": 1.0},

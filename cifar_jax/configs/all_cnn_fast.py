@@ -1,4 +1,4 @@
-"""All-CNN in few epochs: Muon, one cycle, small images first, crops, alternating flips, averaged weights.
+"""All-CNN in few epochs: Muon, one cycle, small images first, mirror symmetry, crops, averaged weights.
 
 python -m cifar_jax.train all_cnn_fast
 """
@@ -25,4 +25,5 @@ CONFIG = Config(
     label_smoothing=0.1,
     crop_padding=4,
     alternating_flip=True,
+    mirror_symmetry=True,
 )
