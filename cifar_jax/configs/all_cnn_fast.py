@@ -1,4 +1,4 @@
-"""All-CNN in few epochs: Muon, one cycle, small images first, mirror symmetry, crops, averaged weights.
+"""All-CNN in few epochs: Muon, one cycle, small images first, mirror symmetry, crops, alternating flips, EMA.
 
 python -m cifar_jax.train all_cnn_fast
 """
