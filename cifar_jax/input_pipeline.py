@@ -324,7 +324,8 @@ def _read_pickle(data: bytes, path: Path) -> tuple[np.ndarray, np.ndarray]:
     except Exception as error:  # a hostile or cut pickle can raise anything
         raise UserError(f"{path}: not a batch of CIFAR-10 ({error}): delete it to download it again") from error
     if pixels.shape != (IMAGES_PER_BATCH, 3072) or labels.shape != (IMAGES_PER_BATCH,):
-        raise UserError(f"{path}: holds {len(pixels)} images and {labels.size} labels, not {IMAGES_PER_BATCH} of each")
+        count = pixels.size // 3072
+        raise UserError(f"{path}: holds {count} images and {labels.size} labels, not {IMAGES_PER_BATCH} of each")
     return pixels, labels
 
 
@@ -383,7 +384,7 @@ def _cached(read: Callable[[Path], Arrays], path: Path) -> Arrays:
     files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
     stamp = [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
     entry = _cache_dir() / f"cifar10-{hashlib.sha256(chr(10).join(stamp).encode()).hexdigest()[:16]}"
-    with contextlib.suppress(OSError, ValueError):  # not there yet, or damaged: decode again
+    with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged: decode again
         return _open_arrays(entry)
     arrays = read(path)
     try:
@@ -410,8 +411,11 @@ def _save_arrays(entry: Path, arrays: Arrays) -> None:
         for name, array in arrays.items():
             np.save(partial / f"{name}.npy", array)
         shutil.rmtree(entry, ignore_errors=True)
-        with contextlib.suppress(FileExistsError):  # another process was faster
+        try:
             partial.rename(entry)
+        except OSError:
+            if not entry.is_dir():  # else another process was faster
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

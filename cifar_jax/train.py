@@ -155,10 +155,12 @@ def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, 
         + (f"; tests on {config.holdout:,} held-out training images" if config.holdout else "")
     )
     if progress.epoch >= config.num_epochs:
-        with contextlib.suppress(OSError, ValueError):  # missing or damaged: written anew below
+        # Missing, damaged, or of an interruption with the last epochs' end cut off: written anew below.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             summary = json.loads((workdir / "summary.json").read_text())
-            print(f"already complete after {progress.epoch} epochs; for another run name another --workdir")
-            return summary
+            if summary["epochs"] == progress.epoch:
+                print(f"already complete after {progress.epoch} epochs; for another run name another --workdir")
+                return summary
     if restored is not None:
         print(f"resuming after {progress.epoch} epochs and {progress.step}/{steps_per_epoch} steps")
 

@@ -144,8 +144,8 @@ def jax_logits(model: str, params: Params, images: np.ndarray, final_relu: bool 
 
 def jax_loss_and_gradients(model: str, params: Params, images: np.ndarray, labels: np.ndarray) -> tuple[Any, Params]:
     network = MODELS[model](dtype=images.dtype)
-    loss = lambda params: cross_entropy(network.apply({"params": params}, images), jnp.asarray(labels)).mean()
-    return jax.jit(jax.value_and_grad(loss))(params)
+    loss = lambda params, images, labels: cross_entropy(network.apply({"params": params}, images), labels).mean()
+    return jax.jit(jax.value_and_grad(loss))(params, images, labels)
 
 
 def torch_loss(logits: torch.Tensor, labels: np.ndarray) -> torch.Tensor:

@@ -24,7 +24,7 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from cifar_jax import evaluate, input_pipeline, ops, train
+from cifar_jax import evaluate, input_pipeline, ops, plots, train
 from cifar_jax.configs.default import Config
 from cifar_jax.input_pipeline import Dataset, load_dataset
 
@@ -81,7 +81,8 @@ def tiny_dataset():
 
 @pytest.fixture
 def use_tiny_dataset(monkeypatch, tiny_dataset):
-    """Whatever is asked for, training and evaluation get the tiny dataset."""
+    """Whatever is asked for, training and evaluation get the tiny dataset; a run's figures, slow, are not drawn."""
+    monkeypatch.setattr(plots, "plot_run", lambda workdir: None)
     for module in (train, evaluate):
         monkeypatch.setattr(module, "load_dataset", lambda name, data_dir: tiny_dataset)
 

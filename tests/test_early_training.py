@@ -2,9 +2,12 @@ import dataclasses
 import json
 
 import numpy as np
+import pytest
 
 from benchmarks import early_training
 from cifar_jax.configs import RECIPES
+
+pytestmark = pytest.mark.usefixtures("direct_convolutions")
 
 
 def test_both_frameworks_take_the_same_steps(monkeypatch, tmp_path, run_command):

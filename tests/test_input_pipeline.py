@@ -123,9 +123,23 @@ def test_decoded_once_then_memory_mapped(small_batches, tmp_path, monkeypatch):
     shutil.rmtree(folder)
     write_python(folder, (255 - small_batches[0], *small_batches[1:]))
     assert_loads((255 - small_batches[0], *small_batches[1:]), tmp_path)
-    for array in input_pipeline._cache_dir().rglob("train_images.npy"):
-        array.write_bytes(array.read_bytes()[:1000])
-    assert_loads((255 - small_batches[0], *small_batches[1:]), tmp_path)
+    for size in (1000, 0):
+        for array in input_pipeline._cache_dir().rglob("train_images.npy"):
+            array.write_bytes(array.read_bytes()[:size])
+        assert_loads((255 - small_batches[0], *small_batches[1:]), tmp_path)
+
+
+def test_another_process_was_faster(small_batches, tmp_path, monkeypatch, capsys):
+    rename = input_pipeline.Path.rename
+
+    def late(partial, entry):
+        shutil.copytree(partial, entry)
+        rename(partial, entry)
+
+    monkeypatch.setattr(input_pipeline.Path, "rename", late)
+    write_python(tmp_path / "cifar-10-batches-py", small_batches)
+    assert_loads(small_batches, tmp_path)
+    assert capsys.readouterr().err == ""
 
 
 def test_an_unwritable_cache_is_no_obstacle(small_batches, tmp_path, monkeypatch, capsys):
@@ -230,6 +244,14 @@ def test_a_hostile_pickle_runs_nothing(what, small_batches, tmp_path):
     with pytest.raises(UserError, match="data_batch_3: not a batch of CIFAR-10"):
         load_dataset("cifar10", tmp_path)
     assert not os.path.exists("pwned")
+
+
+def test_a_pickle_of_a_single_pixel(small_batches, tmp_path):
+    folder = write_python(tmp_path / "cifar-10-batches-py", small_batches)
+    batch = {b"data": np.array(7, np.uint8), b"labels": list(range(20))}
+    (folder / "data_batch_3").write_bytes(pickle.dumps(batch, protocol=2))
+    with pytest.raises(UserError, match="data_batch_3: holds 0 images and 20 labels"):
+        load_dataset("cifar10", tmp_path)
 
 
 def test_a_pickle_can_neither_change_the_reader_nor_fake_pixels():

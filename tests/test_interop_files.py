@@ -183,6 +183,17 @@ def test_a_hostile_pickle_is_not_run(tmp_path, capsys):
     assert "EVIL" not in capsys.readouterr().out
 
 
+def test_every_cut_of_an_old_pth_is_noticed(tmp_path):
+    """PyTorch's format before zip, which the notebook's era wrote."""
+    path = tmp_path / "old.pth"
+    torch.save({"conv1.weight": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    for content in (b".", *(data[:length] for length in range(len(data)))):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"^{path}: "):
+            load_weights(path)
+
+
 @pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], {"a": 3}])
 def test_a_checkpoint_that_is_no_state_dict(tmp_path, content):
     torch.save(content, tmp_path / "file.pth")

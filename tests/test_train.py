@@ -444,10 +444,11 @@ def test_a_half_lost_run_is_refused(damage, message, uninterrupted, use_tiny_dat
         train_and_evaluate(dataclasses.replace(uninterrupted, workdir=str(tmp_path / "run")))
 
 
-def test_a_lost_summary_is_written_again(uninterrupted, use_tiny_dataset, tmp_path):
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"epochs": 1, "test_accuracy": 0.1}'])
+def test_a_lost_or_earlier_summary_is_written_again(content, uninterrupted, use_tiny_dataset, tmp_path):
     shutil.copytree(uninterrupted.workdir, tmp_path / "run")
     before = json.loads((tmp_path / "run" / "summary.json").read_text())
-    (tmp_path / "run" / "summary.json").write_text("{")
+    (tmp_path / "run" / "summary.json").write_text(content)
     train_and_evaluate(dataclasses.replace(uninterrupted, workdir=str(tmp_path / "run")))
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == before
 
