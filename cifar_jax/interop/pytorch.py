@@ -27,6 +27,9 @@ NAMES = {
     "lenet5": ("conv1", "conv2", "fullyc1", "fullyc2", "fullyc3"),
 }
 
+# LeNet's first dense layer: for each of Flax' inputs, a flattened [5, 5, 64], its place in PyTorch's [64, 5, 5].
+_FLATTENED = np.arange(64 * 5 * 5).reshape(64, 5, 5).transpose(1, 2, 0).ravel()
+
 
 def create_model(model: str, dropout_rates: Sequence[float] | None = None, final_relu: bool = False) -> Any:
     """A torch.nn.Sequential from float images [N, 3, 32, 32] to logits [N, 10], with the original's initialisers.
@@ -106,16 +109,11 @@ def params_from_pytorch(state_dict: Mapping[str, Any], model: str | None = None)
     check_tensors(list(tensors.items()), shapes)
     arrays = list(tensors.values())
     layers = []
-    for i, (weight, bias_values) in enumerate(zip(arrays[::2], arrays[1::2])):
+    for weight, bias_values in zip(arrays[::2], arrays[1::2]):
         if weight.ndim == 4:
             kernel_values = weight.transpose(2, 3, 1, 0)
-        elif arrays[2 * i - 2].ndim == 4:  # the first dense layer: its inputs are a flattened [64, 5, 5]
-            channels = arrays[2 * i - 1].shape[0]
-            side = round((weight.shape[1] / channels) ** 0.5)
-            by_image = weight.reshape(-1, channels, side, side)
-            kernel_values = by_image.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0])
         else:
-            kernel_values = weight.T
+            kernel_values = weight.T[_FLATTENED] if weight.shape[1] == len(_FLATTENED) else weight.T
         layers.append((kernel_values, bias_values))
     return params_from_layers(layers, model)
 
@@ -124,15 +122,11 @@ def params_to_pytorch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The state_dict of `create_model`'s network, as arrays. The inverse of `params_from_pytorch`."""
     layers, model = layers_from_params(params)
     state_dict: dict[str, np.ndarray] = {}
-    for i, (name, (kernel, bias)) in enumerate(zip(NAMES[model], layers)):
+    for name, (kernel, bias) in zip(NAMES[model], layers):
         if kernel.ndim == 4:
             weight = kernel.transpose(3, 2, 0, 1)
-        elif layers[i - 1][0].ndim == 4:
-            channels = layers[i - 1][1].shape[0]
-            side = round((kernel.shape[0] / channels) ** 0.5)
-            weight = kernel.reshape(side, side, channels, -1).transpose(3, 2, 0, 1).reshape(kernel.shape[::-1])
         else:
-            weight = kernel.T
+            weight = (kernel[np.argsort(_FLATTENED)] if len(kernel) == len(_FLATTENED) else kernel).T
         state_dict |= {f"{name}.weight": np.ascontiguousarray(weight), f"{name}.bias": bias}
     return state_dict
 
