@@ -1,4 +1,4 @@
-"""All-CNN in few epochs: Muon, one cycle, small images first, mirror symmetry, crops, alternating flips, EMA.
+"""All-CNN in few epochs: Muon, small images first, mirror symmetry, crops, alternating flips, averaged cycles.
 
 python -m cifar_jax.train all_cnn_fast
 """
@@ -12,7 +12,7 @@ CONFIG = Config(
     input_scaling="standardized",
     initializer="he",
     batch_size=256,
-    num_epochs=22,
+    num_epochs=30,
     image_sizes=((16, 3), (20, 4), (24, 6)),
     optimizer="muon",
     learning_rate=0.01,
@@ -22,6 +22,9 @@ CONFIG = Config(
     schedule="one_cycle",
     warmup_fraction=0.1,
     ema_decay=0.995,
+    swa_fraction=0.2667,  # of 5,880 steps: 4 cycles of 392, which are 2 epochs each
+    swa_cycles=4,
+    swa_learning_rate=0.004,
     label_smoothing=0.1,
     crop_padding=4,
     alternating_flip=True,
