@@ -58,10 +58,10 @@ def cifar10_dir():
 
 
 @pytest.fixture(scope="session")
-def cifar10(cifar10_dir, tmp_path_factory):
-    """The real CIFAR-10, decoded once for all tests."""
+def cifar10(cifar10_dir):
+    """The real CIFAR-10, decoded once for all tests of all workers, into a folder beside their compiled programs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CIFAR_JAX_CACHE", str(tmp_path_factory.mktemp("cifar10")))
+        patch.setenv("CIFAR_JAX_CACHE", os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], "cifar10"))
         return load_dataset("cifar10", cifar10_dir)
 
 

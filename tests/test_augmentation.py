@@ -144,11 +144,14 @@ def test_trivial_augment_is_one_of_its_operations():
     for enhancer in enhancers:
         factors = np.concatenate([1 - 0.9 * strengths, 1 + 0.9 * strengths])
         expected[enhancer.__name__] = [as_array(enhancer(pillow).enhance(factor)) for factor in factors]
-    inner = (slice(1, -1), slice(1, -1))  # Pillow does not sharpen the edges
+    inner = lambda images: images[:, 1:-1, 1:-1]  # Pillow does not sharpen the edges
+    is_near = lambda candidates, result: np.abs(candidates - result).max((1, 2, 3)) < 2
+    expected = {name: inner(np.stack(candidates)) for name, candidates in expected.items()}
     found = dict.fromkeys(expected, 0)
-    for result in results:
+    for result in inner(results):
         for name, candidates in expected.items():
-            if min(np.abs(result[inner] - candidate[inner]).max() for candidate in candidates) < 2:
+            few = is_near(candidates[:, ::8, ::8], result[::8, ::8])  # a few pixels first: it is faster
+            if is_near(candidates[few], result).any():
                 found[name] += 1
                 break
     others = len(results) - sum(found.values())

@@ -22,7 +22,7 @@ def network(request):
     }
     params = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
     images = rng.random((4, 32, 32, 3), np.float32)
-    return name, params, images, np.asarray(MODELS[name]().apply({"params": params}, images))
+    return name, params, images, np.asarray(jax.jit(MODELS[name]().apply)({"params": params}, images))
 
 
 def assert_same(ours, theirs):
@@ -54,9 +54,9 @@ def test_final_relu_in_every_framework():
     rng = np.random.default_rng(0)
     images = rng.random((2, 32, 32, 3), np.float32)
     network = MODELS["all_cnn"](final_relu=True)
-    params = network.init(jax.random.key(3), images[:1])["params"]
-    ours = np.asarray(network.apply({"params": params}, images))
-    assert np.abs(ours - np.asarray(MODELS["all_cnn"]().apply({"params": params}, images))).max() > 1e-3
+    params = jax.jit(network.init)(jax.random.key(3), images[:1])["params"]
+    ours = np.asarray(jax.jit(network.apply)({"params": params}, images))
+    assert np.abs(ours - np.asarray(jax.jit(MODELS["all_cnn"]().apply)({"params": params}, images))).max() > 1e-3
     reference = interop_pytorch.create_model("all_cnn", final_relu=True).eval()
     interop_pytorch.load_params(reference, params)
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_layers_are_in_the_networks_order():
     assert [name for name, _, _ in expected_shapes("lenet5")] == ["Conv_0", "Conv_1", "Dense_0", "Dense_1", "Dense_2"]
     assert [name for name, _, _ in expected_shapes("all_cnn")] == [f"Conv_{i}" for i in range(9)]
     assert (guess_model(18), guess_model(10)) == ("all_cnn", "lenet5")
-    params = MODELS["lenet5"]().init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    params = jax.jit(MODELS["lenet5"]().init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     layers, model = layers_from_params(params)
     assert model == "lenet5"
     assert [kernel.shape[-1] for kernel, _ in layers] == [32, 64, 200, 100, 10]

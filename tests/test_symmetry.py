@@ -78,7 +78,7 @@ def test_sam_climbs_to_symmetric_weights(tiny_config):
     def update(_):
         return tx.update(gradients, tx.init(params), params, grad_fn=grad_fn)[0], seen[0]
 
-    _, climbed = jax.vmap(update, axis_name=AXIS)(jnp.zeros(1))
+    _, climbed = jax.jit(jax.vmap(update, axis_name=AXIS))(jnp.zeros(1))
     near = lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-6)
     climbed = jax.tree.map(lambda x: x[0], climbed)
     jax.tree.map(near, mirror(climbed), climbed)
