@@ -168,7 +168,7 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "cutmix": {"cutmix_alpha": 1.0},
         "no weight decay": {"weight_decay": 0.0},
         "no label smoothing": {"label_smoothing": 0.0},
-        "no average of weights": {"ema_decay": 0.0, "swa_fraction": 0.0},
+        "no average of weights, no cycles": {"ema_decay": 0.0, "swa_fraction": 0.0},
         "no averaged cycles": {"swa_fraction": 0.0},
         "light dropout": {"dropout_rates": (0.0, 0.05, 0.1)},
         "the original's initial weights": {"initializer": "original"},
@@ -177,7 +177,13 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "SAM": {"sam_rho": 0.05},
         "cosine": {"schedule": "cosine"},
         "32 pixels throughout": {"image_sizes": ()},
-        "SGD": {"optimizer": "sgd", "learning_rate": 0.05, "momentum": 0.9, "weight_decay": 5e-4},
+        "SGD": {
+            "optimizer": "sgd",
+            "learning_rate": 0.05,
+            "swa_learning_rate": 0.02,
+            "momentum": 0.9,
+            "weight_decay": 5e-4,
+        },
     },
 }
 

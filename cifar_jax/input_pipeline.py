@@ -324,7 +324,7 @@ def _read_pickle(data: bytes, path: Path) -> tuple[np.ndarray, np.ndarray]:
     except Exception as error:  # a hostile or cut pickle can raise anything
         raise UserError(f"{path}: not a batch of CIFAR-10 ({error}): delete it to download it again") from error
     if pixels.shape != (IMAGES_PER_BATCH, 3072) or labels.shape != (IMAGES_PER_BATCH,):
-        count = pixels.size // 3072
+        count = len(pixels) if pixels.ndim else 0
         raise UserError(f"{path}: holds {count} images and {labels.size} labels, not {IMAGES_PER_BATCH} of each")
     return pixels, labels
 
@@ -413,9 +413,11 @@ def _save_arrays(entry: Path, arrays: Arrays) -> None:
         shutil.rmtree(entry, ignore_errors=True)
         try:
             partial.rename(entry)
-        except OSError:
-            if not entry.is_dir():  # else another process was faster
-                raise
+        except OSError as error:
+            try:
+                _open_arrays(entry)  # another process was faster
+            except (OSError, ValueError, EOFError):
+                raise error from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -24,7 +24,7 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from cifar_jax import evaluate, input_pipeline, ops, plots, train
+from cifar_jax import evaluate, input_pipeline, ops, train
 from cifar_jax.configs.default import Config
 from cifar_jax.input_pipeline import Dataset, load_dataset
 
@@ -59,7 +59,7 @@ def cifar10_dir():
 
 @pytest.fixture(scope="session")
 def cifar10(cifar10_dir):
-    """The real CIFAR-10, decoded once for all tests of all workers, into a folder beside their compiled programs."""
+    """The real CIFAR-10, decoded for all tests of all workers into one folder, beside their compiled programs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CIFAR_JAX_CACHE", os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], "cifar10"))
         return load_dataset("cifar10", cifar10_dir)
@@ -81,8 +81,7 @@ def tiny_dataset():
 
 @pytest.fixture
 def use_tiny_dataset(monkeypatch, tiny_dataset):
-    """Whatever is asked for, training and evaluation get the tiny dataset; a run's figures, slow, are not drawn."""
-    monkeypatch.setattr(plots, "plot_run", lambda workdir: None)
+    """Whatever is asked for, training and evaluation get the tiny dataset."""
     for module in (train, evaluate):
         monkeypatch.setattr(module, "load_dataset", lambda name, data_dir: tiny_dataset)
 

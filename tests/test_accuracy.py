@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -43,9 +42,6 @@ def test_parity_in_parts_and_together(quick_recipe, tmp_path, run_command):
     results = []
     for folder in ("parts", "whole"):
         out = tmp_path / folder
-        if folder == "whole":  # of JAX' part test_train.py says that it resumes
-            for run in (tmp_path / "parts" / "parity_lenet5").glob("jax_seed*"):
-                shutil.copytree(run, out / "parity_lenet5" / run.name)
         status, _, errors = run_command(accuracy.main, "--parity", "lenet5", "--out", out, "--runs", out, *flags)
         assert (status, errors) == (0, "")
         results.append(json.loads((out / "parity_lenet5.json").read_text()))
