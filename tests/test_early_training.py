@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("direct_convolutions")
 
 
 def test_both_frameworks_take_the_same_steps(monkeypatch, tmp_path, run_command):
-    """Without dropout, the only difference, the losses agree: model, order, augmentation, optimizer; no Winograd's form."""
+    """Without dropout, the only difference, the losses agree: model, order, augmentation, optimizer and all."""
     recipe = dataclasses.replace(
         RECIPES["all_cnn_reference"], batch_size=8, dropout_rates=(0.0, 0.0, 0.0), learning_rate=0.05
     )
