@@ -6,7 +6,6 @@ It is decoded once; the arrays are cached as .npy files and memory-mapped on the
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -384,8 +383,8 @@ def _cached(read: Callable[[Path], Arrays], path: Path) -> Arrays:
     files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
     stamp = [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
     entry = _cache_dir() / f"cifar10-{hashlib.sha256(chr(10).join(stamp).encode()).hexdigest()[:16]}"
-    with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged: decode again
-        return _open_arrays(entry)
+    if (arrays := _open_arrays(entry)) is not None:
+        return arrays
     arrays = read(path)
     try:
         _save_arrays(entry, arrays)
@@ -394,12 +393,16 @@ def _cached(read: Callable[[Path], Arrays], path: Path) -> Arrays:
     return arrays
 
 
-def _open_arrays(entry: Path) -> Arrays:
-    arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAY_NAMES}
+def _open_arrays(entry: Path) -> Arrays | None:
+    """None if they are not there, or damaged."""
+    try:
+        arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAY_NAMES}
+    except (OSError, ValueError, EOFError):
+        return None
     for name, array in arrays.items():
         n = IMAGES_PER_BATCH * (5 if name.startswith("train") else 1)
         if array.shape != ((n, 32, 32, 3) if name.endswith("images") else (n,)):
-            raise ValueError(f"{name} is not of CIFAR-10")
+            return None
     return arrays
 
 
@@ -413,11 +416,9 @@ def _save_arrays(entry: Path, arrays: Arrays) -> None:
         shutil.rmtree(entry, ignore_errors=True)
         try:
             partial.rename(entry)
-        except OSError as error:
-            try:
-                _open_arrays(entry)  # another process was faster
-            except (OSError, ValueError, EOFError):
-                raise error from None
+        except OSError:
+            if _open_arrays(entry) is None:  # else another process was faster
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
