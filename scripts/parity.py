@@ -167,9 +167,8 @@ def check_logits(reference: type[Reference], model: str, images: np.ndarray) -> 
 def check_activations(reference: type[Reference], model: str, images: np.ndarray) -> list[Check]:
     """Layer by layer, to find where a port goes wrong."""
     params, inputs = initial_params(model), scaled(images, model)
-    network = MODELS[model]()
-    _, captured = network.apply({"params": params}, inputs, capture_intermediates=True)
-    layers = captured["intermediates"]
+    capture = lambda params: MODELS[model]().apply({"params": params}, inputs, capture_intermediates=True)[1]
+    layers = jax.jit(capture)(params)["intermediates"]
     theirs = reference(model, params).activations(inputs)
     checks = []
     for (name, _, _), other in zip(expected_shapes(model), theirs, strict=True):
@@ -261,16 +260,20 @@ def without_randomness(config: Config) -> Config:
     )  # fmt: skip
 
 
-def jax_trajectory(config: Config, params: Params, batches: Sequence[tuple[np.ndarray, np.ndarray]]) -> Params:
-    """The weights after a train_step of the recipe on every (uint8 images, labels)."""
+def jax_trajectories(
+    config: Config, starts: Sequence[Params], batches: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> list[Params]:
+    """From each start, the weights after a train_step of the recipe on every (uint8 images, labels)."""
     config = without_randomness(config)
     step = jax.pmap(create_train_step(config), AXIS, in_axes=(None, 0), out_axes=None, devices=jax.local_devices()[:1])
-    state = create_train_state(config, steps_per_epoch=782)
-    state = state.replace(params=params, opt_state=state.tx.init(params))
-    for images, labels in batches:
-        batch = {"image": images, "label": labels, "mask": np.ones(len(labels), np.float32)}
-        state, _ = step(state, jax.tree.map(lambda array: array[None], batch))
-    return jax.device_get(state.params)
+    fresh, ends = create_train_state(config, steps_per_epoch=782), []
+    for params in starts:
+        state = fresh.replace(params=params, opt_state=fresh.tx.init(params))
+        for images, labels in batches:
+            batch = {"image": images, "label": labels, "mask": np.ones(len(labels), np.float32)}
+            state, _ = step(state, jax.tree.map(lambda array: array[None], batch))
+        ends.append(jax.device_get(state.params))
+    return ends
 
 
 def check_trajectory(
@@ -280,9 +283,9 @@ def check_trajectory(
     params = initial_params(config.model)
     parts = [slice(i, i + batch_size) for i in range(0, len(labels), batch_size)]
     batches = [(images[part], labels[part]) for part in parts]
-    ours = jax_trajectory(config, params, batches)
     moved = jax.tree.map(lambda leaf: np.nextafter(leaf, np.float32(np.inf), dtype=np.float32), params)
-    floor = difference(ours, jax_trajectory(config, moved, batches))
+    ours, control = jax_trajectories(config, (params, moved), batches)
+    floor = difference(ours, control)
     their_batches = [(scaled(images[part], config.model), labels[part]) for part in parts]
     error = difference(ours, reference(config.model, params).train(config, their_batches))
     why = f"10 times the distance, {floor:.1e}, of a control whose initial weights are one ulp larger"

@@ -1,9 +1,12 @@
 """Shared by all tests: four virtual CPU devices, strict types, a private cache, small datasets."""
 
+import importlib.metadata
 import os
 
 # Compiled quickly rather than well: compilation is what the tests spend their time on.
 _flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA ends a process for a flag that it does not know
+    _flags += " --xla_cpu_use_fusion_emitters=false"  # XLA's former way to emit fused loops compiles in half the time
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flags}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -15,7 +18,7 @@ import tempfile
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _compilation_cache = tempfile.TemporaryDirectory(prefix="cifar_jax-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compilation_cache.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 
 import jax
 import numpy as np
@@ -24,7 +27,7 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from cifar_jax import evaluate, input_pipeline, ops, train
+from cifar_jax import evaluate, input_pipeline, ops, plots, train
 from cifar_jax.configs.default import Config
 from cifar_jax.input_pipeline import Dataset, load_dataset
 
@@ -47,6 +50,12 @@ def direct_convolutions():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "winograd_pays", lambda kernel, size: False)
         yield
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """A training draws none: for the tests of other things, since they take as long as a tiny training."""
+    monkeypatch.setattr(plots, "plot_run", lambda workdir: None)
 
 
 @pytest.fixture(scope="session")

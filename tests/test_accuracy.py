@@ -11,7 +11,7 @@ from cifar_jax.checkpoint import Progress
 from cifar_jax.configs import RECIPES
 from cifar_jax.train import Interrupted
 
-pytestmark = pytest.mark.usefixtures("direct_convolutions")
+pytestmark = pytest.mark.usefixtures("direct_convolutions", "no_figures")
 
 
 @pytest.fixture

@@ -73,6 +73,7 @@ def test_lenet5_initialisers_are_pytorch():
     assert np.abs(xavier).max() > 4 * deviation  # not truncated
 
 
+@pytest.mark.usefixtures("direct_convolutions")
 @pytest.mark.parametrize("name", MODELS)
 def test_dropout_only_in_training(name):
     model = MODELS[name]()

@@ -48,7 +48,7 @@ def test_the_script_passes(script, tmp_path, run_command):
     files = [tmp_path / f"{model}.safetensors" for model in MODELS]
     for model, path in zip(MODELS, files):
         save_weights(path, Weights(model, parity.initial_params(model), "unit"))
-    sizes = {"images": 4, "steps": 3, "batch-size": 4, "seeds": 2, "test-images": 40}
+    sizes = {"images": 40, "steps": 3, "batch-size": 4, "seeds": 2, "test-images": 40}
     flags = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
     flags += ["--dataset", "digits", "--layers", "--json", "--out", tmp_path / "out.json", "--weights", *files]
     main = lambda: parity.run(f"scripts/{script}.py", ("torch",), SCRIPTS[script].checks)

@@ -12,7 +12,7 @@ from cifar_jax.symmetry import mirror, symmetric_part, symmetric_start
 from cifar_jax.train import train_and_evaluate
 from cifar_jax.training import AXIS, create_train_state, create_tx
 
-pytestmark = pytest.mark.usefixtures("direct_convolutions")
+pytestmark = pytest.mark.usefixtures("direct_convolutions", "no_figures")
 SIDES = {"lenet5": 32, "all_cnn": 31}  # of images whose pools leave nothing out
 
 

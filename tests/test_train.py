@@ -18,7 +18,7 @@ from cifar_jax.metrics import read_batch_loss, read_metrics
 from cifar_jax.train import Interrupted, parse_config, train_and_evaluate
 from cifar_jax.training import create_train_state, replicate
 
-pytestmark = pytest.mark.usefixtures("direct_convolutions")
+pytestmark = pytest.mark.usefixtures("direct_convolutions", "no_figures")
 
 STOP_CALLS_AN_EPOCH = 1 + 6 + 4  # before the epoch, before its steps, after the steps of its evaluation
 
