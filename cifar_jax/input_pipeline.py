@@ -79,7 +79,7 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> D
             print(f"no CIFAR-10 in --data-dir {data_dir}: looking elsewhere", file=sys.stderr)
     else:
         archive = _download(Path(data_dir) if data_dir is not None else _cache_dir())
-        found = _read_python_archive, archive
+        found = _read_pickles, archive
     read, path = found
     return Dataset(**_cached(read, path), class_names=CIFAR10_CLASSES, source=str(path))
 
@@ -115,11 +115,12 @@ def _find_layout(folder: Path, itself: bool) -> tuple[Callable[[Path], Arrays], 
 
     With `itself`, for a path that the user named: it may also be the unpacked folder or the archive itself.
     """
-    archives = ("cifar-10-python.tar.gz", "cifar-10-batches-py.tar.gz", "cifar-10-batches-py-target_archive")
+    keras = ("cifar-10-batches-py.tar.gz", "cifar-10-batches-py-target_archive")
+    archives = ("cifar-10-python.tar.gz", *keras, "cifar-10-binary.tar.gz")
     if itself and folder.is_file():
         if not folder.name.endswith((".tar.gz", ".tgz", "_archive")):
             raise UserError(f"{folder} is a file: name the folder that holds CIFAR-10, or a .tar.gz archive of it")
-        return (_read_binary_archive if "binary" in folder.name else _read_python_archive), folder
+        return (_read_binaries if "binary" in folder.name else _read_pickles), folder
     for tfds in (folder, folder / "3.0.2", folder / "cifar10/3.0.2"):
         if (tfds / "dataset_info.json").is_file() and tfds.absolute().parts[-2:] == ("cifar10", "3.0.2"):
             if any(tfds.glob("cifar10-train.array_record*")):
@@ -129,17 +130,16 @@ def _find_layout(folder: Path, itself: bool) -> tuple[Callable[[Path], Arrays], 
                 f"passing over {tfds}: it holds TFRecord files; prepare it with file_format='array_record'",
                 file=sys.stderr,
             )
-    for sub in ("cifar-10-batches-py", *(["."] if itself else [])):
-        if any((folder / sub / name).is_file() for name in _BATCHES):
-            return _read_python_folder, folder / sub
-    for sub in ("cifar-10-batches-bin", *(["."] if itself else [])):
-        if any((folder / sub / f"{name}.bin").is_file() for name in _BATCHES):
-            return _read_binary_folder, folder / sub
+    for sub, suffix, read in (
+        ("cifar-10-batches-py", "", _read_pickles),
+        ("cifar-10-batches-bin", ".bin", _read_binaries),
+    ):
+        for place in (folder / sub, *([folder] if itself else [])):
+            if any((place / f"{name}{suffix}").is_file() for name in _BATCHES):
+                return read, place
     for name in archives:
         if (folder / name).is_file():
-            return _read_python_archive, folder / name
-    if (folder / "cifar-10-binary.tar.gz").is_file():
-        return _read_binary_archive, folder / "cifar-10-binary.tar.gz"
+            return (_read_binaries if "binary" in name else _read_pickles), folder / name
     return None
 
 
@@ -187,29 +187,23 @@ def _damaged_shard(folder: Path, split: str) -> Path:
     return folder
 
 
-def _read_python_folder(folder: Path) -> Arrays:
-    return _assemble(folder, lambda name: _read_pickle(_read_file(folder / name), folder / name))
+def _read_pickles(path: Path) -> Arrays:
+    return _read_official(path, "", _read_pickle)
 
 
-def _read_binary_folder(folder: Path) -> Arrays:
-    return _assemble(folder, lambda name: _read_binary(_read_file(folder / f"{name}.bin"), folder / f"{name}.bin"))
+def _read_binaries(path: Path) -> Arrays:
+    return _read_official(path, ".bin", _read_binary)
 
 
-def _read_python_archive(path: Path) -> Arrays:
-    members = _read_archive(path, _BATCHES)
-    return _assemble(path, lambda name: _read_pickle(members[name], path / name))
-
-
-def _read_binary_archive(path: Path) -> Arrays:
-    members = _read_archive(path, tuple(f"{name}.bin" for name in _BATCHES))
-    return _assemble(path, lambda name: _read_binary(members[f"{name}.bin"], path / f"{name}.bin"))
-
-
-def _assemble(source: Path, read_batch: Callable[[str], tuple[np.ndarray, np.ndarray]]) -> Arrays:
-    """Five training batches and the test batch to NHWC arrays."""
-    batches = [read_batch(name) for name in _BATCHES]
+def _read_official(
+    path: Path, suffix: str, read_batch: Callable[[bytes, Path], tuple[np.ndarray, np.ndarray]]
+) -> Arrays:
+    """Five training batches and the test batch, in an archive or unpacked into a folder, to NHWC arrays."""
+    names = [f"{name}{suffix}" for name in _BATCHES]
+    members = _read_archive(path, names) if path.is_file() else {name: _read_file(path / name) for name in names}
+    batches = [read_batch(members[name], path / name) for name in names]
     images = [pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for pixels, _ in batches]
-    labels = [_checked_labels(labels, source) for _, labels in batches]
+    labels = [_checked_labels(labels, path) for _, labels in batches]
     return dict(
         train_images=np.concatenate(images[:5]),
         train_labels=np.concatenate(labels[:5]),
@@ -234,7 +228,7 @@ def _read_file(path: Path) -> bytes:
         raise UserError(f"{path}: {error.strerror}: complete CIFAR-10 there, or move it away to download it") from error
 
 
-def _read_archive(path: Path, names: tuple[str, ...]) -> dict[str, bytes]:
+def _read_archive(path: Path, names: list[str]) -> dict[str, bytes]:
     """The named members' bytes, whatever their folder; nothing is unpacked to disk."""
     members: dict[str, bytes] = {}
     try:
