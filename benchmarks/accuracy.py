@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
-import torch
 import tyro
 
 from benchmarks.throughput import flops_per_image
@@ -43,16 +42,13 @@ from cifar_jax.train import DeadTraining, Interrupted, train_and_evaluate
 from cifar_jax.training import prepare_cpu
 
 
-def train_in_jax(config: Config) -> list[dict[str, float]]:
-    """The run's epochs: {'epoch', 'train_loss', 'test_accuracy', …}."""
-    return train_and_evaluate(config)["metrics"]
-
-
-def train_in_pytorch(config: Config) -> list[dict[str, float]]:
+def train_in_pytorch(config: Config) -> dict[str, Any]:
     """The same recipe as the notebook trains it (but evaluated without dropout), from PyTorch's own initial weights.
 
     A checkpoint after each epoch holds all that the next one needs.
+    Returns: {'metrics': by epoch {'epoch', 'train_loss', 'test_accuracy', …}}, as `train_and_evaluate` does.
     """
+    torch = pytorch.import_torch()
     dataset = load_dataset(config.dataset, config.data_dir)
     scaled = lambda images: np.array(scale_images(jnp.asarray(images), config.input_scaling))
     as_tensor = lambda images: torch.from_numpy(scaled(images)).permute(0, 3, 1, 2).contiguous()
@@ -69,7 +65,10 @@ def train_in_pytorch(config: Config) -> list[dict[str, float]]:
         {name: value for name, value in fields.items() if name not in (*EXECUTION_FIELDS, "num_epochs")}
     )
     if path.exists():
-        saved = torch.load(path, weights_only=True)
+        try:
+            saved = torch.load(path, weights_only=True)
+        except Exception as error:  # a cut pickle can raise anything
+            raise UserError(f"{path}: damaged: remove it to train from the start, or name other --runs") from error
         if saved.get("recipe") != recipe:
             raise UserError(f"{path} is of another recipe or version: remove it, or name other --runs")
         network.load_state_dict(saved["network"])
@@ -109,10 +108,10 @@ def train_in_pytorch(config: Config) -> list[dict[str, float]]:
         buffer = io.BytesIO()
         torch.save(checkpoint | {"rng": torch.get_rng_state()}, buffer)
         write_atomically(path, buffer.getvalue())
-    return metrics
+    return {"metrics": metrics[: config.num_epochs]}  # an earlier call may have asked for more
 
 
-TRAINERS = {"jax": train_in_jax, "pytorch": train_in_pytorch}
+TRAINERS = {"jax": train_and_evaluate, "pytorch": train_in_pytorch}
 
 
 def compare(accuracies: dict[str, list[float]]) -> dict[str, Any]:
@@ -229,8 +228,8 @@ class Arguments:
     """Where the trainings are kept, and resumed from."""
     num_epochs: int | None = None
     """None: the recipe's."""
-    dataset: Literal["cifar10", "digits"] = "cifar10"
-    """The data."""
+    dataset: Literal["cifar10", "digits"] | None = None
+    """The data; None: the recipe's."""
     data_dir: str | None = None
     """Where to look for CIFAR-10 first."""
 
@@ -239,7 +238,7 @@ def configure(arguments: Arguments, recipe: str, workdir: str, seed: int, **chan
     """A recipe for one training of this command. Raises UserError for an unknown one."""
     if recipe not in RECIPES:
         raise UserError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
-    num_epochs = arguments.num_epochs or RECIPES[recipe].num_epochs
+    num_epochs = RECIPES[recipe].num_epochs if arguments.num_epochs is None else arguments.num_epochs
     share = num_epochs / RECIPES[recipe].num_epochs  # a shorter training has fewer epochs of each image size, too
     rounded = [(size, round(share * epochs)) for size, epochs in RECIPES[recipe].image_sizes]
     sizes = tuple((size, epochs) for size, epochs in rounded if epochs)
@@ -248,10 +247,22 @@ def configure(arguments: Arguments, recipe: str, workdir: str, seed: int, **chan
         workdir=str(arguments.runs / workdir),
         seed=seed,
         num_epochs=num_epochs,
-        dataset=arguments.dataset,
+        dataset=arguments.dataset or RECIPES[recipe].dataset,
         data_dir=arguments.data_dir,
         **{"image_sizes": sizes} | changes,
     )
+
+
+def origin(summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the trainings, which other processes may have made: their 'hardware', 'versions' and 'date'."""
+    versions = {
+        name: {summary["versions"].get(name, "none") for summary in summaries} for name in summaries[0]["versions"]
+    }
+    return {
+        "hardware": "; ".join(sorted({summary["hardware"] for summary in summaries})),
+        "versions": {name: " and ".join(sorted(values)) for name, values in versions.items()},
+        "date": " and ".join(sorted({summary["date"] for summary in summaries})),
+    }
 
 
 def run_recipe(arguments: Arguments, recipe: str) -> dict[str, Any]:
@@ -262,20 +273,15 @@ def run_recipe(arguments: Arguments, recipe: str) -> dict[str, Any]:
     times = {accuracy: [time_to(run, accuracy) for run in runs] for accuracy in MILESTONES}
     return {
         "recipe": recipe,
+        "dataset": configs[0].dataset,
         "config": summaries[0]["config"] | {"seed": None},
         "seeds": list(arguments.seeds),
-        # Of the trainings; this process may only have collected them.
-        "hardware": "; ".join(sorted({summary["hardware"] for summary in summaries})),
-        "versions": {
-            name: " and ".join(sorted({summary["versions"].get(name, "none") for summary in summaries}))
-            for name in summaries[0]["versions"]
-        },
-        "date": " and ".join(sorted({summary["date"] for summary in summaries})),
+        **origin(summaries),
         "test_accuracy": spread([run[-1]["test_accuracy"] for run in runs]),
         "train_accuracy": spread([run[-1]["train_accuracy"] for run in runs]),
         "training_seconds": [summary["training_seconds"] for summary in summaries],
         "seconds_to": {f"{accuracy:.2f}": seconds for accuracy, seconds in times.items()},
-        "cost": training_cost(configs[0], len(load_dataset(arguments.dataset, arguments.data_dir).train_labels)),
+        "cost": training_cost(configs[0], len(load_dataset(configs[0].dataset, arguments.data_dir).train_labels)),
         "test_accuracy_by_epoch": [[row["test_accuracy"] for row in run] for run in runs],
     }
 
@@ -284,7 +290,7 @@ def run_ablation(arguments: Arguments, recipe: str) -> dict[str, Any]:
     """The content of ablation_RECIPE.json. A variant that diverges has null for its accuracies."""
     if recipe not in ABLATIONS:
         raise UserError(f"--ablation {recipe}: choose one of {', '.join(ABLATIONS)}")
-    variants = {}
+    variants, all_runs = {}, []
     for name, changes in ABLATIONS[recipe].items():
         runs = []
         for seed in arguments.seeds:
@@ -295,6 +301,7 @@ def run_ablation(arguments: Arguments, recipe: str) -> dict[str, Any]:
             except DeadTraining as dead:
                 print(f"{name}: {dead}", flush=True)
                 break
+        all_runs += runs
         diverged = len(runs) < len(arguments.seeds)
         accuracies = {
             part: None if diverged else spread([run[f"{part}_accuracy"] for run in runs]) for part in ("test", "train")
@@ -308,6 +315,8 @@ def run_ablation(arguments: Arguments, recipe: str) -> dict[str, Any]:
             print(f"{name:32} {accuracies['test']['mean']:.2%}", flush=True)
     return {
         "recipe": recipe,
+        "dataset": config.dataset,
+        **(origin(all_runs) if all_runs else {}),
         "holdout": HOLDOUT,
         "num_epochs": config.num_epochs,
         "seeds": list(arguments.seeds),
@@ -317,23 +326,29 @@ def run_ablation(arguments: Arguments, recipe: str) -> dict[str, Any]:
 
 def run_parity(arguments: Arguments, model: str) -> dict[str, Any] | None:
     """The content of parity_MODEL.json; None if one framework alone was asked for."""
+    if len(set(arguments.frameworks)) < len(arguments.frameworks):
+        raise UserError(f"--frameworks {' '.join(arguments.frameworks)}: each once")
     compared = set(arguments.frameworks) == set(TRAINERS)
     if compared and len(set(arguments.seeds)) < 2:
         raise UserError("--seeds: a comparison needs two or more")
     recipe = f"{model}_reference"
-    metrics: dict[str, list[list[dict[str, float]]]] = {name: [] for name in arguments.frameworks}
+    all_runs: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.frameworks}
     for seed in arguments.seeds:
         for name in arguments.frameworks:
             config = configure(arguments, recipe, f"parity_{model}/{name}_seed{seed}", seed)
-            metrics[name].append(TRAINERS[name](config))
+            all_runs[name].append(TRAINERS[name](config))
     if not compared:
         return None
-    curves = {name: [[row["test_accuracy"] for row in run] for run in runs] for name, runs in metrics.items()}
+    curves = {
+        name: [[row["test_accuracy"] for row in run["metrics"]] for run in runs] for name, runs in all_runs.items()
+    }
     result = compare({name: [run[-1] for run in runs] for name, runs in curves.items()})
     print(f"difference {result['difference']:+.2%}, p = {result['p_value']:.2f}")
     return {
         "recipe": recipe,
+        "dataset": config.dataset,
         "num_epochs": config.num_epochs,
+        "hardware": origin(all_runs["jax"])["hardware"],
         "seeds": list(arguments.seeds),
         "test_accuracy_by_epoch": curves,
         "last_epoch": result,
@@ -351,6 +366,7 @@ def main() -> int:
     if len(set(arguments.seeds)) < max(1, len(arguments.seeds)):
         raise UserError(f"--seeds {' '.join(map(str, arguments.seeds))}: name one or more, each once")
     mode, name = asked[0], getattr(arguments, asked[0])
+    arguments.out.mkdir(parents=True, exist_ok=True)  # now, not after hours of training
     try:
         content = modes[mode](arguments, name)
     except Interrupted as interrupted:
@@ -363,9 +379,7 @@ def main() -> int:
     head = {
         "command": describe_command("-m benchmarks.accuracy", sys.argv[1:]),
         **describe_environment(jax.local_devices(), packages),
-        "dataset": arguments.dataset,
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out / f"{file}_{name}.json", head | content)
     return 0
 

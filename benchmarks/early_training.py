@@ -111,7 +111,8 @@ def main() -> int:
     for seed in arguments.seeds:
         config = dataclasses.replace(RECIPES["all_cnn_reference"], seed=seed, num_devices=1)
         for framework, losses_of in (("jax", losses_in_jax), ("pytorch", losses_in_pytorch)):
-            losses = losses_of(config, dataset, arguments.num_steps)
+            with jax.default_matmul_precision("highest"):  # else TensorFloat-32 on NVIDIA's GPUs
+                losses = losses_of(config, dataset, arguments.num_steps)
             runs.append({"framework": framework, "seed": seed, "batch_loss": [round(loss, 5) for loss in losses]})
             smooth = np.convolve(losses, np.ones(5) / 5, "valid")
             low = int(smooth.argmin())

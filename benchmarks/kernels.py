@@ -130,6 +130,7 @@ def main() -> int:
     unknown = [name for name in arguments.workloads if name not in WORKLOADS]
     if unknown or arguments.rounds < 1:
         raise UserError(f"--workloads takes {', '.join(WORKLOADS)}, and --rounds 1 or more")
+    arguments.out.mkdir(parents=True, exist_ok=True)
     all_timers: dict[str, dict[str, Callable[[int], float]]] = {}
     all_times: dict[str, dict[str, list[float]]] = {}
     for workload in arguments.workloads:
@@ -168,7 +169,6 @@ def main() -> int:
         **describe_environment(jax.local_devices()[:1]),
         "results": results,
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out / "kernels.json", content)
     return 0
 

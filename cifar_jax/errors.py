@@ -23,8 +23,9 @@ class UserError(Exception):
 
 
 def command(main: Callable[[], int]) -> Callable[[], int]:
-    """Wraps a command's `main`: a UserError becomes one line on stderr and exit status 2.
+    """Wraps a command's `main`: a UserError, or one of the system, becomes one line on stderr and exit status 2.
 
+    What it prints is seen at once, in a file or a pipe as well.
     Ctrl-C, SIGTERM and a closed pipe end with the status that a shell gives them, 130, 143 and 141; SIGTERM as an
     exception, so that files in the making are cleared away.
     """
@@ -33,6 +34,8 @@ def command(main: Callable[[], int]) -> Callable[[], int]:
     def wrapped() -> int:
         # Orbax comments its work through absl at WARNING and ERROR; what matters reaches the user as a UserError.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=True)
         previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             return main()
@@ -42,9 +45,14 @@ def command(main: Callable[[], int]) -> Callable[[], int]:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
-        except BrokenPipeError:  # the reader of our output (`| head`) left; Python would complain again at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            return 128 + signal.SIGPIPE
+        except OSError as error:
+            if error.filename is None:  # it is stdout's: Python would write the rest again at exit, and complain
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            if isinstance(error, BrokenPipeError):  # the reader of our output (`| head`) left
+                return 128 + signal.SIGPIPE
+            place = error.filename or "the output"
+            print(f"error: {place}: {error.strerror}: make room, or name another place", file=sys.stderr)
+            return 2
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

@@ -31,13 +31,13 @@ def plot_run(workdir: Path) -> None:
     epochs = [row.epoch for row in rows]
     for quantity in ("accuracy", "loss"):
         axes = _axes(f"model {quantity}", "epoch", quantity)
-        axes.plot(epochs, [getattr(row, f"train_{quantity}") for row in rows], label="train")
-        axes.plot(epochs, [getattr(row, f"test_{quantity}") for row in rows], label="test")
+        axes.plot(epochs, [getattr(row, f"train_{quantity}") for row in rows], ".-", label="train")
+        axes.plot(epochs, [getattr(row, f"test_{quantity}") for row in rows], ".-", label="test")
         axes.legend(loc="upper left")
         _save(axes, workdir / f"{quantity}.png")
     losses = read_batch_loss(workdir)
     if losses.size:
-        window = min(RUNNING_MEAN_STEPS, losses.size)
+        window = min(RUNNING_MEAN_STEPS, (losses.size + 1) // 2)
         axes = _axes(f"batch loss, mean of {window} steps", "step", "loss")
         means = running_mean(losses, window)
         axes.plot(np.arange(window, window + means.size), means)

@@ -154,12 +154,12 @@ def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, 
         f"{num_images:,} images from {dataset.source}; run in {workdir}"
         + (f"; tests on {config.holdout:,} held-out training images" if config.holdout else "")
     )
-    if progress.epoch >= config.num_epochs:
+    if progress.epoch >= config.num_epochs or not checkpoints.directory.exists():  # deleted, to save space
         # Missing, damaged, or of an interruption with the last epochs' end cut off: written anew below.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             summary = json.loads((workdir / "summary.json").read_text())
-            if summary["epochs"] == progress.epoch:
-                print(f"already complete after {progress.epoch} epochs; for another run name another --workdir")
+            if summary["epochs"] == config.num_epochs:
+                print(f"already complete after {config.num_epochs} epochs; for another run name another --workdir")
                 return summary
     if restored is not None:
         print(f"resuming after {progress.epoch} epochs and {progress.step}/{steps_per_epoch} steps")

@@ -57,28 +57,20 @@ def swa_steps(config: Config, steps_per_epoch: int) -> tuple[int, int]:
 def create_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
     """Learning rate by step, float32."""
     start, cycle_steps = swa_steps(config, steps_per_epoch)
-    first = _create_first_schedule(config, start)
-    if cycle_steps == 0:
-        return first
-    cycle = optax.linear_schedule(config.swa_learning_rate, 0.0, cycle_steps)
-    starts = [start + number * cycle_steps for number in range(config.swa_cycles)]
-    joined = optax.join_schedules([first, *[cycle] * config.swa_cycles], starts)
-    return lambda step: joined(jnp.asarray(step, jnp.float32))  # optax mixes the step's type with float32
-
-
-def _create_first_schedule(config: Config, total_steps: int) -> optax.Schedule:
-    """The recipe's schedule, which ends after that many steps."""
-    if config.schedule == "inverse_time":  # Keras 2's SGD(decay=…), keras/optimizers.py
-        return lambda step: config.learning_rate / (1.0 + config.lr_decay * jnp.asarray(step, jnp.float32))
-    warmup_steps = min(round(config.warmup_fraction * total_steps), total_steps - 1)
-    if config.schedule == "cosine":
-        cosine = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup_steps, total_steps)
-        return lambda step: cosine(jnp.asarray(step, jnp.float32))  # as above
-    if config.schedule == "one_cycle":
-        corners = jnp.array([0, max(warmup_steps, 1), total_steps], jnp.float32)
-        rates = jnp.array([0 if warmup_steps else config.learning_rate, config.learning_rate, 0], jnp.float32)
-        return lambda step: jnp.interp(jnp.asarray(step, jnp.float32), corners, rates)
-    return optax.constant_schedule(config.learning_rate)
+    rate, warmup = config.learning_rate, min(round(config.warmup_fraction * start), start - 1)
+    corners = jnp.array([0, max(warmup, 1), start], jnp.float32)
+    rates = jnp.array([0 if warmup else rate, rate, 0], jnp.float32)
+    schedule = {
+        "constant": optax.constant_schedule(rate),
+        "inverse_time": lambda step: rate / (1.0 + config.lr_decay * step),  # Keras 2's SGD(decay=…), optimizers.py
+        "cosine": optax.warmup_cosine_decay_schedule(0.0, rate, warmup, start),
+        "one_cycle": lambda step: jnp.interp(step, corners, rates),
+    }[config.schedule]
+    if cycle_steps:
+        cycle = optax.linear_schedule(config.swa_learning_rate, 0.0, cycle_steps)
+        starts = [start + number * cycle_steps for number in range(config.swa_cycles)]
+        schedule = optax.join_schedules([schedule, *[cycle] * config.swa_cycles], starts)
+    return lambda step: schedule(jnp.asarray(step, jnp.float32))  # optax mixes the step's type with float32
 
 
 def create_averaging_share(config: Config, steps_per_epoch: int) -> Callable[[jax.Array | int], jax.Array]:

@@ -458,10 +458,11 @@ def run(prog: str, packages: Sequence[str], checks_of: Callable[[Arguments, Data
         for path in arguments.weights:
             load_weights(path)  # a bad file is refused now and not after the other checks
         dataset = load_dataset(arguments.dataset, arguments.data_dir)
-        checks = [
-            dataclasses.replace(check, error=float(check.error), tolerance=float(check.tolerance))
-            for check in checks_of(arguments, dataset)
-        ]
+        with jax.default_matmul_precision("highest"):  # else TensorFloat-32 on NVIDIA's GPUs
+            checks = [
+                dataclasses.replace(check, error=float(check.error), tolerance=float(check.tolerance))
+                for check in checks_of(arguments, dataset)
+            ]
         failed = [check for check in checks if not check.passed]
         content = {
             "command": describe_command(prog, sys.argv[1:]),

@@ -50,10 +50,19 @@ def test_parity_in_parts_and_together(quick_recipe, tmp_path, run_command):
     checkpoint = torch.load(
         tmp_path / "whole" / "parity_lenet5" / "pytorch_seed0" / "checkpoint.pth", weights_only=True
     )
+    (tmp_path / "whole" / "parity_lenet5" / "pytorch_seed1" / "checkpoint.pth").write_bytes(b"PK")
+    whole = ("--parity", "lenet5", "--out", tmp_path / "new", "--runs", tmp_path / "whole", "--frameworks", "pytorch")
+    status, _, errors = run_command(accuracy.main, *whole, *flags)
+    assert status == 2
+    assert "checkpoint.pth: damaged: remove it" in errors
     torch.save(checkpoint | {"recipe": "another"}, tmp_path / "parts" / "parity_lenet5/pytorch_seed0/checkpoint.pth")
     status, _, errors = run_command(accuracy.main, *parts, *flags)
     assert status == 2
     assert "is of another recipe" in errors
+    trained = accuracy.train_in_pytorch
+    shorter = accuracy.configure(accuracy.Arguments(tmp_path, num_epochs=1, runs=tmp_path), "lenet5_reference", "", 0)
+    shorter = dataclasses.replace(shorter, workdir=str(tmp_path / "whole" / "parity_lenet5" / "pytorch_seed0"))
+    assert len(trained(shorter)["metrics"]) == 1  # of the two in its checkpoint
     assert np.shape(curves["jax"]) == np.shape(curves["pytorch"]) == (2, 2)
     assert min(run[-1] for runs in curves.values() for run in runs) > 0.2  # both learn
     assert results[0]["last_epoch"]["jax"]["mean"] == pytest.approx(np.mean([run[-1] for run in curves["jax"]]))
@@ -115,6 +124,30 @@ def test_a_shorter_training_has_fewer_epochs_of_each_image_size(tmp_path):
     assert accuracy.configure(arguments, "all_cnn_fast", "run", 0, image_sizes=()).image_sizes == ()
 
 
+def test_a_recipes_dataset_is_its_own(tmp_path):
+    datasets = [
+        accuracy.configure(accuracy.Arguments(tmp_path, dataset=dataset), recipe, "run", 0).dataset
+        for recipe, dataset in (("quickstart", None), ("lenet5", None), ("lenet5", "digits"))
+    ]
+    assert datasets == ["digits", "cifar10", "digits"]
+
+
+def test_an_ablations_hardware_is_that_of_its_trainings(tmp_path, monkeypatch):
+    """Another process may have made them."""
+    monkeypatch.setattr(accuracy, "ABLATIONS", {"lenet5": {"the recipe": {}, "SAM": {"sam_rho": 0.05}}})
+    summaries = iter([("an abacus", "2026-01-02"), ("a quipu", "2026-01-01")])
+
+    def train(config):
+        hardware, date = next(summaries)
+        origin = {"hardware": hardware, "versions": {"jax": "1"}, "date": date}
+        return {"test_accuracy": 0.5, "train_accuracy": 0.5} | origin
+
+    monkeypatch.setattr(accuracy, "train_and_evaluate", train)
+    content = accuracy.run_ablation(accuracy.Arguments(tmp_path, seeds=(0,)), "lenet5")
+    assert content["hardware"] == "a quipu; an abacus"
+    assert (content["versions"], content["date"]) == ({"jax": "1"}, "2026-01-01 and 2026-01-02")
+
+
 def test_an_interrupted_training_is_one_line(quick_recipe, tmp_path, run_command, monkeypatch):
     def interrupted(config):
         raise Interrupted(15, Progress(1, 2), 6)
@@ -148,6 +181,9 @@ def test_time_and_cost():
         (("--recipe", "resnet"), "unknown recipe 'resnet': choose one of lenet5"),
         (("--ablation", "quickstart"), "choose one of lenet5"),
         (("--parity", "lenet5", "--seeds", "1", "1"), "each once"),
+        (("--parity", "lenet5", "--frameworks", "jax", "jax"), "--frameworks jax jax: each once"),
+        (("--recipe", "lenet5", "--num-epochs", "0"), "--num-epochs 0: must be 1 or more"),
+        (("--recipe", "lenet5", "--out", "/dev/null/x"), "/dev/null/x: Not a directory"),
     ],
 )
 def test_bad_input_is_one_line(flags, message, tmp_path, run_command):

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import pickle
+import types
 import zipfile
 
 import h5py
@@ -269,6 +270,24 @@ def test_foreign_safetensors(tmp_path):
     path.write_bytes(safetensors.numpy.save({"a": np.zeros(3, np.float32)}))
     with pytest.raises(UserError, match="not written by cifar_jax"):
         load_weights(path)
+
+
+def test_a_final_relu_that_the_network_can_not_have(tmp_path, lenet5):
+    path = tmp_path / "file.safetensors"
+    save_weights(path, dataclasses.replace(lenet5, final_relu=True))
+    with pytest.raises(UserError, match=r"file.safetensors: has a final ReLU, which lenet5 can't have"):
+        load_weights(path)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("Unable to flush file")])
+def test_a_full_disk_under_keras(tmp_path, monkeypatch, lenet5, error):
+    def save(path):
+        raise error
+
+    network = types.SimpleNamespace(set_weights=lambda _: None, save=save)
+    monkeypatch.setattr(files.interop_keras, "create_model", lambda *_, **__: network)
+    with pytest.raises(UserError, match=rf"can't write .*o\.keras by way of .*: .*{error.args[-1]}"):
+        save_weights(tmp_path / "o.keras", lenet5)
 
 
 def test_a_trained_keras_file_brings_no_optimizer_state_along(tmp_path, lenet5):

@@ -5,7 +5,7 @@ import pytest
 
 from cifar_jax import plots
 from cifar_jax.errors import UserError
-from cifar_jax.metrics import EpochMetrics, MetricsWriter, read_batch_loss, read_metrics
+from cifar_jax.metrics import EpochMetrics, MetricsWriter, read_batch_loss, read_metrics, write_atomically
 
 ROW = EpochMetrics(1, 1.5, 0.25, 1.25, 0.5, 0.01, 2.0, 100.0)
 
@@ -28,6 +28,29 @@ def test_damaged_files_are_named(tmp_path):
     (tmp_path / "batch_loss.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(UserError, match=r"batch_loss.npy: damaged"):
         read_batch_loss(tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_file_alone(tmp_path, monkeypatch):
+    write_atomically(tmp_path / "x", b"old")
+
+    def full(self, data):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(tmp_path), "write_bytes", full)
+    with pytest.raises(UserError, match=r"can't write .*x: No space left on device"):
+        write_atomically(tmp_path / "x", b"new")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x", b"old")]
+
+
+def test_a_run_of_one_epoch_is_seen(tmp_path, monkeypatch):
+    """A curve of one point has a marker, and the batch loss has more than one."""
+    MetricsWriter(tmp_path, 0, 10, 9).write(ROW, np.linspace(2, 1, 9, dtype=np.float32))
+    drawn = {}
+    monkeypatch.setattr(plots, "_save", lambda axes, path: drawn.update({path.name: axes.lines}))
+    plots.plot_run(tmp_path)
+    assert [line.get_marker() for line in drawn["accuracy.png"] + drawn["loss.png"]] == ["."] * 4
+    np.testing.assert_allclose(drawn["batch_loss.png"][0].get_xydata()[[0, -1]], [(5, 1.75), (9, 1.25)])
 
 
 def test_running_mean():

@@ -453,6 +453,17 @@ def test_a_lost_or_earlier_summary_is_written_again(content, uninterrupted, use_
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == before
 
 
+def test_a_finished_run_without_its_checkpoints_is_left_alone(uninterrupted, use_tiny_dataset, tmp_path, capsys):
+    shutil.copytree(uninterrupted.workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    summary = train_and_evaluate(dataclasses.replace(uninterrupted, workdir=str(tmp_path / "run")))
+    assert summary == json.loads(before["summary.json"])
+    assert "already complete after 3 epochs" in capsys.readouterr().out
+    after = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert after == before | {"config.json": after["config.json"]}
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"dropout_rates": []}', '{"batch_size": 1}'])
 def test_a_damaged_config_is_named(content, tiny_config):
     folder = train.Path(tiny_config.workdir)

@@ -93,6 +93,8 @@ def load_weights(
         _, found = layers_from_params(params)
         if model not in (None, found):
             raise UserError(f"holds the weights of {found}, not of {model}")
+        if final_relu and found != "all_cnn":
+            raise UserError(f"has a final ReLU, which {found} can't have")
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if architecture is not None:
@@ -127,10 +129,14 @@ def save_weights(path: Path, weights: Weights) -> None:
     elif path.name.endswith((".h5", ".hdf5", ".keras")):
         network = interop_keras.create_model(weights.model, final_relu=weights.final_relu)
         network.set_weights(interop_keras.params_to_keras(weights.params))
-        with tempfile.TemporaryDirectory() as folder:
-            partial = Path(folder) / path.name
-            network.save_weights(partial) if path.name.endswith(".weights.h5") else network.save(partial)
-            data = partial.read_bytes()
+        save = network.save_weights if path.name.endswith(".weights.h5") else network.save
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                partial = Path(folder) / path.name
+                save(partial)
+                data = partial.read_bytes()
+        except (OSError, RuntimeError) as error:  # h5py's
+            raise UserError(f"can't write {path} by way of {tempfile.gettempdir()}: {error}") from error
     else:
         raise UserError(f"{path}: unknown kind of file: name a .safetensors, .pth, .h5, .weights.h5 or .keras")
     write_atomically(path, data)

@@ -1,0 +1,29 @@
+import errno
+import io
+import os
+import sys
+
+from cifar_jax.errors import command
+
+
+def test_output_is_seen_at_once(monkeypatch):
+    """In a log file as well: a training has hours between its first and its last line."""
+    file = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file))
+    seen = []
+    assert command(lambda: print("epoch 1") or seen.append(file.getvalue()) or 0)() == 0
+    assert seen == [b"epoch 1\n"]
+
+
+def test_a_systems_error_is_one_line(run_command, monkeypatch):
+    status, _, error = run_command(command(lambda: len(os.listdir("/dev/null/x"))))
+    assert (status, error) == (2, "error: /dev/null/x: Not a directory: make room, or name another place\n")
+    silenced = []
+    monkeypatch.setattr(os, "dup2", lambda _, descriptor: silenced.append(descriptor))
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    status, _, error = run_command(command(full))
+    assert (status, error) == (2, "error: the output: No space left on device: make room, or name another place\n")
+    assert silenced == [1]
