@@ -9,10 +9,11 @@
 # model:dtype:batch,sizes:seconds …; CAMPAIGN_FLAGS: more flags of benchmarks.throughput.
 set -u
 [ $# -eq 1 ] || { echo "usage: benchmarks/gpu_campaign.sh OUT" >&2; exit 2; }
+DATA_DIR=${DATA_DIR:+$(realpath "$DATA_DIR")}  # before the cd
 mkdir -p "$1" && OUT=$(cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python}
-runs=${CAMPAIGN_RUNS:-lenet5_reference:15:60 lenet5:160:60 all_cnn_reference:20:60}
+runs=${CAMPAIGN_RUNS:-lenet5_reference:15:60 lenet5:224:64 all_cnn_reference:20:60}
 evaluation=${CAMPAIGN_EVALUATION:-15}
 parts=${CAMPAIGN_THROUGHPUT:-all_cnn:bfloat16:64,512,1024:80 lenet5:float32:4,128,1024:65 all_cnn:float32:64,512,1024:60}
 flags=${CAMPAIGN_FLAGS:---frameworks jax pytorch pytorch-compile pytorch-cudagraphs --rounds 5 --seconds-per-round 0.5 --timeout 60}

@@ -323,6 +323,7 @@ def test_cycles_follow_the_schedule():
     assert shares[10:] == pytest.approx([0, 0, 0, 1 / 2, 0, 0, 0, 1 / 3])
     assert training.swa_steps(RECIPES["all_cnn_fast"], 196) == (22 * 196, 2 * 196)  # whole epochs
     assert training.swa_steps(RECIPES["all_cnn_fast"], 176) == (22 * 176, 2 * 176)  # with 5,000 images held out
+    assert training.swa_steps(RECIPES["lenet5"], 196) == (160 * 196, 8 * 196)
     too_short = dataclasses.replace(config, swa_fraction=0.1)  # 0.9 steps a cycle: none
     assert training.swa_steps(too_short, 6) == (18, 0)
     assert float(create_schedule(too_short, 6)(17)) == pytest.approx(0.1 / 14)
