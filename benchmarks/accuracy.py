@@ -67,6 +67,8 @@ def train_in_pytorch(config: Config) -> dict[str, Any]:
     if path.exists():
         try:
             saved = torch.load(path, weights_only=True)
+        except OSError:
+            raise
         except Exception as error:  # a cut pickle can raise anything
             raise UserError(f"{path}: damaged: remove it to train from the start, or name other --runs") from error
         if saved.get("recipe") != recipe:
@@ -348,13 +350,15 @@ def run_parity(arguments: Arguments, model: str) -> dict[str, Any] | None:
     curves = {
         name: [[row["test_accuracy"] for row in run["metrics"]] for run in runs] for name, runs in all_runs.items()
     }
+    trained = origin(all_runs["jax"])  # PyTorch's runs do not say theirs
     result = compare({name: [run[-1] for run in runs] for name, runs in curves.items()})
     print(f"difference {result['difference']:+.2%}, p = {result['p_value']:.2f}")
     return {
         "recipe": recipe,
         "dataset": config.dataset,
         "num_epochs": config.num_epochs,
-        "hardware": origin(all_runs["jax"])["hardware"],
+        "hardware": trained["hardware"],
+        "date": trained["date"],
         "seeds": list(arguments.seeds),
         "test_accuracy_by_epoch": curves,
         "last_epoch": result,
@@ -372,6 +376,7 @@ def main() -> int:
     if len(set(arguments.seeds)) < max(1, len(arguments.seeds)):
         raise UserError(f"--seeds {' '.join(map(str, arguments.seeds))}: name one or more, each once")
     mode, name = asked[0], getattr(arguments, asked[0])
+    configure(arguments, f"{name}_reference" if mode == "parity" else name, "", 0)  # raises what it raises below
     arguments.out.mkdir(parents=True, exist_ok=True)  # now, not after hours of training
     try:
         content = modes[mode](arguments, name)

@@ -9,7 +9,7 @@
 # model:dtype:batch,sizes:seconds …; CAMPAIGN_FLAGS: more flags of benchmarks.throughput.
 set -u
 [ $# -eq 1 ] || { echo "usage: benchmarks/gpu_campaign.sh OUT" >&2; exit 2; }
-DATA_DIR=${DATA_DIR:+$(realpath "$DATA_DIR")}  # before the cd
+DATA_DIR=${DATA_DIR:+$(realpath "$DATA_DIR")} || exit 2  # before the cd
 mkdir -p "$1" && OUT=$(cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 import itertools
@@ -46,12 +47,15 @@ def command(main: Callable[[], int]) -> Callable[[], int]:
             print("interrupted", file=sys.stderr)
             return 130
         except OSError as error:
-            if error.filename is None:  # it is stdout's: Python would write the rest again at exit, and complain
+            if error.filename is None:  # it may be stdout's: Python would write the rest again at exit, and complain
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             if isinstance(error, BrokenPipeError):  # the reader of our output (`| head`) left
                 return 128 + signal.SIGPIPE
-            place = error.filename or "the output"
-            print(f"error: {place}: {error.strerror}: make room, or name another place", file=sys.stderr)
+            if error.errno is None:  # no system's error: what a library calls one
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "name another place"
+            print(f"error: {' '.join(f'{place}{error.strerror}: {advice}'.split())}", file=sys.stderr)
             return 2
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):

@@ -158,7 +158,9 @@ def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, 
         # Missing, damaged, or of an interruption with the last epochs' end cut off: written anew below.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             summary = json.loads((workdir / "summary.json").read_text())
-            if summary["epochs"] == config.num_epochs:
+            fields = json.loads(json.dumps(dataclasses.asdict(config)))
+            same = all(fields[name] == value for name, value in summary["config"].items())
+            if same and summary["epochs"] == config.num_epochs:
                 print(f"already complete after {config.num_epochs} epochs; for another run name another --workdir")
                 return summary
     if restored is not None:

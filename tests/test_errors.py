@@ -3,6 +3,8 @@ import io
 import os
 import sys
 
+import pytest
+
 from cifar_jax.errors import command
 
 
@@ -17,7 +19,7 @@ def test_output_is_seen_at_once(monkeypatch):
 
 def test_a_systems_error_is_one_line(run_command, monkeypatch):
     status, _, error = run_command(command(lambda: len(os.listdir("/dev/null/x"))))
-    assert (status, error) == (2, "error: /dev/null/x: Not a directory: make room, or name another place\n")
+    assert (status, error) == (2, "error: /dev/null/x: Not a directory: name another place\n")
     silenced = []
     monkeypatch.setattr(os, "dup2", lambda _, descriptor: silenced.append(descriptor))
 
@@ -25,5 +27,13 @@ def test_a_systems_error_is_one_line(run_command, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     status, _, error = run_command(command(full))
-    assert (status, error) == (2, "error: the output: No space left on device: make room, or name another place\n")
+    assert (status, error) == (2, "error: No space left on device: make room\n")
     assert silenced == [1]
+
+
+def test_a_librarys_own_error_is_not_hidden(run_command):
+    def broken():
+        raise OSError("a file in the wrong state")
+
+    with pytest.raises(OSError, match="wrong state"):
+        command(broken)()

@@ -453,7 +453,9 @@ def test_a_lost_or_earlier_summary_is_written_again(content, uninterrupted, use_
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == before
 
 
-def test_a_finished_run_without_its_checkpoints_is_left_alone(uninterrupted, use_tiny_dataset, tmp_path, capsys):
+def test_a_finished_run_without_its_checkpoints_is_left_alone(
+    uninterrupted, use_tiny_dataset, tmp_path, capsys, monkeypatch
+):
     shutil.copytree(uninterrupted.workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
@@ -462,6 +464,11 @@ def test_a_finished_run_without_its_checkpoints_is_left_alone(uninterrupted, use
     assert "already complete after 3 epochs" in capsys.readouterr().out
     after = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     assert after == before | {"config.json": after["config.json"]}
+    (tmp_path / "run" / "config.json").unlink()
+    other = dataclasses.replace(uninterrupted, workdir=str(tmp_path / "run"), seed=1)
+    monkeypatch.setattr(train, "create_train_steps", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # another recipe's summary is not this run's
+        train_and_evaluate(other)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"dropout_rates": []}', '{"batch_size": 1}'])
