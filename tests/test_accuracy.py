@@ -59,10 +59,9 @@ def test_parity_in_parts_and_together(quick_recipe, tmp_path, run_command):
     status, _, errors = run_command(accuracy.main, *parts, *flags)
     assert status == 2
     assert "is of another recipe" in errors
-    trained = accuracy.train_in_pytorch
     shorter = accuracy.configure(accuracy.Arguments(tmp_path, num_epochs=1, runs=tmp_path), "lenet5_reference", "", 0)
     shorter = dataclasses.replace(shorter, workdir=str(tmp_path / "whole" / "parity_lenet5" / "pytorch_seed0"))
-    assert len(trained(shorter)["metrics"]) == 1  # of the two in its checkpoint
+    assert len(accuracy.train_in_pytorch(shorter)["metrics"]) == 1  # of the two in its checkpoint
     assert np.shape(curves["jax"]) == np.shape(curves["pytorch"]) == (2, 2)
     assert min(run[-1] for runs in curves.values() for run in runs) > 0.2  # both learn
     assert results[0]["last_epoch"]["jax"]["mean"] == pytest.approx(np.mean([run[-1] for run in curves["jax"]]))

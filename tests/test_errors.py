@@ -31,7 +31,7 @@ def test_a_systems_error_is_one_line(run_command, monkeypatch):
     assert silenced == [1]
 
 
-def test_a_librarys_own_error_is_not_hidden(run_command):
+def test_a_librarys_own_error_is_not_hidden():
     def broken():
         raise OSError("a file in the wrong state")
 

@@ -93,13 +93,13 @@ def load_weights(
         _, found = layers_from_params(params)
         if model not in (None, found):
             raise UserError(f"holds the weights of {found}, not of {model}")
-        if final_relu and found != "all_cnn":
-            raise UserError(f"has a final ReLU, which {found} can't have")
+        _check_final_relu(final_relu, found)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if architecture is not None:
         try:
             final_relu = _has_final_relu(json.loads(architecture.read_text()), params)
+            _check_final_relu(final_relu, found)
         except UserError as error:
             raise UserError(f"{architecture}: {error}") from error
         except (OSError, ValueError, RecursionError) as error:
@@ -247,6 +247,9 @@ def _has_final_relu(config: Any, params: Params) -> bool:
     expected = [kernel[:2] + kernel[3:] if len(kernel) == 4 else kernel[1:] for _, kernel, _ in expected_shapes(model)]
     if sizes != expected:
         raise UserError(f"its layers with weights {sizes} are not those of {model} {expected}")
+    return final_relu
+
+
+def _check_final_relu(final_relu: bool, model: str) -> None:
     if final_relu and model != "all_cnn":
         raise UserError(f"has a final ReLU, which {model} can't have")
-    return final_relu
