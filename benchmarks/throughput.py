@@ -236,10 +236,7 @@ def main() -> int:
     if min(arguments.rounds, *(arguments.batch_sizes or ()), arguments.seconds_per_round, arguments.timeout) <= 0:
         raise UserError("--rounds, --batch-sizes, --seconds-per-round and --timeout take numbers above 0")
     contenders = [name for family in FAMILIES if family in {"jax", *arguments.frameworks} for name in FAMILIES[family]]
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {arguments.out}: {error.strerror}: name a folder that can be written") from error
+    arguments.out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_platforms", "cpu")  # this process only counts FLOPs: a GPU is all the workers'
     load_average = os.getloadavg()[0]
     workloads: dict[str, dict[str, Any]] = {}

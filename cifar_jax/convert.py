@@ -45,6 +45,7 @@ def main() -> int:
     arguments = parse_arguments(
         lambda: tyro.cli(Arguments, prog="python -m cifar_jax.convert", config=(tyro.conf.PositionalRequiredArgs,))
     )
+    dataset = "cifar10"  # a weight file does not say
     if arguments.input.is_dir():
         if arguments.architecture or arguments.input_scaling:
             raise UserError(
@@ -53,6 +54,7 @@ def main() -> int:
         config, state, _ = load_run(arguments.input, arguments.checkpoint or "latest")
         if arguments.model not in (None, config.model):
             raise UserError(f"{arguments.input}: holds the weights of {config.model}, not of {arguments.model}")
+        dataset = config.dataset
         weights = Weights(config.model, jax.tree.map(np.asarray, state.eval_params), config.input_scaling)
     elif arguments.checkpoint is not None:
         raise UserError(f"--checkpoint goes with a run's folder, and {arguments.input} is none")
@@ -67,6 +69,8 @@ def main() -> int:
         print(f"such a file does not hold the scaling: use it with --input-scaling {weights.input_scaling}")
     if written.final_relu != weights.final_relu:
         print("such a file does not hold the final ReLU: use it with an --architecture that has it")
+    if dataset != "cifar10":
+        print(f"trained on {dataset}: evaluate it with --dataset {dataset}")
     return 0
 
 

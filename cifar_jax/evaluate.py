@@ -1,7 +1,7 @@
 """Loss and accuracy of a trained network on the test set, every example counted once.
 
 python -m cifar_jax.evaluate --workdir RUN [--checkpoint best|latest] [--eval-dropout] [--json]
-python -m cifar_jax.evaluate --weights FILE [--architecture JSON] [--model …] [--input-scaling …] [--json]
+python -m cifar_jax.evaluate --weights FILE [--architecture JSON] [--model …] [--input-scaling …] [--dataset …] [--json]
 python -m cifar_jax.evaluate --pretrained NAME [--dtype bfloat16] [--json]
 """
 
@@ -135,6 +135,8 @@ class Arguments:
     """With --weights: the network; None: guessed from the number of tensors."""
     input_scaling: InputScaling | None = None
     """With --weights: how pixels are scaled; None: as the file says, else as the model's original program does."""
+    dataset: Literal["cifar10", "digits"] | None = None
+    """With --weights: the data to test on; None: cifar10. A run is tested on its own."""
     pretrained: str | None = None
     """A released network, by the name of its model card in cifar_jax/pretrained."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -157,7 +159,7 @@ def main() -> int:
     source: dict[str, Any]
     if [arguments.workdir, arguments.weights, arguments.pretrained].count(None) != 2:
         raise UserError("name a run with --workdir, a weight file with --weights, or a network with --pretrained")
-    for field in ("architecture", "model", "input_scaling"):
+    for field in ("architecture", "model", "input_scaling", "dataset"):
         if getattr(arguments, field) is not None and arguments.weights is None:
             raise UserError(f"--{field.replace('_', '-')} goes with --weights alone")
     if arguments.checkpoint is not None and arguments.workdir is None:
@@ -178,12 +180,14 @@ def main() -> int:
         source |= {"input_scaling": weights.input_scaling, "dtype": dtype}
     # The batch of training need not divide over this machine's devices.
     config = dataclasses.replace(config, data_dir=arguments.data_dir or config.data_dir, num_devices=None)
+    config = dataclasses.replace(config, dataset=arguments.dataset or config.dataset)
     dataset = load_dataset(config.dataset, config.data_dir)
     images, labels = dataset.test_images, dataset.test_labels
     evaluator = Evaluator(config, state, images, labels, jax.local_devices(), arguments.eval_dropout, arguments.mirror)
     metrics = evaluator(state)
     assert metrics is not None  # nothing stops it
     result = source | {
+        "dataset": config.dataset,
         "eval_dropout": arguments.eval_dropout,
         "mirror": arguments.mirror,
         "test_loss": metrics["loss"],
@@ -194,7 +198,8 @@ def main() -> int:
     if arguments.json:
         print(json.dumps(result, indent=2))
     else:
-        print(f"{name}: test loss {metrics['loss']:.4f} accuracy {metrics['accuracy']:.2%} of {len(labels):,} images")
+        counted = f"{metrics['accuracy']:.2%} of {len(labels):,} images of {config.dataset}"
+        print(f"{name}: test loss {metrics['loss']:.4f} accuracy {counted}")
     return 0
 
 

@@ -382,10 +382,11 @@ def test_flags_that_do_not_apply_are_refused(tmp_path, run_command):
     assert (status, errors) == (2, "error: --checkpoint goes with --workdir alone\n")
     status, _, errors = run_command(convert.main, tmp_path / "x.pth", tmp_path / "out.pth", "--checkpoint", "best")
     assert (status, errors) == (2, f"error: --checkpoint goes with a run's folder, and {tmp_path / 'x.pth'} is none\n")
-    for flags in (("--model", "lenet5"), ("--input-scaling", "unit"), ("--architecture", "x.json")):
+    flags_of_weights = ("--model", "lenet5"), ("--input-scaling", "unit"), ("--architecture", "x.json")
+    for flags in (*flags_of_weights, ("--dataset", "digits")):
         status, _, errors = run_command(evaluate.main, "--workdir", tmp_path, *flags)
         assert (status, errors) == (2, f"error: {flags[0]} goes with --weights alone\n")
-        if flags[0] != "--model":
+        if flags[0] not in ("--model", "--dataset"):
             status, _, errors = run_command(convert.main, tmp_path, tmp_path / "out.pth", *flags)
             assert status == 2
             assert "leave them out" in errors
@@ -396,7 +397,10 @@ def test_a_run_converts(tmp_path, run_command, tiny_config):
 
     config = dataclasses.replace(tiny_config, num_epochs=1)
     summary = train_and_evaluate(config)
-    status, _, _ = run_command(convert.main, config.workdir, tmp_path / "run.pth")
+    status, output, _ = run_command(convert.main, config.workdir, tmp_path / "run.pth")
     assert status == 0
-    _, output, _ = run_command(evaluate.main, "--weights", tmp_path / "run.pth", "--json")
-    assert json.loads(output)["test_loss"] == pytest.approx(summary["test_loss"], rel=1e-6)
+    assert output.endswith("trained on digits: evaluate it with --dataset digits\n")
+    _, output, _ = run_command(evaluate.main, "--weights", tmp_path / "run.pth", "--dataset", "digits", "--json")
+    result = json.loads(output)
+    assert result["dataset"] == "digits"
+    assert result["test_loss"] == pytest.approx(summary["test_loss"], rel=1e-6)

@@ -136,7 +136,7 @@ def test_a_tiny_run(tmp_path, run_command, monkeypatch):
         (["--models", "resnet"], "error: "),
         (["--rounds", "0"], "error: --rounds, --batch-sizes, --seconds-per-round and --timeout take"),
         (["--batch-sizes", "0"], "error: --rounds, --batch-sizes"),
-        (["--out", "/dev/null/here"], "error: --out /dev/null/here: Not a directory"),
+        (["--out", "/dev/null/here"], "error: /dev/null/here: Not a directory: name another place"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(tmp_path, run_command, flags, message):
