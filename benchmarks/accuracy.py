@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
-import tyro
 
 from benchmarks.throughput import flops_per_image
 from cifar_jax.configs import RECIPES
@@ -368,7 +367,7 @@ def run_parity(arguments: Arguments, model: str) -> dict[str, Any] | None:
 @command
 def main() -> int:
     prepare_cpu()
-    arguments = parse_arguments(lambda: tyro.cli(Arguments, prog="python -m benchmarks.accuracy"))
+    arguments = parse_arguments(Arguments, prog="python -m benchmarks.accuracy")
     modes = {"recipe": run_recipe, "ablation": run_ablation, "parity": run_parity}
     asked = [mode for mode in modes if getattr(arguments, mode) is not None]
     if len(asked) != 1:

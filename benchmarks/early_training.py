@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-import tyro
 
 from cifar_jax.augmentation import create_augment
 from cifar_jax.configs import RECIPES
@@ -101,7 +100,7 @@ class Arguments:
 
 @command
 def main() -> int:
-    arguments = parse_arguments(lambda: tyro.cli(Arguments, prog="python -m benchmarks.early_training"))
+    arguments = parse_arguments(Arguments, prog="python -m benchmarks.early_training")
     dataset = load_dataset(arguments.dataset, arguments.data_dir)
     most = len(dataset.train_labels) // RECIPES["all_cnn_reference"].batch_size
     if not 5 <= arguments.num_steps <= most:

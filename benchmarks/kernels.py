@@ -24,7 +24,6 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from benchmarks.throughput import create_workload
 from cifar_jax import ops, training
@@ -125,7 +124,7 @@ class Arguments:
 
 @command
 def main() -> int:
-    arguments = parse_arguments(lambda: tyro.cli(Arguments, prog="python -m benchmarks.kernels"))
+    arguments = parse_arguments(Arguments, prog="python -m benchmarks.kernels")
     use_cpu_cores()
     unknown = [name for name in arguments.workloads if name not in WORKLOADS]
     if unknown or arguments.rounds < 1:

@@ -17,20 +17,15 @@ from torch.nn import functional
 
 from benchmarks.contenders import ORDER_STEPS, Contender, Workload, best_rate, max_rss
 from cifar_jax.configs.default import Config
-from cifar_jax.input_pipeline import CIFAR10_MEAN, CIFAR10_STD
+from cifar_jax.input_pipeline import SCALINGS
 from cifar_jax.interop import keras as interop_keras
 from cifar_jax.interop import pytorch as interop_pytorch
 
 
 def scaling(input_scaling: str) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, shift), float32 [3, 1, 1]: image · scale + shift is input_pipeline.scale_images."""
-    mean, std = {
-        "unit": ((0.0,) * 3, (1.0,) * 3),
-        "symmetric": ((0.5,) * 3, (0.5,) * 3),
-        "standardized": (CIFAR10_MEAN, CIFAR10_STD),
-    }[input_scaling]
-    as_array = lambda values: np.asarray(values, np.float32).reshape(3, 1, 1)
-    return as_array([1 / (255 * s) for s in std]), as_array([-m / s for m, s in zip(mean, std)])
+    """(scale, shift), float32 [3, 1, 1] or [1, 1, 1]: image · scale + shift is input_pipeline.scale_images."""
+    mean, std = (np.reshape(values, (-1, 1, 1)) for values in SCALINGS[input_scaling])
+    return np.float32(1 / (255 * std)), np.float32(-mean / std)
 
 
 def affine(images: Tensor, angle: Tensor, shift_y: Tensor, shift_x: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 NOTEBOOK_LOG = (39.51, 48.87, 52.37, 56.81, 60.08, 60.89, 62.53, 66.1, 67.48, 67.8, 68.2, 69.47, 70.12, 70.54, 70.2)
 KERAS_CURVE = {1: 31, 2: 46, 15: 80, 55: 88, 200: 89.9}  # read off the original's plotted curve, in percent
 ORIGINALS = {"lenet5": "70.20 (74 claimed)", "all_cnn": "89.9"}  # the last epoch's
+NETWORKS = {"lenet5": "LeNet-5", "all_cnn": "All-CNN"}
+FRAMEWORKS = {"jax": "cifar_jax", "pytorch": "PyTorch"}
 
 
 def load(name: str) -> dict[str, Any]:
@@ -95,12 +97,11 @@ def accuracy() -> str:
             for name, times in result["seconds_to"].items()
             if None not in times
         ]
-        title = {"lenet5": "LeNet-5", "all_cnn": "All-CNN"}[model]
         value = mean_and_deviation(result["test_accuracy"])
         cost = f"{result['cost']['images'] / 1e6:.2f} M, {result['cost']['flops'] / 1e15:.2f}"
         seeds = ", ".join(map(str, result["seeds"]))
         epochs = str(result["config"]["num_epochs"])
-        row = [title, ORIGINALS[model], f"`{result['recipe']}`", value, seeds, epochs, f"{seconds / 60:.0f}"]
+        row = [NETWORKS[model], ORIGINALS[model], f"`{result['recipe']}`", value, seeds, epochs, f"{seconds / 60:.0f}"]
         rows.append([*row, "; ".join(reached), cost])
         notes.append(f"`{result['command']}`: {environment(result)}")
     columns = ["network", "original", "recipe", "test accuracy, last epoch", "seeds", "epochs", "minutes of training"]
@@ -175,8 +176,8 @@ def early_training() -> str:
         losses = run["batch_loss"]
         smooth = [sum(losses[i : i + 5]) / 5 for i in range(len(losses) - 4)]
         low = smooth.index(min(smooth))
-        framework = {"jax": "cifar_jax", "pytorch": "PyTorch"}[run["framework"]]
-        rows.append([str(run["seed"]), framework, f"{smooth[low]:.3f}", f"{low + 2}", f"{max(smooth[low:]):.3f}"])
+        numbers = [f"{smooth[low]:.3f}", f"{low + 2}", f"{max(smooth[low:]):.3f}"]
+        rows.append([str(run["seed"]), FRAMEWORKS[run["framework"]], *numbers])
     columns = ["seed", "", "lowest loss, mean of 5 steps", "near step", "highest afterwards"]
     return f"{table(columns, rows)}\n\n{environment(result)}"
 
@@ -191,13 +192,11 @@ def quickstart() -> str:
 
 def kernels() -> str:
     result = load("kernels")
-    names = {"lenet5_batch4": "LeNet-5, batch 4", "lenet5_batch128": "LeNet-5, batch 128"}
-    names["all_cnn_batch64"] = "All-CNN, batch 64"
-    forms = list(result["results"]["lenet5_batch4"])
-    rows = [
-        [title, *(f"{form['ms_per_step']:.2f} ({form['speedup']:.2f}×)" for form in result["results"][name].values())]
-        for name, title in names.items()
-    ]
+    forms, rows = list(result["results"]["lenet5_batch4"]), []
+    for name, measured in result["results"].items():
+        model, _, batch_size = name.rpartition("_batch")
+        cells = [f"{form['ms_per_step']:.2f} ({form['speedup']:.2f}×)" for form in measured.values()]
+        rows.append([f"{NETWORKS[model]}, batch {batch_size}", *cells])
     return f"{table(['ms a step', *forms], rows)}\n\n{environment(result)}"
 
 
@@ -205,8 +204,7 @@ PHASE_TITLES = {"training": "training", "training_augmented": "training, augment
 
 
 def workload_title(workload: dict[str, Any]) -> str:
-    network = {"lenet5": "LeNet-5", "all_cnn": "All-CNN"}[workload["model"]]
-    return f"{network}, batch {workload['batch_size']}"
+    return f"{NETWORKS[workload['model']]}, batch {workload['batch_size']}"
 
 
 def throughput_table(result: dict[str, Any]) -> str:
@@ -273,27 +271,16 @@ def throughput() -> str:
 
 def parity_table(result: dict[str, Any]) -> str:
     """The checks of a parity script; of those of a model's initial tensors the one nearest to its tolerance."""
-    rows, initial = [], {}
-    for check in result["checks"]:
-        if ": initial " in check["name"]:
-            initial.setdefault(check["name"].partition(":")[0], []).append(check)
-            continue
-        rows.append(check)
-    for model, checks in initial.items():
-        ratio = lambda check: (check["error"] or 0) / (check["tolerance"] or 1)
-        nearest = max(checks, key=ratio)
-        passed = all(check["passed"] for check in checks)
-        title = f"{model}: {len(checks)} checks of initial distributions; nearest to its tolerance:{{}}"
-        name = title.format(nearest["name"].partition(": initial")[2])
-        rows.append(nearest | {"name": name, "passed": passed})
+    rows = [check for check in result["checks"] if ": initial " not in check["name"]]
+    for model in ("all_cnn", "lenet5"):
+        checks = [check for check in result["checks"] if check["name"].startswith(f"{model}: initial ")]
+        nearest = max(checks, key=lambda check: (check["error"] or 0) / (check["tolerance"] or 1))
+        name = f"{model}: {len(checks)} checks of initial distributions; nearest to its tolerance: "
+        name += nearest["name"].removeprefix(f"{model}: initial ")
+        rows.append(nearest | {"name": name, "passed": all(check["passed"] for check in checks)})
+    as_text = lambda number: "NaN" if number is None else f"{number:.1e}"
     cells = [
-        [
-            row["name"],
-            "NaN" if row["error"] is None else f"{row['error']:.1e}",
-            f"{row['tolerance']:.1e}",
-            row["why"],
-            "pass" if row["passed"] else "FAIL",
-        ]
+        [row["name"], as_text(row["error"]), as_text(row["tolerance"]), row["why"], "pass" if row["passed"] else "FAIL"]
         for row in rows
     ]
     count = sum(check["passed"] for check in result["checks"])
@@ -301,25 +288,12 @@ def parity_table(result: dict[str, Any]) -> str:
     return f"{table(['check', 'error', 'tolerance', 'why this tolerance', ''], cells)}\n\n{summary}"
 
 
-def parity_pytorch() -> str:
-    return parity_table(load("parity_pytorch"))
-
-
-def parity_keras() -> str:
-    return parity_table(load("parity_keras"))
-
-
 def parity_lenet5() -> str:
     result = load("parity_lenet5")
-    last, frameworks = result["last_epoch"], {"jax": "cifar_jax", "pytorch": "PyTorch"}
-    rows = [
-        [
-            title,
-            ", ".join(percent(run[-1]) for run in result["test_accuracy_by_epoch"][name]),
-            mean_and_deviation(last[name]),
-        ]
-        for name, title in frameworks.items()
-    ]
+    last, rows = result["last_epoch"], []
+    for name, title in FRAMEWORKS.items():
+        by_seed = ", ".join(percent(run[-1]) for run in result["test_accuracy_by_epoch"][name])
+        rows.append([title, by_seed, mean_and_deviation(last[name])])
     low, high = last["confidence_interval_95"]
     difference = (
         f"Difference of the means {100 * last['difference']:+.2f}, 95 % confidence interval {100 * low:+.2f} to "
@@ -336,9 +310,9 @@ def draw_parity_lenet5(path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     curves = load("parity_lenet5")["test_accuracy_by_epoch"]
-    for name, color, title in (("jax", "tab:blue", "cifar_jax"), ("pytorch", "tab:orange", "PyTorch")):
+    for name, color in (("jax", "tab:blue"), ("pytorch", "tab:orange")):
         for number, run in enumerate(curves[name]):
-            label = f"{title}, {len(curves[name])} seeds" if number == 0 else None
+            label = f"{FRAMEWORKS[name]}, {len(curves[name])} seeds" if number == 0 else None
             axes.plot(range(1, len(run) + 1), [100 * value for value in run], color=color, lw=1, label=label)
     axes.plot(range(1, 16), NOTEBOOK_LOG, "k--", lw=1, label="the notebook's log (dropout on)")
     axes.set(xlabel="epoch", ylabel="test accuracy, %", title="LeNet-5, reference recipe")
@@ -348,21 +322,18 @@ def draw_parity_lenet5(path: Path) -> None:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
-    function.__name__: function
-    for function in (
-        quickstart,
-        lenet5_reference,
-        all_cnn_reference,
-        accuracy,
-        ablation,
-        pretrained,
-        early_training,
-        parity_pytorch,
-        parity_keras,
-        parity_lenet5,
-        throughput,
-        kernels,
-    )
+    "quickstart": quickstart,
+    "lenet5_reference": lenet5_reference,
+    "all_cnn_reference": all_cnn_reference,
+    "accuracy": accuracy,
+    "ablation": ablation,
+    "pretrained": pretrained,
+    "early_training": early_training,
+    "parity_pytorch": lambda: parity_table(load("parity_pytorch")),
+    "parity_keras": lambda: parity_table(load("parity_keras")),
+    "parity_lenet5": parity_lenet5,
+    "throughput": throughput,
+    "kernels": kernels,
 }
 
 

@@ -28,7 +28,6 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import tyro
 
 from benchmarks.contenders import FAMILIES, PHASES, Family, Phase, Workload, serve
 from cifar_jax.configs import RECIPES
@@ -232,7 +231,7 @@ def summarize(workloads: dict[str, dict[str, Any]]) -> float:
 
 @command
 def main() -> int:
-    arguments = parse_arguments(lambda: tyro.cli(Arguments, prog="python -m benchmarks.throughput"))
+    arguments = parse_arguments(Arguments, prog="python -m benchmarks.throughput")
     if min(arguments.rounds, *(arguments.batch_sizes or ()), arguments.seconds_per_round, arguments.timeout) <= 0:
         raise UserError("--rounds, --batch-sizes, --seconds-per-round and --timeout take numbers above 0")
     contenders = [name for family in FAMILIES if family in {"jax", *arguments.frameworks} for name in FAMILIES[family]]

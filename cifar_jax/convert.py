@@ -42,9 +42,8 @@ class Arguments:
 
 @command
 def main() -> int:
-    arguments = parse_arguments(
-        lambda: tyro.cli(Arguments, prog="python -m cifar_jax.convert", config=(tyro.conf.PositionalRequiredArgs,))
-    )
+    positional = (tyro.conf.PositionalRequiredArgs,)
+    arguments = parse_arguments(Arguments, prog="python -m cifar_jax.convert", config=positional)
     dataset = "cifar10"  # a weight file does not say
     if arguments.input.is_dir():
         if arguments.architecture or arguments.input_scaling:

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 
@@ -68,12 +68,14 @@ def command(main: Callable[[], int]) -> Callable[[], int]:
     return wrapped
 
 
-def parse_arguments(parse: Callable[[], T]) -> T:
-    """Calls tyro through `parse`; the first paragraph of its box about a bad flag becomes the UserError."""
+def parse_arguments(kind: type[T], **options: Any) -> T:
+    """tyro.cli(kind, **options), but the first paragraph of its box about a bad flag is the text of a UserError."""
+    import tyro  # here: load_pretrained needs none
+
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            return parse()
+            return tyro.cli(kind, **options)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise

@@ -1,8 +1,6 @@
 """Loss and accuracy of a trained network on the test set, every example counted once.
 
-python -m cifar_jax.evaluate --workdir RUN [--checkpoint best|latest] [--eval-dropout] [--json]
-python -m cifar_jax.evaluate --weights FILE [--architecture JSON] [--model …] [--input-scaling …] [--dataset …] [--json]
-python -m cifar_jax.evaluate --pretrained NAME [--dtype bfloat16] [--json]
+python -m cifar_jax.evaluate --workdir RUN | --weights FILE | --pretrained NAME; --help lists the flags.
 """
 
 from __future__ import annotations
@@ -155,7 +153,7 @@ class Arguments:
 def main() -> int:
     prepare_cpu()
     flags = (tyro.conf.FlagCreatePairsOff,)
-    arguments = parse_arguments(lambda: tyro.cli(Arguments, prog="python -m cifar_jax.evaluate", config=flags))
+    arguments = parse_arguments(Arguments, prog="python -m cifar_jax.evaluate", config=flags)
     source: dict[str, Any]
     if [arguments.workdir, arguments.weights, arguments.pretrained].count(None) != 2:
         raise UserError("name a run with --workdir, a weight file with --weights, or a network with --pretrained")

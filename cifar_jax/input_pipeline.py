@@ -30,6 +30,8 @@ from cifar_jax.errors import UserError
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # of the training set's pixels, by channel, in [0, 1]
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+# What is subtracted from pixels in [0, 1], and then divided by, for each input_scaling.
+SCALINGS = {"unit": ((0.0,), (1.0,)), "symmetric": ((0.5,), (0.5,)), "standardized": (CIFAR10_MEAN, CIFAR10_STD)}
 ARCHIVE_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 ARCHIVE_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 
@@ -72,14 +74,15 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> D
             f"--data-dir {data_dir} does not exist: name a folder with CIFAR-10, or create it for a download"
         )
     for folder in _search_path(data_dir):
-        found = _find_layout(folder, itself=data_dir is not None and folder == Path(data_dir))
+        named = data_dir is not None and folder == Path(data_dir)
+        found = _find_layout(folder, itself=named)
         if found is not None:
             break
-        if data_dir is not None and folder == Path(data_dir):
+        if named:
             print(f"no CIFAR-10 in --data-dir {data_dir}: looking elsewhere", file=sys.stderr)
     else:
         archive = _download(Path(data_dir) if data_dir is not None else _cache_dir())
-        found = _read_pickles, archive
+        found = _read_official, archive
     read, path = found
     return Dataset(**_cached(read, path), class_names=CIFAR10_CLASSES, source=str(path))
 
@@ -120,7 +123,7 @@ def _find_layout(folder: Path, itself: bool) -> tuple[Callable[[Path], Arrays], 
     if itself and folder.is_file():
         if not folder.name.endswith((".tar.gz", ".tgz", "_archive")):
             raise UserError(f"{folder} is a file: name the folder that holds CIFAR-10, or a .tar.gz archive of it")
-        return (_read_binaries if "binary" in folder.name else _read_pickles), folder
+        return _read_official, folder
     for tfds in (folder, folder / "3.0.2", folder / "cifar10/3.0.2"):
         if (tfds / "dataset_info.json").is_file() and tfds.absolute().parts[-2:] == ("cifar10", "3.0.2"):
             if any(tfds.glob("cifar10-train.array_record*")):
@@ -130,17 +133,10 @@ def _find_layout(folder: Path, itself: bool) -> tuple[Callable[[Path], Arrays], 
                 f"passing over {tfds}: it holds TFRecord files; prepare it with file_format='array_record'",
                 file=sys.stderr,
             )
-    for sub, suffix, read in (
-        ("cifar-10-batches-py", "", _read_pickles),
-        ("cifar-10-batches-bin", ".bin", _read_binaries),
-    ):
-        for place in (folder / sub, *([folder] if itself else [])):
-            if any((place / f"{name}{suffix}").is_file() for name in _BATCHES):
-                return read, place
-    for name in archives:
-        if (folder / name).is_file():
-            return (_read_binaries if "binary" in name else _read_pickles), folder / name
-    return None
+    for place in (folder / "cifar-10-batches-py", folder / "cifar-10-batches-bin", *([folder] if itself else [])):
+        if any((place / f"{name}{suffix}").is_file() for name in _BATCHES for suffix in ("", ".bin")):
+            return _read_official, place
+    return next(((_read_official, folder / name) for name in archives if (folder / name).is_file()), None)
 
 
 # --- readers: each returns the four arrays, or raises UserError naming the file ---
@@ -187,18 +183,10 @@ def _damaged_shard(folder: Path, split: str) -> Path:
     return folder
 
 
-def _read_pickles(path: Path) -> Arrays:
-    return _read_official(path, "", _read_pickle)
-
-
-def _read_binaries(path: Path) -> Arrays:
-    return _read_official(path, ".bin", _read_binary)
-
-
-def _read_official(
-    path: Path, suffix: str, read_batch: Callable[[bytes, Path], tuple[np.ndarray, np.ndarray]]
-) -> Arrays:
-    """Five training batches and the test batch, in an archive or unpacked into a folder, to NHWC arrays."""
+def _read_official(path: Path) -> Arrays:
+    """Five training batches and the test batch, Python's or binary, in an archive or unpacked, to NHWC arrays."""
+    binary = "binary" in path.name if path.is_file() else not any((path / name).is_file() for name in _BATCHES)
+    suffix, read_batch = (".bin", _read_binary) if binary else ("", _read_pickle)
     names = [f"{name}{suffix}" for name in _BATCHES]
     members = _read_archive(path, names) if path.is_file() else {name: _read_file(path / name) for name in names}
     batches = [read_batch(members[name], path / name) for name in names]
@@ -422,12 +410,8 @@ def _save_arrays(entry: Path, arrays: Arrays) -> None:
 
 def scale_images(images: jax.Array, input_scaling: str) -> jax.Array:
     """uint8 [N, H, W, 3] → float32, scaled as the recipe's `input_scaling` says."""
-    unit = images.astype(jnp.float32) / 255
-    if input_scaling == "symmetric":
-        return (unit - 0.5) / 0.5
-    if input_scaling == "standardized":
-        return (unit - jnp.asarray(CIFAR10_MEAN).reshape(1, 1, 1, 3)) / jnp.asarray(CIFAR10_STD).reshape(1, 1, 1, 3)
-    return unit
+    mean, std = (jnp.asarray(values, jnp.float32).reshape(1, 1, 1, -1) for values in SCALINGS[input_scaling])
+    return (images.astype(jnp.float32) / 255 - mean) / std
 
 
 def split_seed(seed: int) -> jax.Array:

@@ -2,7 +2,8 @@
 
 Linen and not NNX: both are supported, and a pure `apply` fits one pmapped, donated step without split and merge.
 Both take float images [N, 32, 32, 3] (scaled as their recipe says) and return float32 logits [N, num_classes].
-`dtype` is the type of the computation; parameters are always float32.
+`dtype` is the type of the computation; parameters are always float32. Layers are named Conv_0 … Dense_2, so that their
+names sort in the order of the network, on which other modules rely.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cifar_jax import ops
 
@@ -21,11 +23,6 @@ Initializer = Callable[..., jax.Array]
 
 
 KERNELS: dict[str, Initializer] = {"he": nn.initializers.he_normal(), "lsuv": nn.initializers.orthogonal()}
-
-
-def _logits_dtype(dtype: Any) -> Any:
-    """float32, and float64 for computations in it, which parity checks make."""
-    return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
 
 
 class AllCNN(nn.Module):
@@ -75,7 +72,7 @@ class AllCNN(nn.Module):
         x = conv(x, self.num_classes, 1, "SAME")
         if self.final_relu:
             x = nn.relu(x)
-        return x.astype(_logits_dtype(self.dtype)).mean(axis=(1, 2))
+        return x.astype(np.promote_types(self.dtype, np.float32)).mean(axis=(1, 2))  # float64 in parity checks
 
 
 def _pytorch_bias(fan_in: int) -> Initializer:
@@ -131,7 +128,7 @@ class LeNet5(nn.Module):
         x = x.reshape(x.shape[0], -1)  # NHWC; PyTorch flattens NCHW, which matters when weights move
         x = nn.relu(dense(x, 200, xavier_normal))
         x = nn.relu(dense(x, 100))
-        return dense(x, self.num_classes).astype(_logits_dtype(self.dtype))
+        return dense(x, self.num_classes).astype(np.promote_types(self.dtype, np.float32))
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"all_cnn": AllCNN, "lenet5": LeNet5}

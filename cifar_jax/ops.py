@@ -3,7 +3,8 @@
 On the CPU, most convolutions take Winograd's form, which needs about half of the products. XLA is slow there at the
 gradient of a convolution's kernel, at convolutions without padding or of few input channels, and at the gradient of a
 max pool: as matrix products, slices and convolutions of other shapes they are up to several times faster
-(benchmarks/NOTES.md). Elsewhere these functions are `lax`'s own, which is also their reference in the tests.
+(benchmarks/NOTES.md). Elsewhere these functions are `lax`'s own, which is also their reference in the tests: on a first
+reading take them for it.
 """
 
 from __future__ import annotations
@@ -176,7 +177,7 @@ def _kernel_gradients(padded: Arrays, gradients: Arrays, kernel: jax.Array) -> A
     """
     height, width, _, features = kernel.shape
     block = math.gcd(padded[0].shape[0], _BLOCK)
-    total_dtype = jnp.float64 if kernel.dtype == jnp.float64 else jnp.float32
+    total_dtype = np.promote_types(kernel.dtype, np.float32)
 
     def convolution(images: jax.Array, gradient: jax.Array) -> jax.Array:
         images, gradient = images.astype(total_dtype), gradient.astype(total_dtype)

@@ -314,15 +314,12 @@ def parse_config(arguments: list[str]) -> Config:
         close = difflib.get_close_matches(arguments[0], RECIPES, 1)
         guess = f"did you mean {close[0]}? " if close else ""
         raise UserError(f"unknown recipe {arguments[0]!r}: {guess}choose one of {', '.join(RECIPES)}")
-    recipes = tyro.extras.subcommand_type_from_defaults(RECIPES, DESCRIPTIONS, prefix_names=False)
     return parse_arguments(
-        lambda: tyro.cli(
-            recipes,
-            prog="python -m cifar_jax.train",
-            description=f"Trains a recipe. Without a name: {DEFAULT_RECIPE}. RECIPE --help lists its flags.",
-            default=RECIPES[DEFAULT_RECIPE],
-            args=arguments,
-        )
+        tyro.extras.subcommand_type_from_defaults(RECIPES, DESCRIPTIONS, prefix_names=False),
+        prog="python -m cifar_jax.train",
+        description=f"Trains a recipe. Without a name: {DEFAULT_RECIPE}. RECIPE --help lists its flags.",
+        default=RECIPES[DEFAULT_RECIPE],
+        args=arguments,
     )
 
 

@@ -120,12 +120,9 @@ def _create_muon(config: Config, schedule: optax.Schedule) -> optax.GradientTran
     """Muon for all kernels but the last layer's, as matrices [inputs, outputs]; Adam for the rest."""
 
     def dimension_numbers(params: Any) -> Any:
-        last = "Conv_8" if config.model == "all_cnn" else "Dense_2"
-        muon = optax.contrib.MuonDimensionNumbers
-        kind = lambda path, x: (
-            None if x.ndim == 1 or path[0].key == last else muon(tuple(range(x.ndim - 1)), (x.ndim - 1,))
-        )
-        return jax.tree_util.tree_map_with_path(kind, params)
+        matrix = lambda x: optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), (x.ndim - 1,))
+        adams = lambda path, x: x.ndim == 1 or path[0].key == max(params)  # names sort in the order of the layers
+        return jax.tree_util.tree_map_with_path(lambda path, x: None if adams(path, x) else matrix(x), params)
 
     return optax.contrib.muon(
         schedule,
@@ -259,13 +256,10 @@ def create_eval_step(
             {"params": state.eval_params}, images, train=dropout, rngs={"dropout": rng}
         )
         logits = (apply(images) + apply(images[:, :, ::-1])) / 2 if mirror else apply(images)
-        sums = {
-            "loss": cross_entropy(logits, batch["label"]),
-            "correct": is_correct(logits, batch["label"]),
-            "count": jnp.ones_like(batch["mask"]),
-        }
-        sums = {name: lax.psum((x * batch["mask"]).sum(), AXIS) for name, x in sums.items()}
-        return sums | {name: sums[name].astype(jnp.int32) for name in ("correct", "count")}
+        labels, mask = batch["label"], batch["mask"]
+        values = cross_entropy(logits, labels), is_correct(logits, labels), jnp.ones_like(mask)
+        loss, correct, count = (lax.psum((x * mask).sum(), AXIS) for x in values)
+        return {"loss": loss, "correct": correct.astype(jnp.int32), "count": count.astype(jnp.int32)}
 
     return eval_step
 

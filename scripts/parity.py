@@ -6,7 +6,6 @@ in Flax' layouts. Every check returns rows of (name, error, tolerance, why that 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -44,6 +43,7 @@ from cifar_jax.training import (
 )
 
 DRAWS = 5  # of the dropout masks at test
+FedOptimizer = Callable[[Config, Params, Sequence[Params]], Params]
 WHY_RELU = "near-ties of ReLU and max pool fall to either side in float32, float64 shows the semantics"
 WHY_FLOAT64 = "the same formula: float64 rounding alone"
 # Of gradients in float32, measured on CIFAR-10. A flip is as large between PyTorch's own float32 and float64 gradients.
@@ -65,8 +65,8 @@ class Check:
 
     def as_json(self) -> dict[str, Any]:
         """Its fields and 'passed'; an error that is no number, which JSON has not, is None."""
-        error = self.error if np.isfinite(self.error) else None
-        return dataclasses.asdict(self) | {"error": error, "passed": self.passed}
+        error = float(self.error) if np.isfinite(self.error) else None
+        return dataclasses.asdict(self) | {"error": error, "tolerance": float(self.tolerance), "passed": self.passed}
 
 
 class Reference(Protocol):
@@ -91,11 +91,6 @@ class Reference(Protocol):
 
     def train(self, config: Config, batches: Sequence[tuple[np.ndarray, np.ndarray]]) -> Params:
         """The weights after a step of the recipe's optimizer on every (images, labels), dropout off."""
-
-
-def precision(dtype: str) -> contextlib.AbstractContextManager[Any]:
-    """While entered, JAX has float64 if that is `dtype`."""
-    return jax.enable_x64(dtype == "float64")
 
 
 def difference(ours: Any, theirs: Any) -> float:
@@ -195,7 +190,7 @@ def check_gradients(reference: type[Reference], model: str, images: np.ndarray, 
     tolerance = {"float32": {"all_cnn": 2e-2, "lenet5": 1.5e-3}[model], "float64": 1e-12}
 
     def errors(images: np.ndarray, dtype: str) -> tuple[float, float]:
-        with precision(dtype):
+        with jax.enable_x64(dtype == "float64"):
             params, inputs = as_dtype(start, dtype), scaled(images, model, dtype)
             ours_loss, ours = jax_loss_and_gradients(model, params, inputs, labels)
             network = reference(model, params, dtype)
@@ -233,7 +228,7 @@ def jax_optimizer(config: Config, params: Params, gradients: Sequence[Params]) -
     return params
 
 
-def check_optimizer(config: Config, fed: Callable[[Config, Params, Sequence[Params]], Params]) -> list[Check]:
+def check_optimizer(config: Config, fed: FedOptimizer) -> list[Check]:
     """`fed` is the other framework's optimizer over the same 100 gradients; a tensor of 1,000 values stands for all."""
     checks = []
     rng = np.random.default_rng(0)
@@ -244,7 +239,7 @@ def check_optimizer(config: Config, fed: Callable[[Config, Params, Sequence[Para
         float64 = (2e-8, "the rate is float32 in either: floor 4e-9; outside the velocity it makes 100 times that")
     rows = (("float32", 5e-7, "float32 rounding of 100 steps: floor 4e-9, Keras 5e-8"), ("float64", *float64))
     for dtype, tolerance, why in rows:
-        with precision(dtype):
+        with jax.enable_x64(dtype == "float64"):
             ours = jax_optimizer(config, as_dtype(start, dtype), as_dtype(gradients, dtype))
             theirs = fed(config, as_dtype(start, dtype), as_dtype(gradients, dtype))
         name = f"optimizer of {config.model}_reference, 100 fed gradients, {dtype}"
@@ -423,8 +418,10 @@ class Arguments:
     """Test images for the predictions."""
 
 
-def common_checks(reference: type[Reference], arguments: Arguments, dataset: Dataset) -> list[Check]:
-    """All checks that both scripts make, on both networks."""
+def common_checks(
+    reference: type[Reference], config: Config, fed_optimizer: FedOptimizer, arguments: Arguments, dataset: Dataset
+) -> list[Check]:
+    """All checks that both scripts make: on both networks, and of the original's own recipe."""
     checks: list[Check] = []
     images, labels = dataset.test_images, dataset.test_labels
     for model in MODELS:
@@ -435,7 +432,10 @@ def common_checks(reference: type[Reference], arguments: Arguments, dataset: Dat
         checks += check_initial(reference, model, arguments.seeds)
     for path in arguments.weights:
         checks += check_predictions(reference, path, images[: arguments.test_images], labels[: arguments.test_images])
-    return checks
+    checks += check_optimizer(config, fed_optimizer)
+    batch_size = arguments.batch_size if config.model == "all_cnn" else config.batch_size
+    start, count = (dataset.train_images, dataset.train_labels), arguments.steps * batch_size
+    return checks + check_trajectory(reference, config, *(array[:count] for array in start), batch_size)
 
 
 def run(prog: str, packages: Sequence[str], checks_of: Callable[[Arguments, Dataset], list[Check]]) -> int:
@@ -444,7 +444,7 @@ def run(prog: str, packages: Sequence[str], checks_of: Callable[[Arguments, Data
     @command
     def main() -> int:
         flags = (tyro.conf.FlagCreatePairsOff,)
-        arguments = parse_arguments(lambda: tyro.cli(Arguments, prog=prog, config=flags))
+        arguments = parse_arguments(Arguments, prog=prog, config=flags)
         if not arguments.weights:
             pretrained = Path(__file__).resolve().parent.parent / "cifar_jax" / "pretrained"
             arguments = dataclasses.replace(arguments, weights=tuple(sorted(pretrained.glob("*.safetensors"))))
@@ -459,10 +459,7 @@ def run(prog: str, packages: Sequence[str], checks_of: Callable[[Arguments, Data
             load_weights(path)  # a bad file is refused now and not after the other checks
         dataset = load_dataset(arguments.dataset, arguments.data_dir)
         with jax.default_matmul_precision("highest"):  # else TensorFloat-32 on NVIDIA's GPUs
-            checks = [
-                dataclasses.replace(check, error=float(check.error), tolerance=float(check.tolerance))
-                for check in checks_of(arguments, dataset)
-            ]
+            checks = checks_of(arguments, dataset)
         failed = [check for check in checks if not check.passed]
         content = {
             "command": describe_command(prog, sys.argv[1:]),

@@ -131,14 +131,9 @@ def check_augmentation(images: np.ndarray) -> list[Check]:
 
 
 def checks(arguments: Arguments, dataset: Dataset) -> list[Check]:
-    config = RECIPES["all_cnn_reference"]
-    count = arguments.steps * arguments.batch_size
-    images, labels = dataset.train_images[:count], dataset.train_labels[:count]
-    result = parity.common_checks(KerasReference, arguments, dataset)
-    result += parity.check_optimizer(config, fed_optimizer)
-    result += parity.check_trajectory(KerasReference, config, images, labels, arguments.batch_size)
-    result += check_augmentation(dataset.test_images[:500])
-    return result
+    recipe = RECIPES["all_cnn_reference"]
+    result = parity.common_checks(KerasReference, recipe, fed_optimizer, arguments, dataset)
+    return result + check_augmentation(dataset.test_images[:500])
 
 
 if __name__ == "__main__":

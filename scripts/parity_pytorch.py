@@ -81,12 +81,8 @@ def fed_optimizer(config: Config, params: Params, gradients: Sequence[Params]) -
 
 
 def checks(arguments: Arguments, dataset: Dataset) -> list[Check]:
-    config = RECIPES["lenet5_reference"]
-    count = arguments.steps * config.batch_size
-    images, labels = dataset.train_images[:count], dataset.train_labels[:count]
-    result = parity.common_checks(PyTorchReference, arguments, dataset)
-    result += parity.check_optimizer(config, fed_optimizer)
-    result += parity.check_trajectory(PyTorchReference, config, images, labels, config.batch_size)
+    recipe = RECIPES["lenet5_reference"]
+    result = parity.common_checks(PyTorchReference, recipe, fed_optimizer, arguments, dataset)
     test = dataset.test_images[: arguments.test_images], dataset.test_labels[: arguments.test_images]
     for path in arguments.weights:
         if load_weights(path).model == "lenet5":  # only the notebook tests with dropout on

@@ -123,34 +123,27 @@ class Config:
                 raise UserError(f"{flag} {getattr(self, field)}: must be {rule}")
 
         places = {"all_cnn": 3, "lenet5": 2}[self.model]
-        for field in ("batch_size", "num_epochs", "eval_batch_size"):
-            check(getattr(self, field) >= 1, field, "1 or more")
-        for field in ("num_devices", "steps_per_call"):
+        for field in ("batch_size", "num_epochs", "eval_batch_size", "swa_cycles", "num_devices", "steps_per_call"):
             check(getattr(self, field) is None or getattr(self, field) >= 1, field, "1 or more")
         check(0 <= self.seed < 2**32, "seed", "from 0 to 4294967295")
         check(len(self.dropout_rates) == places, "dropout_rates", f"{places} numbers for {self.model}")
         check(all(0 <= rate < 1 for rate in self.dropout_rates), "dropout_rates", "at least 0 and below 1")
-        check(0 < self.learning_rate < math.inf, "learning_rate", "a number above 0")
-        check(0 <= self.momentum < 1, "momentum", "at least 0 and below 1")
+        for field in ("learning_rate", "swa_learning_rate"):
+            check(0 < getattr(self, field) < math.inf, field, "a number above 0")
+        for field in ("momentum", "label_smoothing", "ema_decay", "swa_fraction", "warmup_fraction"):
+            check(0 <= getattr(self, field) < 1, field, "at least 0 and below 1")
         check(self.momentum > 0 or not self.nesterov, "momentum", "above 0 with --nesterov")
-        check(0 <= self.label_smoothing < 1, "label_smoothing", "at least 0 and below 1")
         check(0 <= self.crop_padding < 32, "crop_padding", "from 0 to 31")
         amounts = ("weight_decay", "lr_decay", "gradient_clip", "mixup_alpha", "cutmix_alpha", "holdout", "sam_rho")
         for field in (*amounts, "rotation_degrees", "shift_fraction", "cutout_size"):
             check(0 <= getattr(self, field) < math.inf, field, "0 or more")
-        check(0 <= self.ema_decay < 1, "ema_decay", "at least 0 and below 1")
-        check(0 <= self.swa_fraction < 1, "swa_fraction", "at least 0 and below 1")
-        check(self.swa_cycles >= 1, "swa_cycles", "1 or more")
-        check(0 < self.swa_learning_rate < math.inf, "swa_learning_rate", "a number above 0")
         check(self.mixup_alpha == 0 or self.cutmix_alpha == 0, "mixup_alpha", "0 with --cutmix-alpha")
-        check(
-            not self.image_sizes or self.model == "all_cnn", "image_sizes", "empty for lenet5, which has dense layers"
-        )
+        resizes = not self.image_sizes or self.model == "all_cnn"
+        check(resizes, "image_sizes", "empty for lenet5, which has dense layers")
         check(not (self.alternating_flip and self.random_flip), "alternating_flip", "False with --random-flip")
         sizes_fit = all(14 <= size <= 32 and epochs >= 1 for size, epochs in self.image_sizes)
         check(sizes_fit, "image_sizes", "pairs of a size from 14 to 32 and a number of epochs")
         check(self.lr_decay == 0 or self.schedule == "inverse_time", "lr_decay", "0 unless --schedule inverse_time")
-        check(0 <= self.warmup_fraction < 1, "warmup_fraction", "at least 0 and below 1")
         warms_up = self.schedule in ("cosine", "one_cycle")
         check(self.warmup_fraction == 0 or warms_up, "warmup_fraction", "0 unless --schedule cosine or one_cycle")
 

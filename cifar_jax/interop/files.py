@@ -75,8 +75,7 @@ def load_weights(
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
     try:
-        scaling: str | None = None
-        final_relu = False
+        scaling, final_relu, config = None, False, None
         if path.name.endswith(".safetensors"):
             params, metadata = _read_safetensors(path)
             scaling, final_relu = metadata.get("input_scaling"), metadata.get("final_relu") == "True"
@@ -87,18 +86,19 @@ def load_weights(
         elif path.name.endswith((".h5", ".hdf5", ".keras")):
             tensors, config = _read_keras(path)
             params = interop_keras.params_from_keras(tensors, model)
-            final_relu = _has_final_relu(config, params) if config else False
         else:
             raise UserError("unknown kind of file: name a .safetensors, .pth, .pt, .h5, .hdf5, .weights.h5 or .keras")
         _, found = layers_from_params(params)
         if model not in (None, found):
             raise UserError(f"holds the weights of {found}, not of {model}")
+        if config:
+            final_relu = _has_final_relu(config, found)
         _check_final_relu(final_relu, found)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if architecture is not None:
         try:
-            final_relu = _has_final_relu(json.loads(architecture.read_text()), params)
+            final_relu = _has_final_relu(json.loads(architecture.read_text()), found)
             _check_final_relu(final_relu, found)
         except UserError as error:
             raise UserError(f"{architecture}: {error}") from error
@@ -118,7 +118,7 @@ def save_weights(path: Path, weights: Weights) -> None:
         raise UserError(f"{path}: there is no folder {path.parent}")
     if path.name.endswith(".safetensors"):
         metadata = {"format": "cifar_jax", "model": weights.model, "input_scaling": weights.input_scaling}
-        tensors = {"/".join(key): x for key, x in traverse_util.flatten_dict(weights.params).items()}
+        tensors = traverse_util.flatten_dict(weights.params, sep="/")
         data = safetensors.numpy.save(tensors, metadata | {"final_relu": str(weights.final_relu)})
     elif path.name.endswith((".pth", ".pt")):
         torch = interop_pytorch.import_torch()
@@ -154,9 +154,7 @@ def _read_safetensors(path: Path) -> tuple[Params, dict[str, str]]:
     wrong = [name for name in tensors if not re.fullmatch(r"(Conv|Dense)_\d/(kernel|bias)", name)]
     if wrong:
         raise UserError(f"tensor {wrong[0]} is none of these networks'")
-    params = traverse_util.unflatten_dict({tuple(name.split("/")): tensor for name, tensor in tensors.items()})
-    layers_from_params(params)  # checks names, number and shapes
-    return params, metadata
+    return traverse_util.unflatten_dict(tensors, sep="/"), metadata
 
 
 def _read_pytorch(path: Path) -> Mapping[str, Any]:
@@ -222,10 +220,10 @@ def _read_hdf5(file: h5py.File) -> tuple[list[tuple[str, np.ndarray]], Any]:
     return tensors, config
 
 
-def _has_final_relu(config: Any, params: Params) -> bool:
+def _has_final_relu(config: Any, model: str) -> bool:
     """Whether a Keras architecture has a ReLU after its last layer with weights.
 
-    Raises: UserError if its layers with weights are not those of `params`.
+    Raises: UserError if its layers with weights are not those of `model`.
     """
     try:
         layers = config["config"] if isinstance(config["config"], list) else config["config"]["layers"]
@@ -243,7 +241,6 @@ def _has_final_relu(config: Any, params: Params) -> bool:
             final_relu = has_relu or (final_relu and kind == "Activation")
     except (KeyError, TypeError, IndexError) as error:
         raise UserError(f"not a Keras architecture ({type(error).__name__} {error})") from error
-    _, model = layers_from_params(params)
     expected = [kernel[:2] + kernel[3:] if len(kernel) == 4 else kernel[1:] for _, kernel, _ in expected_shapes(model)]
     if sizes != expected:
         raise UserError(f"its layers with weights {sizes} are not those of {model} {expected}")

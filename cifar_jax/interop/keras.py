@@ -12,14 +12,7 @@ from typing import Any
 import numpy as np
 
 from cifar_jax.errors import UserError
-from cifar_jax.interop.layers import (
-    Params,
-    check_tensors,
-    expected_shapes,
-    guess_model,
-    layers_from_params,
-    params_from_layers,
-)
+from cifar_jax.interop.layers import Params, layers_from_params, params_from_tensors
 
 
 def import_keras() -> Any:
@@ -92,10 +85,7 @@ def params_from_keras(weights: Any, model: str | None = None) -> Params:
     if hasattr(weights, "get_weights"):
         weights = [(variable.path, values) for variable, values in zip(weights.weights, weights.get_weights())]
     named = [pair if isinstance(pair, tuple) else (f"number {i}", np.asarray(pair)) for i, pair in enumerate(weights)]
-    model = model or guess_model(len(named))
-    check_tensors(named, [shape for _, *pair in expected_shapes(model) for shape in pair])
-    arrays = [array for _, array in named]
-    return params_from_layers(list(zip(arrays[::2], arrays[1::2])), model)
+    return params_from_tensors(named, model)
 
 
 def params_to_keras(params: Mapping[str, Any]) -> list[np.ndarray]:

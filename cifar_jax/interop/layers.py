@@ -6,8 +6,7 @@ Kernels are HWIO or [inputs, outputs] with inputs flattened from NHWC, biases [o
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,9 +25,8 @@ def expected_shapes(model: str) -> tuple[tuple[str, tuple[int, ...], tuple[int, 
     """(layer's name in Flax, kernel's shape, bias' shape) in the order of the network. `model` is a key of MODELS."""
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     params = jax.eval_shape(MODELS[model]().init, jax.random.key(0), images)["params"]
-    # Conv_0 … Conv_8, Dense_0 …: convolutions come first in both networks.
-    names = sorted(params, key=lambda name: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name)])
-    return tuple((name, params[name]["kernel"].shape, params[name]["bias"].shape) for name in names)
+    # Sorted they are in order, Conv_0 … Conv_8, Dense_0 …: convolutions come first in both networks.
+    return tuple((name, params[name]["kernel"].shape, params[name]["bias"].shape) for name in sorted(params))
 
 
 def guess_model(num_tensors: int) -> str:
@@ -56,11 +54,21 @@ def check_tensors(tensors: Sequence[tuple[str, np.ndarray]], shapes: Sequence[tu
         raise UserError(f"a tensor of shape {tuple(shapes[len(tensors)])} is missing{after}")
 
 
-def params_from_layers(layers: Layers, model: str) -> Params:
-    """Flax params of `model`, float32 (float64 from such layers). Shapes must have been checked."""
-    names = [name for name, _, _ in expected_shapes(model)]
+def params_from_tensors(
+    tensors: Sequence[tuple[str, np.ndarray]],
+    model: str | None,
+    foreign_shape: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda shape: shape,
+    to_flax: Callable[[np.ndarray], np.ndarray] = lambda kernel: kernel,
+) -> Params:
+    """Flax params, float32 (or float64), from the (name, tensor), kernels and biases by turns, of another framework.
+
+    Args: model: None guesses it; foreign_shape, of a kernel there; to_flax turns it round. Raises: as check_tensors.
+    """
+    layers = expected_shapes(model or guess_model(len(tensors)))
+    check_tensors(tensors, [shape for _, kernel, bias in layers for shape in (foreign_shape(kernel), bias)])
     as_float = lambda array: np.ascontiguousarray(array, np.float64 if array.dtype == np.float64 else np.float32)
-    return {name: {"kernel": as_float(kernel), "bias": as_float(bias)} for name, (kernel, bias) in zip(names, layers)}
+    arrays = iter([array for _, array in tensors])
+    return {name: {"kernel": as_float(to_flax(next(arrays))), "bias": as_float(next(arrays))} for name, *_ in layers}
 
 
 def layers_from_params(params: Mapping[str, Any]) -> tuple[Layers, str]:

@@ -13,14 +13,7 @@ from typing import Any
 import numpy as np
 
 from cifar_jax.errors import UserError
-from cifar_jax.interop.layers import (
-    Params,
-    check_tensors,
-    expected_shapes,
-    guess_model,
-    layers_from_params,
-    params_from_layers,
-)
+from cifar_jax.interop.layers import Params, layers_from_params, params_from_tensors
 
 NAMES = {
     "all_cnn": tuple(f"conv{i}" for i in range(1, 10)),
@@ -29,6 +22,7 @@ NAMES = {
 
 # LeNet's first dense layer: for each of Flax' inputs, a flattened [5, 5, 64], its place in PyTorch's [64, 5, 5].
 _FLATTENED = np.arange(64 * 5 * 5).reshape(64, 5, 5).transpose(1, 2, 0).ravel()
+_reordered = lambda kernel, order: kernel[order] if len(kernel) == len(order) else kernel
 
 
 def create_model(model: str, dropout_rates: Sequence[float] | None = None, final_relu: bool = False) -> Any:
@@ -102,20 +96,9 @@ def params_from_pytorch(state_dict: Mapping[str, Any], model: str | None = None)
     xav = tensors.pop("xav", None)
     if xav is not None and not any(np.array_equal(xav, tensor) for tensor in tensors.values()):
         raise UserError("tensor xav differs from fullyc1.weight, of which it must be a copy")
-    model = model or guess_model(len(tensors))
-    shapes: list[tuple[int, ...]] = []
-    for _, kernel, bias in expected_shapes(model):
-        shapes += [(kernel[3], kernel[2], *kernel[:2]) if len(kernel) == 4 else kernel[::-1], bias]
-    check_tensors(list(tensors.items()), shapes)
-    arrays = list(tensors.values())
-    layers = []
-    for weight, bias_values in zip(arrays[::2], arrays[1::2]):
-        if weight.ndim == 4:
-            kernel_values = weight.transpose(2, 3, 1, 0)
-        else:
-            kernel_values = weight.T[_FLATTENED] if weight.shape[1] == len(_FLATTENED) else weight.T
-        layers.append((kernel_values, bias_values))
-    return params_from_layers(layers, model)
+    foreign_shape = lambda shape: (*shape[:1:-1], *shape[:-2]) if len(shape) == 4 else shape[::-1]
+    to_flax = lambda weight: weight.transpose(2, 3, 1, 0) if weight.ndim == 4 else _reordered(weight.T, _FLATTENED)
+    return params_from_tensors(list(tensors.items()), model, foreign_shape, to_flax)
 
 
 def params_to_pytorch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -123,10 +106,7 @@ def params_to_pytorch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     layers, model = layers_from_params(params)
     state_dict: dict[str, np.ndarray] = {}
     for name, (kernel, bias) in zip(NAMES[model], layers):
-        if kernel.ndim == 4:
-            weight = kernel.transpose(3, 2, 0, 1)
-        else:
-            weight = (kernel[np.argsort(_FLATTENED)] if len(kernel) == len(_FLATTENED) else kernel).T
+        weight = kernel.transpose(3, 2, 0, 1) if kernel.ndim == 4 else _reordered(kernel, np.argsort(_FLATTENED)).T
         state_dict |= {f"{name}.weight": np.ascontiguousarray(weight), f"{name}.bias": bias}
     return state_dict
 
