@@ -306,7 +306,7 @@ def run_ablation(arguments: Arguments, recipe: str) -> dict[str, Any]:
             try:
                 runs.append(train_and_evaluate(config))
             except DeadTraining as dead:
-                print(f"{name}: {dead}", flush=True)
+                print(f"{name}: {dead.what}", flush=True)
                 break
         all_runs += runs
         diverged = len(runs) < len(arguments.seeds)
@@ -382,6 +382,10 @@ def main() -> int:
     except Interrupted as interrupted:
         print(f"{interrupted}; the same command goes on from there", file=sys.stderr)
         return interrupted.exit_status
+    except DeadTraining as dead:
+        raise UserError(f"{dead.what}: leave its seed out of --seeds, or change the recipe") from dead
+    except UserError as error:
+        raise UserError(str(error).replace("--workdir", "--runs")) from error  # this command's flag for it
     if content is None:
         return 0
     file = {"recipe": "accuracy"}.get(mode, mode)

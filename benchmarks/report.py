@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cifar_jax.errors import UserError, command
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -28,7 +30,11 @@ FRAMEWORKS = {"jax": "cifar_jax", "pytorch": "PyTorch"}
 
 
 def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    path = RESULTS / f"{name}.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}: measure it anew, or take it from the repository") from error
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -338,16 +344,17 @@ SECTIONS: dict[str, Callable[[], str]] = {
 
 
 def render(readme: str) -> str:
-    """The README with every section written anew. Raises ValueError if a section has no place in it."""
+    """The README with every section written anew. Raises UserError if a section has no place in it."""
     for name, section in SECTIONS.items():
         place = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if not place.search(readme):
-            raise ValueError(f"README.md has no place for {name}")
+            raise UserError(f"README.md has no place for {name}: put back its <!-- begin {name} --> and end")
         text = section()
         readme = place.sub(lambda match, text=text: f"{match[1]}{text}\n{match[2]}", readme)
     return readme
 
 
+@command
 def main() -> int:
     if sys.argv[1:] not in ([], ["--check"]):
         print("usage: python -m benchmarks.report [--check]", file=sys.stderr)

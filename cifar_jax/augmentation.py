@@ -127,11 +127,13 @@ def trivial_augment(key: jax.Array, image: jax.Array) -> jax.Array:
     return jnp.clip(jax.lax.select_n(kind, *results), 0, 255)
 
 
-def mix(key: jax.Array, images: jax.Array, mixup_alpha: float, cutmix_alpha: float) -> tuple[jax.Array, jax.Array]:
-    """Mixes images with those of the reversed batch: mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899).
+def mix(
+    key: jax.Array, images: jax.Array, others: jax.Array, mixup_alpha: float, cutmix_alpha: float
+) -> tuple[jax.Array, jax.Array]:
+    """Mixes each image with another: mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899).
 
-    Args: images float [N, H, W, C]; one alpha above 0. Returns: the mixed images, and each one's own share of itself,
-    float32 [N], to weigh its label with.
+    Args: images and others float [N, H, W, C]; one alpha above 0. Returns: the mixed images, and each one's
+    own share of itself, float32 [N], to weigh its label with.
     """
     size, height, width, _ = images.shape
     share_key, y_key, x_key = jax.random.split(key, 3)
@@ -139,7 +141,7 @@ def mix(key: jax.Array, images: jax.Array, mixup_alpha: float, cutmix_alpha: flo
     share = jax.random.beta(share_key, alpha, alpha, (size,))
     if mixup_alpha:
         weight = share.reshape(-1, 1, 1, 1).astype(images.dtype)
-        return weight * images + (1 - weight) * images[::-1], share
+        return weight * images + (1 - weight) * others, share
 
     def inside(key: jax.Array, length: int) -> jax.Array:
         centre = jax.random.uniform(key, (size, 1)) * length
@@ -147,7 +149,7 @@ def mix(key: jax.Array, images: jax.Array, mixup_alpha: float, cutmix_alpha: flo
         return jnp.abs(jnp.arange(0.5, length)[None, :] - centre) < half
 
     box = inside(y_key, height)[:, :, None] & inside(x_key, width)[:, None, :]  # cut at the edges, so count it anew
-    return jnp.where(box[..., None], images[::-1], images), 1 - box.mean((1, 2))
+    return jnp.where(box[..., None], others, images), 1 - box.mean((1, 2))
 
 
 def create_augment(config: Config) -> Callable[[jax.Array, jax.Array], jax.Array]:

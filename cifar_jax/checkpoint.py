@@ -44,7 +44,7 @@ def _verify(folder: Path) -> None:
     except (OSError, ValueError, TypeError):  # the save was cut between Orbax' commit and ours; Orbax vouches for it
         return
     actual = _checksums(folder)
-    wrong = next((name for name in saved | actual if saved.get(name) != actual.get(name)), None)
+    wrong = next((name for name in saved if saved[name] != actual.get(name)), None)
     if wrong is not None:
         raise UserError(
             f"{folder / wrong}: damaged or missing: move {folder} away to go on from another checkpoint if there is "

@@ -26,7 +26,7 @@ class UserError(Exception):
 def command(main: Callable[[], int]) -> Callable[[], int]:
     """Wraps a command's `main`: a UserError, or one of the system, becomes one line on stderr and exit status 2.
 
-    What it prints is seen at once, in a file or a pipe as well.
+    What it prints is seen at once, in a file or a pipe as well, with ? for what the output can't encode.
     Ctrl-C, SIGTERM and a closed pipe end with the status that a shell gives them, 130, 143 and 141; SIGTERM as an
     exception, so that files in the making are cleared away.
     """
@@ -36,7 +36,7 @@ def command(main: Callable[[], int]) -> Callable[[], int]:
         # Orbax comments its work through absl at WARNING and ERROR; what matters reaches the user as a UserError.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(line_buffering=True)
+            sys.stdout.reconfigure(line_buffering=True, errors="replace")
         previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             return main()

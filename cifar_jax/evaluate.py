@@ -86,7 +86,7 @@ def read_config(workdir: Path) -> Config:
         return Config(**fields)
     except FileNotFoundError as error:
         raise UserError(f"{workdir}: no config.json, so not the workdir of a run") from error
-    except (OSError, TypeError, KeyError, ValueError) as error:
+    except (OSError, TypeError, KeyError, ValueError, UserError) as error:
         raise UserError(f"{path}: not a config of this program ({error})") from error
 
 
@@ -165,7 +165,8 @@ def main() -> int:
     if arguments.workdir is not None:
         checkpoint = arguments.checkpoint or "latest"
         config, state, progress = load_run(arguments.workdir, checkpoint, arguments.dtype)
-        name = f"{checkpoint} checkpoint, epoch {progress.epoch}"
+        steps = f" and {progress.step} steps" if progress.step else ""
+        name = f"{checkpoint} checkpoint, epoch {progress.epoch}{steps}"
         source = {"workdir": str(arguments.workdir), "checkpoint": checkpoint}
         source |= {"epoch": progress.epoch, "step": int(state.step), "dtype": config.dtype}
     else:

@@ -35,7 +35,7 @@ class EpochMetrics:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replaces a file whole, so that a crash leaves the old one. Raises UserError if that is not possible."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(data)
         os.replace(partial, path)

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import difflib
 import fcntl
+import hashlib
 import json
 import math
 import shlex
@@ -28,7 +29,7 @@ from cifar_jax.configs.default import EXECUTION_FIELDS, Config
 from cifar_jax.environment import describe_environment
 from cifar_jax.errors import UserError, command, parse_arguments
 from cifar_jax.evaluate import Evaluator, read_config
-from cifar_jax.input_pipeline import epoch_order, hold_out, load_dataset
+from cifar_jax.input_pipeline import Dataset, epoch_order, hold_out, load_dataset
 from cifar_jax.metrics import EpochMetrics, MetricsWriter, write_json
 from cifar_jax.training import (
     create_history,
@@ -44,7 +45,6 @@ from cifar_jax.training import (
 DEFAULT_RECIPE = "lenet5"
 MAX_RESTARTS = 3
 DEAD_STEPS = 500
-MEND = "name another --workdir, and a lower --learning-rate or another --seed, or use --auto-restart"
 
 
 class Interrupted(Exception):
@@ -58,6 +58,11 @@ class Interrupted(Exception):
 
 class DeadTraining(UserError):
     """The run diverged, or learns nothing."""
+
+    def __init__(self, what: str, config: Config) -> None:
+        self.what = what
+        restart = "" if config.auto_restart else ", or use --auto-restart"
+        super().__init__(f"{what}: name another --workdir, and a lower --learning-rate or another --seed{restart}")
 
 
 class StopSignals:
@@ -147,6 +152,7 @@ def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, 
     if restored is not None:
         state, history, progress = restored
     writer = MetricsWriter(workdir, progress.epoch, config.num_epochs, steps_per_epoch)
+    _check_same_data(workdir, dataset, restored is not None)
     write_json(workdir / "config.json", dataclasses.asdict(config))
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     print(
@@ -154,7 +160,10 @@ def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, 
         f"{num_images:,} images from {dataset.source}; run in {workdir}"
         + (f"; tests on {config.holdout:,} held-out training images" if config.holdout else "")
     )
-    if progress.epoch >= config.num_epochs or not checkpoints.directory.exists():  # deleted, to save space
+    dead = lambda epoch: DeadTraining(f"training is dead in epoch {epoch} (loss flat at that of guessing)", config)
+    if config.auto_restart and is_dead(writer.batch_loss, len(dataset.class_names)):
+        raise dead(progress.epoch)  # it went on, as it was begun without --auto-restart
+    if progress.epoch >= config.num_epochs or restored is None:  # its checkpoints deleted, to save space
         # Missing, damaged, or of an interruption with the last epochs' end cut off: written anew below.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             summary = json.loads((workdir / "summary.json").read_text())
@@ -163,6 +172,8 @@ def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, 
             if same and summary["epochs"] == config.num_epochs:
                 print(f"already complete after {config.num_epochs} epochs; for another run name another --workdir")
                 return summary
+        if (workdir / "metrics.csv").exists() and restored is None:
+            print(f"no checkpoint in {checkpoints.directory}: training from the start", file=sys.stderr)
     if restored is not None:
         print(f"resuming after {progress.epoch} epochs and {progress.step}/{steps_per_epoch} steps")
 
@@ -214,12 +225,11 @@ def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, 
                 images_per_second=round(num_images / progress.seconds, 1),
             )
             if not math.isfinite(row.train_loss + row.test_loss):
-                raise DeadTraining(f"training diverged in epoch {row.epoch} (loss {row.train_loss}): {MEND}")
+                raise DeadTraining(f"training diverged in epoch {row.epoch} (loss {row.train_loss})", config)
             if is_dead(np.concatenate([writer.batch_loss, losses]), len(dataset.class_names)):
-                dead = DeadTraining(f"training is dead in epoch {row.epoch} (loss flat at that of guessing): {MEND}")
                 if config.auto_restart:
-                    raise dead
-                tqdm.write(f"warning: {dead}", file=sys.stderr)
+                    raise dead(row.epoch)
+                tqdm.write(f"warning: {dead(row.epoch)}", file=sys.stderr)
             writer.write(row, losses)
             history, progress = new_history(), Progress(epoch + 1)
             checkpoints.save(state, history, progress, row.test_accuracy)
@@ -268,7 +278,7 @@ def _claim_workdir(workdir: Path, config: Config) -> Iterator[None]:
 
 def _check_same_config(workdir: Path, config: Config) -> None:
     if not (workdir / "config.json").exists():
-        if (workdir / "checkpoints").exists():
+        if any((workdir / "checkpoints").glob("[0-9]*")):
             raise UserError(f"{workdir}: has checkpoints but no config.json: put it back, or name another --workdir")
         return
     saved = read_config(workdir)
@@ -284,6 +294,23 @@ def _check_same_config(workdir: Path, config: Config) -> None:
             "mixing, drawn by device, are not those of an uninterrupted run",
             file=sys.stderr,
         )
+
+
+def _check_same_data(workdir: Path, dataset: Dataset, resumes: bool) -> None:
+    """Raises UserError if a run began with other training images, or with the same in another order.
+
+    Epochs, flips and held-out images go by place, and copies of CIFAR-10 differ in their order.
+    """
+    path = workdir / "dataset.json"
+    checksum = hashlib.sha256(dataset.train_labels.tobytes()).hexdigest()
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # of an earlier version, or damaged
+        saved = json.loads(path.read_text())
+        if resumes and saved["train_labels_sha256"] != checksum:
+            raise UserError(
+                f"{workdir}: began with {saved['source']}, and {dataset.source} has other images or another order: "
+                "name the former with --data-dir, or another --workdir"
+            )
+    write_json(path, {"source": dataset.source, "train_labels_sha256": checksum})
 
 
 def _summarize(

@@ -208,7 +208,9 @@ def create_train_step(
             images = jax.image.resize(images, (size, image_size, image_size, 3), "linear")  # antialiased
         if mixes:
             mix_rng = jax.random.fold_in(jax.random.fold_in(dropout_rng, device), 1)
-            images, share = mix(mix_rng, images, config.mixup_alpha, config.cutmix_alpha)
+            place, real = jnp.arange(size), batch["mask"].sum().astype(jnp.int32)
+            partner = jnp.where(place < real, real - 1 - place, place)  # the reversed batch, without its padding
+            images, share = mix(mix_rng, images, images[partner], config.mixup_alpha, config.cutmix_alpha)
         count = lax.psum(batch["mask"].sum(), AXIS)
 
         def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
@@ -216,7 +218,7 @@ def create_train_step(
             logits = state.apply_fn({"params": params}, images, train=True, rngs=rngs)
             losses = cross_entropy(logits, batch["label"], config.label_smoothing)
             if mixes:
-                others = cross_entropy(logits, batch["label"][::-1], config.label_smoothing)
+                others = cross_entropy(logits, batch["label"][partner], config.label_smoothing)
                 losses = share * losses + (1 - share) * others
             # Times num_devices: pmean of these is the mean over the global batch, also of a partial one.
             return (losses * batch["mask"]).sum() * num_devices / count, logits

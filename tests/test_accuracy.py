@@ -9,7 +9,7 @@ import torch
 from benchmarks import accuracy, throughput
 from cifar_jax.checkpoint import Progress
 from cifar_jax.configs import RECIPES
-from cifar_jax.train import Interrupted
+from cifar_jax.train import DeadTraining, Interrupted
 
 pytestmark = pytest.mark.usefixtures("direct_convolutions", "no_figures")
 
@@ -81,6 +81,9 @@ def test_a_recipe_over_seeds(quick_recipe, tmp_path, run_command):
         "python -m benchmarks.accuracy --recipe lenet5_reference --seeds 0 1 --num-epochs 2 --runs test_"
     )
     assert content["dataset"] == "cifar10"
+    status, _, errors = run_command(accuracy.main, *flags, "--num-epochs", "3", "--out", tmp_path)
+    assert status == 2
+    assert errors.endswith("(num_epochs 2 → 3): name another --runs\n")
 
 
 def test_the_ablation_holds_images_out(quick_recipe, tmp_path, run_command, monkeypatch):
@@ -155,6 +158,16 @@ def test_an_interrupted_training_is_one_line(quick_recipe, tmp_path, run_command
     status, _, errors = run_command(accuracy.main, "--recipe", "lenet5_reference", "--out", tmp_path)
     assert status == 143
     assert errors == "saved after 1 epochs and 2/6 steps; the same command goes on from there\n"
+
+
+def test_a_diverged_seed_is_one_line(quick_recipe, tmp_path, run_command, monkeypatch):
+    def diverge(config):
+        raise DeadTraining("training diverged in epoch 1", config)
+
+    monkeypatch.setattr(accuracy, "train_and_evaluate", diverge)
+    status, _, errors = run_command(accuracy.main, "--recipe", "lenet5_reference", "--out", tmp_path)
+    assert status == 2
+    assert errors == "error: training diverged in epoch 1: leave its seed out of --seeds, or change the recipe\n"
 
 
 def test_every_ablations_variants_are_valid():

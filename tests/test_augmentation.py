@@ -103,17 +103,18 @@ def test_a_recipe_without_augmentation_changes_nothing(image):
 
 def test_mixup_weighs_pixels_and_labels_alike():
     images = jnp.arange(4.0).reshape(4, 1, 1, 1) * jnp.ones((4, 8, 8, 3))
-    mixed, share = augmentation.mix(jax.random.key(0), images, 0.4, 0.0)
+    mixed, share = augmentation.mix(jax.random.key(0), images, images[::-1], 0.4, 0.0)
     own, other = np.arange(4.0), np.arange(4.0)[::-1]
     expected = share * own + (1 - share) * other
     np.testing.assert_allclose(mixed, expected.reshape(4, 1, 1, 1) * np.ones((4, 8, 8, 3)), rtol=1e-5)
-    shares = augmentation.mix(jax.random.key(1), jnp.zeros((4000, 1, 1, 1)), 0.4, 0.0)[1]
+    many = jnp.zeros((4000, 1, 1, 1))
+    shares = augmentation.mix(jax.random.key(1), many, many, 0.4, 0.0)[1]
     np.testing.assert_allclose([shares.mean(), shares.var()], [0.5, 0.25 / 1.8], atol=0.01)  # Beta(0.4, 0.4)
 
 
 def test_cutmix_pastes_a_rectangle_of_the_other_image():
     images = jnp.concatenate([jnp.zeros((200, 16, 16, 3)), jnp.ones((200, 16, 16, 3))])
-    mixed, share = augmentation.mix(jax.random.key(0), images, 0.0, 1.0)
+    mixed, share = augmentation.mix(jax.random.key(0), images, images[::-1], 0.0, 1.0)
     pasted = np.asarray(mixed != images)
     assert (pasted == pasted[..., :1]).all()
     pasted = pasted[..., 0]

@@ -50,6 +50,7 @@ def test_no_checkpoint_yet(state, tmp_path):
 
 def test_restored_onto_more_devices(state, history, tmp_path):
     Checkpoints(tmp_path).save(state, history, Progress(1), 0.5)
+    (tmp_path / "checkpoints" / "1" / ".DS_Store").touch()  # a file manager's does no harm
     on_four = replicate(jax.device_get(state), jax.local_devices())
     restored, _ = Checkpoints(tmp_path).restore_state("latest", on_four)
     assert len(restored.params["Dense_0"]["kernel"].devices()) == 4

@@ -33,6 +33,9 @@ def test_the_reference_recipes_are_the_originals():
     [
         ({"batch_size": 0}, "--batch-size 0: must be 1 or more"),
         ({"num_epochs": -1}, "--num-epochs -1"),
+        ({"optimizer": "adamw"}, "--optimizer adamw: must be one of sgd, keras_sgd, muon"),
+        ({"model": "resnet"}, "--model resnet: must be one of"),
+        ({"cutout_size": 65}, "--cutout-size 65"),
         ({"learning_rate": float("nan")}, "--learning-rate nan"),
         ({"momentum": 1.0}, "--momentum 1.0"),
         ({"dropout_rates": (0.1,)}, "must be 2 numbers for lenet5"),

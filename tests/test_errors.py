@@ -17,6 +17,13 @@ def test_output_is_seen_at_once(monkeypatch):
     assert seen == [b"epoch 1\n"]
 
 
+def test_what_the_output_cant_encode_is_a_question_mark(monkeypatch):
+    file = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file, encoding="ascii"))
+    assert command(lambda: print("2 × cpu") or 0)() == 0
+    assert file.getvalue() == b"2 ? cpu\n"
+
+
 def test_a_systems_error_is_one_line(run_command, monkeypatch):
     status, _, error = run_command(command(lambda: len(os.listdir("/dev/null/x"))))
     assert (status, error) == (2, "error: /dev/null/x: Not a directory: name another place\n")

@@ -1,11 +1,14 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
 from cifar_jax import evaluate, train
-from cifar_jax.metrics import read_metrics
+from cifar_jax.checkpoint import Checkpoints, Progress
+from cifar_jax.metrics import read_metrics, write_json
 from cifar_jax.train import train_and_evaluate
+from cifar_jax.training import create_history, create_train_state, replicate
 
 
 @pytest.fixture
@@ -34,6 +37,16 @@ def test_evaluate_agrees_with_training(run, run_command):
     dropped = json.loads(output)
     assert dropped["eval_dropout"] is True
     assert abs(dropped["test_loss"] - results["latest"]["test_loss"]) > 1e-4
+
+
+def test_an_interrupted_epoch_is_named_with_its_steps(tiny_config, use_tiny_dataset, monkeypatch, run_command):
+    workdir = train.Path(tiny_config.workdir)
+    state, history = create_train_state(tiny_config, 6), create_history(6)
+    Checkpoints(workdir).save(*replicate((state, history), jax.local_devices()), Progress(1, 2), None)
+    write_json(workdir / "config.json", dataclasses.asdict(tiny_config))
+    monkeypatch.setattr(evaluate, "Evaluator", lambda *_: lambda state: {"loss": 1.0, "accuracy": 0.5})
+    _, output, _ = run_command(evaluate.main, "--workdir", workdir)
+    assert output == "latest checkpoint, epoch 1 and 2 steps: test loss 1.0000 accuracy 50.00% of 30 images of digits\n"
 
 
 def test_bad_input_is_one_line_and_status_2(tmp_path, run_command, tiny_config):

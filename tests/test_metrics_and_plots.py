@@ -31,6 +31,7 @@ def test_damaged_files_are_named(tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_file_alone(tmp_path, monkeypatch):
+    (tmp_path / "x.partial").touch()  # another program's
     write_atomically(tmp_path / "x", b"old")
 
     def full(self, data):
@@ -40,7 +41,7 @@ def test_a_full_disk_leaves_the_old_file_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(type(tmp_path), "write_bytes", full)
     with pytest.raises(UserError, match=r"can't write .*x: No space left on device"):
         write_atomically(tmp_path / "x", b"new")
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x", b"old")]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"x": b"old", "x.partial": b""}
 
 
 def test_a_run_of_one_epoch_is_seen(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 from benchmarks import report
 from cifar_jax.configs import RECIPES
 from cifar_jax.configs.default import EXECUTION_FIELDS, Config
+from cifar_jax.errors import UserError
 
 
 def test_the_readmes_tables_are_those_of_the_results():
@@ -20,8 +21,15 @@ def test_a_changed_result_changes_the_readme(monkeypatch):
     original = report.load
     monkeypatch.setattr(report, "load", lambda name: changed if name == "quickstart" else original(name))
     assert "12.34 % of 360 test images" in report.render(readme)
-    with pytest.raises(ValueError, match="no place for quickstart"):
+    with pytest.raises(UserError, match="no place for quickstart"):
         report.render("# README")
+
+
+def test_a_missing_result_is_one_line(monkeypatch, tmp_path, run_command):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    status, _, errors = run_command(report.main, "--check")
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "quickstart.json" in errors
 
 
 def test_the_ablations_table(monkeypatch, tmp_path):

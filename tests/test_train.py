@@ -97,7 +97,8 @@ def test_a_run_writes_all_its_files(uninterrupted):
     folder = train.Path(uninterrupted.workdir)
     names = {path.name for path in folder.iterdir()}
     figures = {"accuracy.png", "loss.png", "batch_loss.png"}
-    assert names == {".lock", "config.json", "metrics.csv", "batch_loss.npy", "checkpoints", "summary.json"} | figures
+    texts = {"config.json", "dataset.json", "metrics.csv", "summary.json"}
+    assert names == {".lock", "batch_loss.npy", "checkpoints"} | texts | figures
     for figure in figures:
         assert (folder / figure).read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader(io.StringIO((folder / "metrics.csv").read_text())))
@@ -153,6 +154,7 @@ def test_a_crash_between_log_and_checkpoint(uninterrupted, use_tiny_dataset, tmp
     kept = sorted(folder.name for folder in checkpoints.iterdir())
     assert kept[-1] == "3"
     shutil.rmtree(checkpoints / "3")  # leaves the best, if that is an earlier one, else none
+    (tmp_path / "run" / "summary.json").unlink()
     train_and_evaluate(config)
     assert untimed_rows(config) == untimed_rows(uninterrupted)
     assert len(read_batch_loss(tmp_path / "run")) == 18
@@ -300,9 +302,18 @@ def test_dead_training_is_said_or_restarted(tiny_config, monkeypatch, capsys):
     monkeypatch.setattr(train, "is_dead", lambda losses, classes: True)
     config = dataclasses.replace(tiny_config, learning_rate=1e-12, num_epochs=1)
     train_and_evaluate(config)
-    assert "warning: training is dead in epoch 1" in capsys.readouterr().err
-
+    warning = capsys.readouterr().err
+    assert "warning: training is dead in epoch 1" in warning
+    assert warning.endswith("or use --auto-restart\n")
     dead = iter((True,))
+    monkeypatch.setattr(train, "is_dead", lambda losses, classes: next(dead, False))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "create_train_steps", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # as it was advised
+            train_and_evaluate(dataclasses.replace(config, auto_restart=True))
+    assert f"starting again in {config.workdir}/restart1" in capsys.readouterr().err
+
+    dead = iter((False, True))
     monkeypatch.setattr(train, "is_dead", lambda losses, classes: next(dead, False))
     config = dataclasses.replace(config, workdir=f"{config.workdir}-restarted", auto_restart=True)
     summary = train_and_evaluate(config)
@@ -319,10 +330,10 @@ def test_dead_training_is_said_or_restarted(tiny_config, monkeypatch, capsys):
 
 def test_restarts_end(tiny_config, monkeypatch, capsys):
     def diverge(config, devices):
-        raise train.DeadTraining("training diverged in epoch 1")
+        raise train.DeadTraining("training diverged in epoch 1", config)
 
     monkeypatch.setattr(train, "_train_and_evaluate", diverge)
-    with pytest.raises(UserError, match="training diverged in epoch 1"):
+    with pytest.raises(UserError, match=r"training diverged in epoch 1.* another --seed$"):
         train_and_evaluate(dataclasses.replace(tiny_config, auto_restart=True))
     assert capsys.readouterr().err.count("starting again") == 3
 
@@ -453,17 +464,27 @@ def test_a_lost_or_earlier_summary_is_written_again(content, uninterrupted, use_
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == before
 
 
+@pytest.mark.parametrize("removed", ["the folder", "what is in it"])
 def test_a_finished_run_without_its_checkpoints_is_left_alone(
-    uninterrupted, use_tiny_dataset, tmp_path, capsys, monkeypatch
+    removed, uninterrupted, use_tiny_dataset, tmp_path, capsys, monkeypatch
 ):
     shutil.copytree(uninterrupted.workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    if removed == "what is in it":
+        (tmp_path / "run" / "checkpoints").mkdir()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
     summary = train_and_evaluate(dataclasses.replace(uninterrupted, workdir=str(tmp_path / "run")))
     assert summary == json.loads(before["summary.json"])
     assert "already complete after 3 epochs" in capsys.readouterr().out
-    after = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    after = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
     assert after == before | {"config.json": after["config.json"]}
+    (tmp_path / "run" / "summary.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "create_train_steps", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # of an unfinished one nothing is left
+            train_and_evaluate(dataclasses.replace(uninterrupted, workdir=str(tmp_path / "run")))
+    assert "/checkpoints: training from the start" in capsys.readouterr().err
+    (tmp_path / "run" / "summary.json").write_bytes(before["summary.json"])
     (tmp_path / "run" / "config.json").unlink()
     other = dataclasses.replace(uninterrupted, workdir=str(tmp_path / "run"), seed=1)
     monkeypatch.setattr(train, "create_train_steps", lambda *_: 1 / 0)
@@ -471,7 +492,21 @@ def test_a_finished_run_without_its_checkpoints_is_left_alone(
         train_and_evaluate(other)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"dropout_rates": []}', '{"batch_size": 1}'])
+def test_a_run_goes_on_with_its_own_data_alone(uninterrupted, tiny_dataset, monkeypatch, tmp_path):
+    shutil.copytree(uninterrupted.workdir, tmp_path / "run")
+    images, labels = tiny_dataset.train_images[::-1], tiny_dataset.train_labels[::-1]
+    turned = dataclasses.replace(tiny_dataset, train_images=images, train_labels=labels, source="another copy")
+    monkeypatch.setattr(train, "load_dataset", lambda name, data_dir: turned)
+    config = dataclasses.replace(uninterrupted, workdir=str(tmp_path / "run"))
+    before = (tmp_path / "run" / "dataset.json").read_bytes()
+    with pytest.raises(UserError, match=r"run: began with tiny digits, and another copy has other images or another"):
+        train_and_evaluate(config)
+    assert (tmp_path / "run" / "dataset.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"dropout_rates": []}', '{"batch_size": 1}', '{"dropout_rates": [], "dtype": "float16"}']
+)
 def test_a_damaged_config_is_named(content, tiny_config):
     folder = train.Path(tiny_config.workdir)
     folder.mkdir()

@@ -231,6 +231,17 @@ def test_the_partial_batch_is_averaged_over_its_own_images(tiny_dataset, tiny_co
     np.testing.assert_allclose(history["loss"][1], expected_history["loss"][0], rtol=1e-5)
 
 
+def test_the_partial_batch_is_mixed_with_its_own_images(tiny_dataset, tiny_config, monkeypatch):
+    """With shares of 0 each image is another of its batch: the same batch, in another order."""
+    monkeypatch.setattr(training, "mix", lambda key, images, others, *_: (others, jnp.zeros(len(images))))
+    config = dataclasses.replace(tiny_config, dropout_rates=(0.0, 0.0), crop_padding=0, random_flip=False)
+    images, labels = tiny_dataset.train_images[:18], tiny_dataset.train_labels[:18]
+    dataset = dataclasses.replace(tiny_dataset, train_images=images, train_labels=labels)
+    expected, _ = train_epoch(config, dataset)
+    mixed, _ = train_epoch(dataclasses.replace(config, mixup_alpha=0.2), dataset)
+    assert_trees_close(mixed.params, expected.params, atol=2e-6)
+
+
 def test_a_batch_can_be_overfitted(tiny_dataset, tiny_config):
     config = dataclasses.replace(
         tiny_config, dropout_rates=(0.0, 0.0), crop_padding=0, random_flip=False, learning_rate=0.02

@@ -1,4 +1,4 @@
-"""Our first good All-CNN recipe: the reference network with weight decay, warm-up and cosine, crops and flips.
+"""All-CNN, plainly, not measured yet: the reference network with weight decay, warm-up and cosine, crops and flips.
 
 python -m cifar_jax.train all_cnn
 """

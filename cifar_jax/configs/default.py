@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from cifar_jax.errors import UserError
 
@@ -122,6 +122,9 @@ class Config:
                 flag = "--" + field.replace("_", "-")
                 raise UserError(f"{flag} {getattr(self, field)}: must be {rule}")
 
+        for field, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal:
+                check(getattr(self, field) in get_args(kind), field, f"one of {', '.join(get_args(kind))}")
         places = {"all_cnn": 3, "lenet5": 2}[self.model]
         for field in ("batch_size", "num_epochs", "eval_batch_size", "swa_cycles", "num_devices", "steps_per_call"):
             check(getattr(self, field) is None or getattr(self, field) >= 1, field, "1 or more")
@@ -134,8 +137,9 @@ class Config:
             check(0 <= getattr(self, field) < 1, field, "at least 0 and below 1")
         check(self.momentum > 0 or not self.nesterov, "momentum", "above 0 with --nesterov")
         check(0 <= self.crop_padding < 32, "crop_padding", "from 0 to 31")
+        check(0 <= self.cutout_size <= 64, "cutout_size", "from 0 to 64")
         amounts = ("weight_decay", "lr_decay", "gradient_clip", "mixup_alpha", "cutmix_alpha", "holdout", "sam_rho")
-        for field in (*amounts, "rotation_degrees", "shift_fraction", "cutout_size"):
+        for field in (*amounts, "rotation_degrees", "shift_fraction"):
             check(0 <= getattr(self, field) < math.inf, field, "0 or more")
         check(self.mixup_alpha == 0 or self.cutmix_alpha == 0, "mixup_alpha", "0 with --cutmix-alpha")
         resizes = not self.image_sizes or self.model == "all_cnn"
