@@ -275,7 +275,12 @@ def origin(summaries: list[dict[str, Any]]) -> dict[str, Any]:
 def run_recipe(arguments: Arguments, recipe: str) -> dict[str, Any]:
     """The content of accuracy_RECIPE.json."""
     configs = [configure(arguments, recipe, f"accuracy_{recipe}/seed{seed}", seed) for seed in arguments.seeds]
-    summaries = [train_and_evaluate(config) for config in configs]
+    summaries = []
+    for config in configs:
+        try:
+            summaries.append(train_and_evaluate(config))
+        except DeadTraining as dead:  # a mean of the seeds that are left would be too good
+            raise UserError(f"seed {config.seed}: {dead.what}: change the recipe") from dead
     runs = [summary["metrics"] for summary in summaries]
     times = {accuracy: [time_to(run, accuracy) for run in runs] for accuracy in MILESTONES}
     return {
@@ -382,8 +387,6 @@ def main() -> int:
     except Interrupted as interrupted:
         print(f"{interrupted}; the same command goes on from there", file=sys.stderr)
         return interrupted.exit_status
-    except DeadTraining as dead:
-        raise UserError(f"{dead.what}: leave its seed out of --seeds, or change the recipe") from dead
     except UserError as error:
         raise UserError(str(error).replace("--workdir", "--runs")) from error  # this command's flag for it
     if content is None:

@@ -39,9 +39,11 @@ def write_atomically(path: Path, data: bytes) -> None:
     try:
         partial.write_bytes(data)
         os.replace(partial, path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()  # it may be what fills the disk
+        if not isinstance(error, OSError):
+            raise
         raise UserError(f"can't write {path}: {error.strerror}") from error
 
 

@@ -108,7 +108,7 @@ def train_and_evaluate(config: Config) -> dict[str, Any]:
             if not config.auto_restart or following is None:
                 raise
             rate, folder = following.learning_rate, following.workdir
-            print(f"{error}\nstarting again in {folder}: rate {rate:g}, seed {following.seed}", file=sys.stderr)
+            print(f"{error.what}\nstarting again in {folder}: rate {rate:g}, seed {following.seed}", file=sys.stderr)
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -152,8 +152,6 @@ def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, 
     if restored is not None:
         state, history, progress = restored
     writer = MetricsWriter(workdir, progress.epoch, config.num_epochs, steps_per_epoch)
-    _check_same_data(workdir, dataset, restored is not None)
-    write_json(workdir / "config.json", dataclasses.asdict(config))
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     print(
         f"{config.model}, {num_parameters:,} parameters, {config.dtype}, on {len(devices)} × {devices[0].device_kind}; "
@@ -171,9 +169,13 @@ def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, 
             same = all(fields[name] == value for name, value in summary["config"].items())
             if same and summary["epochs"] == config.num_epochs:
                 print(f"already complete after {config.num_epochs} epochs; for another run name another --workdir")
+                if restored is None:
+                    print(f"its checkpoints are gone: to train it again, remove {workdir / 'summary.json'}")
                 return summary
         if (workdir / "metrics.csv").exists() and restored is None:
             print(f"no checkpoint in {checkpoints.directory}: training from the start", file=sys.stderr)
+    _check_same_data(workdir, dataset, resumes=restored is not None)
+    write_json(workdir / "config.json", dataclasses.asdict(config))
     if restored is not None:
         print(f"resuming after {progress.epoch} epochs and {progress.step}/{steps_per_epoch} steps")
 
@@ -297,7 +299,7 @@ def _check_same_config(workdir: Path, config: Config) -> None:
 
 
 def _check_same_data(workdir: Path, dataset: Dataset, resumes: bool) -> None:
-    """Raises UserError if a run began with other training images, or with the same in another order.
+    """Raises UserError if a run began with training images of other labels, or of the same in another order.
 
     Epochs, flips and held-out images go by place, and copies of CIFAR-10 differ in their order.
     """
@@ -307,7 +309,7 @@ def _check_same_data(workdir: Path, dataset: Dataset, resumes: bool) -> None:
         saved = json.loads(path.read_text())
         if resumes and saved["train_labels_sha256"] != checksum:
             raise UserError(
-                f"{workdir}: began with {saved['source']}, and {dataset.source} has other images or another order: "
+                f"{workdir}: began with {saved['source']}, and {dataset.source} has other labels or another order: "
                 "name the former with --data-dir, or another --workdir"
             )
     write_json(path, {"source": dataset.source, "train_labels_sha256": checksum})

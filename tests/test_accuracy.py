@@ -167,7 +167,7 @@ def test_a_diverged_seed_is_one_line(quick_recipe, tmp_path, run_command, monkey
     monkeypatch.setattr(accuracy, "train_and_evaluate", diverge)
     status, _, errors = run_command(accuracy.main, "--recipe", "lenet5_reference", "--out", tmp_path)
     assert status == 2
-    assert errors == "error: training diverged in epoch 1: leave its seed out of --seeds, or change the recipe\n"
+    assert errors == "error: seed 0: training diverged in epoch 1: change the recipe\n"
 
 
 def test_every_ablations_variants_are_valid():

@@ -475,9 +475,11 @@ def test_a_finished_run_without_its_checkpoints_is_left_alone(
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
     summary = train_and_evaluate(dataclasses.replace(uninterrupted, workdir=str(tmp_path / "run")))
     assert summary == json.loads(before["summary.json"])
-    assert "already complete after 3 epochs" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "already complete after 3 epochs" in output
+    assert f"its checkpoints are gone: to train it again, remove {tmp_path}/run/summary.json" in output
     after = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
-    assert after == before | {"config.json": after["config.json"]}
+    assert after == before
     (tmp_path / "run" / "summary.json").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(train, "create_train_steps", lambda *_: 1 / 0)
@@ -499,14 +501,23 @@ def test_a_run_goes_on_with_its_own_data_alone(uninterrupted, tiny_dataset, monk
     monkeypatch.setattr(train, "load_dataset", lambda name, data_dir: turned)
     config = dataclasses.replace(uninterrupted, workdir=str(tmp_path / "run"))
     before = (tmp_path / "run" / "dataset.json").read_bytes()
-    with pytest.raises(UserError, match=r"run: began with tiny digits, and another copy has other images or another"):
+    assert train_and_evaluate(config)["epochs"] == 3  # it is complete: nothing is trained
+    (tmp_path / "run" / "summary.json").unlink()
+    with pytest.raises(UserError, match=r"run: began with tiny digits, and another copy has other labels or another"):
         train_and_evaluate(config)
     assert (tmp_path / "run" / "dataset.json").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "content", ["{", "[]", '{"dropout_rates": []}', '{"batch_size": 1}', '{"dropout_rates": [], "dtype": "float16"}']
-)
+@pytest.mark.parametrize("changes", [{"dtype": "float16"}, {"num_epochs": None}])
+def test_a_config_changed_by_hand_is_named(changes, tiny_config):
+    folder = train.Path(tiny_config.workdir)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(tiny_config) | changes))
+    with pytest.raises(UserError, match=r"config.json: not a config of this program"):
+        train_and_evaluate(tiny_config)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"dropout_rates": []}', '{"batch_size": 1}'])
 def test_a_damaged_config_is_named(content, tiny_config):
     folder = train.Path(tiny_config.workdir)
     folder.mkdir()

@@ -126,7 +126,9 @@ class Config:
             if get_origin(kind) is Literal:
                 check(getattr(self, field) in get_args(kind), field, f"one of {', '.join(get_args(kind))}")
         places = {"all_cnn": 3, "lenet5": 2}[self.model]
-        for field in ("batch_size", "num_epochs", "eval_batch_size", "swa_cycles", "num_devices", "steps_per_call"):
+        for field in ("batch_size", "num_epochs", "eval_batch_size", "swa_cycles"):
+            check(getattr(self, field) >= 1, field, "1 or more")
+        for field in ("num_devices", "steps_per_call"):
             check(getattr(self, field) is None or getattr(self, field) >= 1, field, "1 or more")
         check(0 <= self.seed < 2**32, "seed", "from 0 to 4294967295")
         check(len(self.dropout_rates) == places, "dropout_rates", f"{places} numbers for {self.model}")
