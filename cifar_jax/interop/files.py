@@ -22,7 +22,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import flax.linen as nn
 import h5py
@@ -79,7 +79,7 @@ def load_weights(
         if path.name.endswith(".safetensors"):
             params, metadata = _read_safetensors(path)
             scaling, final_relu = metadata.get("input_scaling"), metadata.get("final_relu") == "True"
-            if scaling not in (None, "unit", "symmetric", "standardized"):
+            if scaling not in (None, *get_args(InputScaling)):
                 raise UserError(f"its metadata have an unknown input_scaling {scaling!r}")
         elif path.name.endswith((".pth", ".pt")):
             params = interop_pytorch.params_from_pytorch(_read_pytorch(path), model)
