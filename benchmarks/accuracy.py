@@ -343,6 +343,8 @@ def run_parity(arguments: Arguments, model: str) -> dict[str, Any] | None:
     compared = set(arguments.frameworks) == set(TRAINERS)
     if compared and len(set(arguments.seeds)) < 2:
         raise UserError("--seeds: a comparison needs two or more")
+    if "pytorch" in arguments.frameworks:
+        pytorch.import_torch()  # now, not after JAX's first training
     recipe = f"{model}_reference"
     all_runs: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.frameworks}
     for seed in arguments.seeds:

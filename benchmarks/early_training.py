@@ -17,7 +17,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 
 from cifar_jax.augmentation import create_augment
 from cifar_jax.configs import RECIPES
@@ -54,6 +53,7 @@ def losses_in_jax(config: Config, dataset: Dataset, num_steps: int) -> list[floa
 
 def losses_in_pytorch(config: Config, dataset: Dataset, num_steps: int) -> list[float]:
     """The same from the same initial weights, images, order and augmentation; Keras' update written out."""
+    torch = pytorch.import_torch()
     state = create_train_state(config, 1)
     augment = jax.jit(create_augment(config))
     keys_of = jax.jit(lambda step: augmentation_keys(state.rng, step, jnp.arange(config.batch_size)))
@@ -101,6 +101,7 @@ class Arguments:
 @command
 def main() -> int:
     arguments = parse_arguments(Arguments, prog="python -m benchmarks.early_training")
+    pytorch.import_torch()  # now, not after JAX's part
     dataset = load_dataset(arguments.dataset, arguments.data_dir)
     most = len(dataset.train_labels) // RECIPES["all_cnn_reference"].batch_size
     if not 5 <= arguments.num_steps <= most:

@@ -3,28 +3,33 @@
 #
 # Reads the training recipes' data from DATA_DIR, uses PYTHON (python), and installs nothing. OUT gets throughput_*.json,
 # each run's summary as RECIPE.json, its evaluation as RECIPE_evaluate.json, and a log of each part. A part that fails
-# or is cut off is named at the end, with exit status 1. A throughput part that is cut off leaves the workloads before.
+# or is cut off is named at the end, with exit status 1. A throughput part that is cut off leaves the sizes before;
+# PyTorch's autotuned compilation, the slowest, has a part of its own, the last.
 #
 # CAMPAIGN_RUNS: recipe:epochs:seconds …; CAMPAIGN_EVALUATION: seconds of an evaluation; CAMPAIGN_THROUGHPUT:
-# model:dtype:batch,sizes:seconds …; CAMPAIGN_FLAGS: more flags of benchmarks.throughput.
+# model:dtype:batch,sizes:frameworks:seconds …; CAMPAIGN_FLAGS: more flags of benchmarks.throughput. None, if empty.
 set -u
 [ $# -eq 1 ] || { echo "usage: benchmarks/gpu_campaign.sh OUT" >&2; exit 2; }
 DATA_DIR=${DATA_DIR:+$(realpath "$DATA_DIR")} || exit 2  # before the cd
 mkdir -p "$1" && OUT=$(cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python}
-runs=${CAMPAIGN_RUNS:-lenet5_reference:15:60 lenet5:224:64 all_cnn_reference:20:60}
-evaluation=${CAMPAIGN_EVALUATION:-15}
-parts=${CAMPAIGN_THROUGHPUT:-all_cnn:bfloat16:64,512,1024:80 lenet5:float32:4,128,1024:65 all_cnn:float32:64,512,1024:60}
-flags=${CAMPAIGN_FLAGS:---frameworks jax pytorch pytorch-compile pytorch-cudagraphs --rounds 5 --seconds-per-round 0.5 --timeout 60}
+eager=jax,pytorch,pytorch-cudagraphs
+runs=${CAMPAIGN_RUNS-lenet5_reference:15:60 all_cnn_reference:20:60}
+evaluation=${CAMPAIGN_EVALUATION:-25}
+parts=${CAMPAIGN_THROUGHPUT-all_cnn:bfloat16:512:$eager:70 lenet5:float32:4:$eager:55 all_cnn:bfloat16:512:jax,pytorch-compile:110}
+flags=${CAMPAIGN_FLAGS---rounds 5 --seconds-per-round 0.1 --timeout 40}
 workdirs=$(mktemp -d)
 trap 'rm -rf "$workdirs"' EXIT
-failed=()
+trap 'kill "$running" 2>/dev/null; wait; exit 130' INT TERM  # a part has a process group of its own
+running= failed=()
 
 part() {  # NAME SECONDS COMMAND…: stdout goes to where the caller says, stderr to NAME.log
   local name=$1 seconds=$2
   shift 2
-  timeout -k 5 "$seconds" "$@" 2>>"$OUT/$name.log" || failed+=("$name ($*): exit status $?")
+  timeout -k 10 "$seconds" "$@" 2>>"$OUT/$name.log" &
+  running=$!
+  wait "$running" || failed+=("$name ($*): exit status $?")
 }
 
 for run in $runs; do
@@ -35,14 +40,15 @@ for run in $runs; do
   [ -e "$workdir/summary.json" ] || continue  # also there if the run was cut off after an epoch
   cp "$workdir/summary.json" "$OUT/$recipe.json"
   part "$recipe" "$evaluation" "$PYTHON" -m cifar_jax.evaluate --workdir "$workdir" --json \
-    ${DATA_DIR:+--data-dir "$DATA_DIR"} >"$OUT/${recipe}_evaluate.json"
+    ${DATA_DIR:+--data-dir "$DATA_DIR"} >"$workdirs/evaluate.json"
+  [ ! -s "$workdirs/evaluate.json" ] || mv "$workdirs/evaluate.json" "$OUT/${recipe}_evaluate.json"
 done
 for spec in $parts; do
-  IFS=: read -r model dtype sizes seconds <<<"$spec"
-  name=throughput_${model}_$dtype
+  IFS=: read -r model dtype sizes frameworks seconds <<<"$spec"
+  name=throughput_${model}_${dtype}_${frameworks//,/_}
   # shellcheck disable=SC2086  # the flags are several words
   part "$name" "$seconds" "$PYTHON" -m benchmarks.throughput --out "$OUT" --name "$name" --models "$model" \
-    --dtype "$dtype" --batch-sizes ${sizes//,/ } $flags >>"$OUT/$name.log"
+    --dtype "$dtype" --batch-sizes ${sizes//,/ } --frameworks ${frameworks//,/ } $flags >>"$OUT/$name.log"
 done
 if [ ${#failed[@]} -gt 0 ]; then
   printf 'failed: %s\n' "${failed[@]}" >&2

@@ -71,6 +71,9 @@ def result_names(prefix: str) -> list[str]:
 def lenet5_reference() -> str:
     result, dropout = load("lenet5_reference"), load("lenet5_reference_eval_dropout")
     pytorch = load("parity_lenet5")["test_accuracy_by_epoch"]["pytorch"][0]
+    if len(result["metrics"]) != len(NOTEBOOK_LOG):
+        epochs = f"{len(result['metrics'])} epochs, and the notebook's log {len(NOTEBOOK_LOG)}"
+        raise UserError(f"{RESULTS / 'lenet5_reference.json'}: has {epochs}: take it from a whole run")
     columns = ["epoch", "the notebook's log (dropout on)", "PyTorch, seed 0 (see parity)", "cifar_jax", "train"]
     rows = [
         [str(row["epoch"]), f"{log:.2f}", percent(again), percent(row["test_accuracy"]), percent(row["train_accuracy"])]

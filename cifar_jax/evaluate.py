@@ -169,6 +169,8 @@ def main() -> int:
         name = f"{checkpoint} checkpoint, epoch {progress.epoch}{steps}"
         source = {"workdir": str(arguments.workdir), "checkpoint": checkpoint}
         source |= {"epoch": progress.epoch, "step": int(state.step), "dtype": config.dtype}
+        if config.holdout:
+            print("the run tested on held-out training images; this is the test set", file=sys.stderr)
     else:
         path = arguments.weights or pretrained_path(str(arguments.pretrained))
         weights = load_weights(path, arguments.model, arguments.architecture, arguments.input_scaling)

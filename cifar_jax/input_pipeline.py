@@ -15,7 +15,7 @@ import pickle
 import shutil
 import sys
 import tarfile
-import tempfile
+import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -330,9 +330,11 @@ def _load_digits() -> Dataset:
 
 
 def _cache_dir() -> Path:
-    import pooch
+    if folder := os.environ.get("CIFAR_JAX_CACHE"):
+        return Path(folder)
+    import pooch  # here: where the data is at hand and the cache named, it need not be installed
 
-    return Path(os.environ.get("CIFAR_JAX_CACHE") or pooch.os_cache("cifar_jax"))
+    return Path(pooch.os_cache("cifar_jax"))
 
 
 def _download(folder: Path) -> Path:
@@ -391,7 +393,8 @@ def _open_arrays(entry: Path) -> Arrays | None:
 def _save_arrays(entry: Path, arrays: Arrays) -> None:
     """Written aside and renamed, so that a reader never sees half an entry."""
     entry.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=entry.parent, prefix="partial-"))
+    partial = entry.with_name(f"partial-{uuid.uuid4()}")  # not mkdtemp: others who share the cache may read it
+    partial.mkdir()
     try:
         for name, array in arrays.items():
             np.save(partial / f"{name}.npy", array)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -30,6 +31,13 @@ def test_compare_is_welchs_test():
     low, high = result["confidence_interval_95"]
     assert low < 0.015 < high
     assert (low + high) / 2 == pytest.approx(0.015)
+
+
+def test_parity_asks_for_pytorch_before_it_trains(quick_recipe, tmp_path, run_command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(accuracy.TRAINERS, "jax", None)
+    status, _, errors = run_command(accuracy.main, "--parity", "lenet5", "--out", tmp_path)
+    assert (status, errors) == (2, "error: PyTorch is not installed: pip install -e '.[parity]'\n")
 
 
 def test_parity_in_parts_and_together(quick_recipe, tmp_path, run_command):

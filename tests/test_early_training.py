@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -26,6 +27,12 @@ def test_both_frameworks_take_the_same_steps(monkeypatch, tmp_path, run_command)
     assert len(ours) == 6
     np.testing.assert_allclose(ours, theirs, atol=2e-4)  # rounding grows with the steps
     assert np.ptp(ours) > 1e-3
+
+
+def test_without_pytorch(run_command, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    status, _, errors = run_command(early_training.main, "--dataset", "digits", "--out", tmp_path)
+    assert (status, errors) == (2, "error: PyTorch is not installed: pip install -e '.[parity]'\n")
 
 
 def test_too_many_steps_are_refused(run_command, tmp_path):

@@ -3,6 +3,7 @@ import io
 import os
 import sys
 
+import jax
 import pytest
 
 from cifar_jax.errors import command
@@ -36,6 +37,19 @@ def test_a_systems_error_is_one_line(run_command, monkeypatch):
     status, _, error = run_command(command(full))
     assert (status, error) == (2, "error: No space left on device: make room\n")
     assert silenced == [1]
+
+
+def test_a_full_device_is_one_line(run_command):
+    def main(text):
+        def fails():
+            raise jax.errors.JaxRuntimeError(text)
+
+        return command(fails)
+
+    status, _, error = run_command(main("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes."))
+    assert (status, error) == (2, "error: out of memory: lower --batch-size or --eval-batch-size\n")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        main("INTERNAL: a bug")()
 
 
 def test_a_librarys_own_error_is_not_hidden():

@@ -129,6 +129,23 @@ def test_decoded_once_then_memory_mapped(small_batches, tmp_path, monkeypatch):
         assert_loads((255 - small_batches[0], *small_batches[1:]), tmp_path)
 
 
+def test_a_shared_cache_can_be_read_by_others(small_batches, tmp_path):
+    write_python(tmp_path / "cifar-10-batches-py", small_batches)
+    previous = os.umask(0o022)
+    try:
+        assert_loads(small_batches, tmp_path)
+    finally:
+        os.umask(previous)
+    (entry,) = input_pipeline._cache_dir().iterdir()
+    assert entry.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_named_cache_needs_no_pooch(small_batches, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pooch", None)
+    write_python(tmp_path / "cifar-10-batches-py", small_batches)
+    assert_loads(small_batches, tmp_path)
+
+
 def test_another_process_was_faster(small_batches, tmp_path, monkeypatch, capsys):
     rename = input_pipeline.Path.rename
 

@@ -32,6 +32,15 @@ def test_a_missing_result_is_one_line(monkeypatch, tmp_path, run_command):
     assert "quickstart.json" in errors
 
 
+def test_a_reference_run_that_was_cut_off_is_one_line(monkeypatch, run_command):
+    original = report.load
+    cut = original("lenet5_reference") | {"metrics": original("lenet5_reference")["metrics"][:9]}
+    monkeypatch.setattr(report, "load", lambda name: cut if name == "lenet5_reference" else original(name))
+    status, _, errors = run_command(report.main, "--check")
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "lenet5_reference.json: has 9 epochs" in errors
+
+
 def test_the_ablations_table(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     assert report.ablation() == "Not run yet."

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import pytorch_contenders, report, throughput
-from benchmarks.contenders import JaxContender
+from benchmarks.contenders import FAMILIES, PHASES, Contender, JaxContender
 from cifar_jax import augmentation
 from cifar_jax.configs import RECIPES
 from cifar_jax.input_pipeline import scale_images
@@ -244,15 +244,40 @@ def test_jax_goes_over_the_data_again_and_again():
     assert calls == [(0, 1000), (0, 500), (0, 1000), (0, 500)]
 
 
+def test_slow_first_calls_leave_the_length_of_a_round_alone(monkeypatch):
+    """A compiled PyTorch compiles in the first call, and captures its CUDA graph in the second."""
+    seconds = iter([20.0, 0.3])
+    monkeypatch.setattr(Contender, "__abstractmethods__", frozenset())
+    contender = Contender(None)
+    contender.run = lambda phase, steps: next(seconds, 0.001 * steps)
+    assert contender.warm_up("training", 0.5)["steps_of_a_round"] == 500
+
+
+def test_jax_takes_one_of_several_gpus(monkeypatch):
+    """So PyTorch does; and a batch need not divide over all."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    _, workload = throughput.create_workload("lenet5", 64, "float32")
+    assert JaxContender(workload)._devices == jax.devices()[:1]
+
+
 def test_the_gpu_campaign_takes_8_minutes_at_most():
     script = (report.ROOT / "benchmarks" / "gpu_campaign.sh").read_text()
-    parts = {name: specs.split() for name, specs in re.findall(r"CAMPAIGN_(RUNS|THROUGHPUT):-([^}]*)}", script)}
+    script = script.replace("$eager", re.search(r"^eager=(.*)", script, re.MULTILINE)[1])
+    parts = {name: specs.split() for name, specs in re.findall(r"\${CAMPAIGN_(RUNS|THROUGHPUT)-([^}]*)}", script)}
     seconds = [int(spec.rpartition(":")[2]) for specs in parts.values() for spec in specs]
     evaluations = [int(re.search(r"CAMPAIGN_EVALUATION:-(\d+)", script)[1])] * len(parts["RUNS"])
     grace = int(re.search(r"timeout -k (\d+)", script)[1])  # after which a part is killed
     assert sum(limit + grace for limit in seconds + evaluations) < 8 * 60
     for recipe, epochs, _ in (spec.split(":") for spec in parts["RUNS"]):
         assert int(epochs) == RECIPES[recipe].num_epochs or recipe == "all_cnn_reference"  # its rate is told by 20
+    # What is timed takes a quarter of a throughput part: the rest is for starting, compiling and autotuning.
+    flags = re.search(r"\${CAMPAIGN_FLAGS-([^}]*)}", script)[1].split()
+    flags = dict(zip(flags[::2], map(float, flags[1::2])))
+    for _, _, sizes, frameworks, limit in (spec.split(":") for spec in parts["THROUGHPUT"]):
+        contenders = sum(len(FAMILIES[family]) for family in frameworks.split(","))
+        calls = len(sizes.split(",")) * contenders * len(PHASES) * flags["--rounds"]
+        assert calls * flags["--seconds-per-round"] < int(limit) / 4
+        assert flags["--timeout"] < int(limit)
 
 
 def test_the_gpu_campaign_on_a_cpu(tmp_path):
@@ -261,8 +286,8 @@ def test_the_gpu_campaign_on_a_cpu(tmp_path):
         "XLA_FLAGS": "--xla_backend_optimization_level=1",
         "CAMPAIGN_RUNS": "nonsense:1:100 quickstart:1:100",
         "CAMPAIGN_EVALUATION": "100",
-        "CAMPAIGN_THROUGHPUT": "lenet5:float32:4:100",
-        "CAMPAIGN_FLAGS": "--frameworks jax --phases inference --rounds 1 --seconds-per-round 0.001",
+        "CAMPAIGN_THROUGHPUT": "lenet5:float32:4:jax:100",
+        "CAMPAIGN_FLAGS": "--phases inference --rounds 1 --seconds-per-round 0.001",
     }
     script = report.ROOT / "benchmarks" / "gpu_campaign.sh"
     result = subprocess.run([script, tmp_path / "out"], env=environment, capture_output=True, text=True, timeout=300)
@@ -270,6 +295,21 @@ def test_the_gpu_campaign_on_a_cpu(tmp_path):
     assert result.stderr.startswith("failed: nonsense")
     assert len(result.stderr.splitlines()) == 1
     content = {path.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
-    assert set(content) == {"quickstart.json", "quickstart_evaluate.json", "throughput_lenet5_float32.json"}
+    assert set(content) == {"quickstart.json", "quickstart_evaluate.json", "throughput_lenet5_float32_jax.json"}
     assert content["quickstart.json"]["epochs"] == content["quickstart_evaluate.json"]["epoch"] == 1
     assert "error: unknown recipe 'nonsense'" in (tmp_path / "out" / "nonsense.log").read_text()
+
+
+def test_an_interrupted_gpu_campaign_stops_its_part_and_leaves_the_rest(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho $$ >> $LOG\nexec sleep 100\n")
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "LOG": str(tmp_path / "log")}
+    os.mkfifo(tmp_path / "log")
+    script = report.ROOT / "benchmarks" / "gpu_campaign.sh"
+    campaign = subprocess.Popen([script, tmp_path / "out"], env=environment)
+    part = int((tmp_path / "log").read_text())  # waits for the first part to begin
+    campaign.send_signal(signal.SIGTERM)
+    assert campaign.wait(60) == 130
+    with pytest.raises(ProcessLookupError):
+        os.kill(part, 0)

@@ -352,7 +352,9 @@ def test_is_dead(losses, dead):
     assert train.is_dead(np.array(losses, np.float32), 10) == dead
 
 
-def test_held_out_images_are_neither_trained_on_nor_the_test_set(tiny_config, tiny_dataset, monkeypatch, capsys):
+def test_held_out_images_are_neither_trained_on_nor_the_test_set(
+    tiny_config, tiny_dataset, run_command, monkeypatch, capsys
+):
     seen = {}
     replicate_data = train.replicate
 
@@ -376,6 +378,9 @@ def test_held_out_images_are_neither_trained_on_nor_the_test_set(tiny_config, ti
     np.testing.assert_array_equal(seen["test"][0], tiny_dataset.train_images[70:])
     np.testing.assert_array_equal(seen["test"][1], tiny_dataset.train_labels[70:])
     assert "tests on 20 held-out training images" in capsys.readouterr().out
+    status, output, errors = run_command(evaluate.main, "--workdir", tiny_config.workdir)
+    assert (status, errors) == (0, "the run tested on held-out training images; this is the test set\n")
+    assert "of 30 images" in output
     with pytest.raises(UserError, match="--holdout 90: there are only 90 training images"):
         train_and_evaluate(dataclasses.replace(tiny_config, workdir=f"{tiny_config.workdir}-2", holdout=90))
 
