@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -61,6 +62,11 @@ class Checkpoints:
 
     def __init__(self, workdir: Path) -> None:
         self.directory = (workdir / "checkpoints").absolute()
+        if re.search(r"[][*?\\\ud800-\udfff]", str(self.directory)):  # Orbax takes it for a pattern, and loses arrays
+            raise UserError(
+                f"{workdir}: checkpoints can't lie below a folder whose name has [, ], *, ?, \\ or is not UTF-8: "
+                "name another --workdir"
+            )
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(1),

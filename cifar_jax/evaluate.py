@@ -199,6 +199,7 @@ def main() -> int:
     if arguments.json:
         print(json.dumps(result, indent=2))
     else:
+        name += f", dropout {' '.join(map(str, config.dropout_rates))}" if arguments.eval_dropout else ""
         counted = f"{metrics['accuracy']:.2%} of {len(labels):,} images of {config.dataset}"
         print(f"{name}: test loss {metrics['loss']:.4f} accuracy {counted}")
     return 0

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ def read_metrics(workdir: Path) -> list[EpochMetrics]:
     try:
         with path.open(newline="") as file:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        if not all(math.isfinite(value) for row in rows for value in row.values()):
+            raise ValueError("a value is not finite")
         return [EpochMetrics(epoch=int(row.pop("epoch")), **row) for row in rows]
     except (OSError, KeyError, TypeError, ValueError, ArithmeticError, csv.Error) as error:
         raise UserError(f"{path}: not a metrics.csv of this program ({error})") from error

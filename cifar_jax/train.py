@@ -163,7 +163,7 @@ def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, 
         raise dead(progress.epoch)  # it went on, as it was begun without --auto-restart
     if progress.epoch >= config.num_epochs or restored is None:  # its checkpoints deleted, to save space
         # Missing, damaged, or of an interruption with the last epochs' end cut off: written anew below.
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             summary = json.loads((workdir / "summary.json").read_text())
             fields = json.loads(json.dumps(dataclasses.asdict(config)))
             same = all(fields[name] == value for name, value in summary["config"].items())
@@ -245,8 +245,9 @@ def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, 
             write_json(workdir / "summary.json", summary)  # last: it says that all is there
         if stop.received is not None and progress.epoch < config.num_epochs:
             raise Interrupted(stop.received, progress, steps_per_epoch)
+    tested = "held-out" if config.holdout else "test"
     print(
-        f"test accuracy {summary['test_accuracy']:.2%} after {progress.epoch} epochs, "
+        f"{tested} accuracy {summary['test_accuracy']:.2%} after {progress.epoch} epochs, "
         f"{summary['training_seconds']:.0f} s of training; figures and summary.json in {workdir}"
     )
     return summary
@@ -282,6 +283,10 @@ def _check_same_config(workdir: Path, config: Config) -> None:
     if not (workdir / "config.json").exists():
         if any((workdir / "checkpoints").glob("[0-9]*")):
             raise UserError(f"{workdir}: has checkpoints but no config.json: put it back, or name another --workdir")
+        for name in ("metrics.csv", "batch_loss.npy", "summary.json", "accuracy.png", "loss.png", "batch_loss.png"):
+            if (workdir / name).exists():
+                reason = "there is no config.json beside it, so not a run's"
+                raise UserError(f"{workdir / name}: {reason}: move it away, or name another --workdir")
         return
     saved = read_config(workdir)
     old, new = dataclasses.asdict(saved), dataclasses.asdict(config)

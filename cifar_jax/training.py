@@ -311,9 +311,17 @@ def compiler_options(config: Config, batch_size: int, devices: Sequence[jax.Devi
 
 
 def prepare_cpu() -> None:
-    """What every command does first, so that the CPU is used well: see use_cpu_cores and keep_memory."""
+    """What every command does first, so that the CPU is used well: see use_cpu_cores and keep_memory.
+
+    Raises: UserError if JAX has no device, as JAX_PLATFORMS names one that is not there.
+    """
     use_cpu_cores()
     keep_memory()
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise UserError(f"JAX finds no device: install for it (README), or unset JAX_PLATFORMS={asked}") from error
 
 
 def select_devices(config: Config) -> list[jax.Device]:

@@ -184,6 +184,30 @@ def test_a_hostile_pickle_is_not_run(tmp_path, capsys):
     assert "EVIL" not in capsys.readouterr().out
 
 
+def test_values_beyond_float32(tmp_path, run_command, lenet5):
+    state_dict = pytorch.params_to_pytorch(lenet5.params)
+    wide = {name: torch.tensor(array).double() for name, array in state_dict.items()}
+    wide["conv1.weight"][0, 0, 0, 0] = 1e39
+    torch.save(wide, tmp_path / "wide.pth")
+    status, _, errors = run_command(convert.main, tmp_path / "wide.pth", tmp_path / "out.safetensors")
+    assert (status, errors) == (2, f"error: {tmp_path}/wide.pth: holds values beyond the range of float32\n")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", ["keras", "h5"])
+def test_the_users_keras_settings_do_not_matter(kind, tmp_path, lenet5):
+    config = keras.import_keras().config
+    config.set_floatx("float16")
+    config.set_image_data_format("channels_first")
+    try:
+        save_weights(tmp_path / f"a.{kind}", lenet5)
+        loaded = load_weights(tmp_path / f"a.{kind}")
+    finally:
+        config.set_floatx("float32")
+        config.set_image_data_format("channels_last")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, lenet5.params)
+
+
 def test_every_cut_of_an_old_pth_is_noticed(tmp_path):
     """PyTorch's format before zip, which the notebook's era wrote."""
     path = tmp_path / "old.pth"

@@ -22,6 +22,10 @@ def test_metrics_round_trip(tmp_path, capsys):
 
 def test_damaged_files_are_named(tmp_path):
     assert read_metrics(tmp_path) == []
+    MetricsWriter(tmp_path, 0, 10, 2).write(ROW, np.array([2.0, 1.0], np.float32))
+    (tmp_path / "metrics.csv").write_text((tmp_path / "metrics.csv").read_text().replace("0.25", "nan"))
+    with pytest.raises(UserError, match="a value is not finite"):
+        read_metrics(tmp_path)
     (tmp_path / "metrics.csv").write_text("epoch,train_loss\n1,x\n")
     with pytest.raises(UserError, match=r"metrics.csv: not a metrics.csv"):
         read_metrics(tmp_path)

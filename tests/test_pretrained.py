@@ -25,6 +25,16 @@ def test_a_released_network_gives_logits(name, dtype, tiny_dataset):
     assert np.isfinite(logits).all()
 
 
+@pytest.mark.parametrize(
+    "images", [np.zeros((2, 32, 32, 3), np.float32), np.zeros((2, 32, 32, 3), np.int8), np.zeros((32, 32, 3), np.uint8)]
+)
+def test_other_images_are_refused(images):
+    """Scaled again they would give logits, all the same, that are right for one image of ten."""
+    _, _, preprocess = load_pretrained("lenet5_reference")
+    with pytest.raises(UserError, match=r"must be uint8 \[N, 32, 32, 3\]"):
+        preprocess(images)
+
+
 @pytest.mark.parametrize("name", pretrained_names())
 def test_every_card_says_what_it_must(name):
     text = card(name)

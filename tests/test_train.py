@@ -492,11 +492,29 @@ def test_a_finished_run_without_its_checkpoints_is_left_alone(
             train_and_evaluate(dataclasses.replace(uninterrupted, workdir=str(tmp_path / "run")))
     assert "/checkpoints: training from the start" in capsys.readouterr().err
     (tmp_path / "run" / "summary.json").write_bytes(before["summary.json"])
-    (tmp_path / "run" / "config.json").unlink()
     other = dataclasses.replace(uninterrupted, workdir=str(tmp_path / "run"), seed=1)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(dataclasses.asdict(other)))
     monkeypatch.setattr(train, "create_train_steps", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # another recipe's summary is not this run's
         train_and_evaluate(other)
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "batch_loss.npy", "summary.json", "loss.png"])
+def test_files_of_the_users_own_are_left_alone(name, tiny_config, tmp_path):
+    own = tmp_path / "run" / name
+    own.parent.mkdir()
+    own.write_text("mine")
+    with pytest.raises(UserError, match=rf"run/{name}: there is no config\.json beside it, so not a run's"):
+        train_and_evaluate(tiny_config)
+    assert [path.name for path in own.parent.iterdir() if path.name != ".lock"] == [name]
+    assert own.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["[p]", "a*", "a?", "a\\b", "a\udcff"])
+def test_a_folder_whose_checkpoints_could_not_be_read_again(name, tiny_config, tmp_path):
+    with pytest.raises(UserError, match="checkpoints can't lie below a folder whose name"):
+        train_and_evaluate(dataclasses.replace(tiny_config, workdir=str(tmp_path / name / "run")))
+    assert not (tmp_path / name / "run").exists()
 
 
 def test_a_run_goes_on_with_its_own_data_alone(uninterrupted, tiny_dataset, monkeypatch, tmp_path):
@@ -513,7 +531,17 @@ def test_a_run_goes_on_with_its_own_data_alone(uninterrupted, tiny_dataset, monk
     assert (tmp_path / "run" / "dataset.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("changes", [{"dtype": "float16"}, {"num_epochs": None}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "float16"},
+        {"num_epochs": None},
+        {"seed": 1.5},
+        {"steps_per_call": 1.5},
+        {"nesterov": 1},
+        {"workdir": ""},
+    ],
+)
 def test_a_config_changed_by_hand_is_named(changes, tiny_config):
     folder = train.Path(tiny_config.workdir)
     folder.mkdir()

@@ -511,3 +511,14 @@ def test_alternating_flip_goes_by_the_image_and_the_epoch(tiny_dataset, tiny_con
         result = losses(dataclasses.replace(plain, alternating_flip=True), tiny_dataset, epoch)
         np.testing.assert_allclose(result, expected, rtol=1e-6)
         assert np.abs(result - other).max() > 1e-4
+
+
+def test_a_platform_that_is_not_there(monkeypatch):
+    def absent():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "local_devices", absent)
+    monkeypatch.setattr(training, "keep_memory", lambda: None)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(UserError, match="unset JAX_PLATFORMS=cuda"):
+        training.prepare_cpu()

@@ -122,8 +122,14 @@ class Config:
                 flag = "--" + field.replace("_", "-")
                 raise UserError(f"{flag} {getattr(self, field)}: must be {rule}")
 
+        check(self.workdir != "", "workdir", "a folder's name")
         for field, kind in get_type_hints(type(self)).items():
-            if get_origin(kind) is Literal:
+            value = getattr(self, field)
+            if kind is bool:
+                check(type(value) is bool, field, "true or false")
+            elif kind in (int, int | None):
+                check(type(value) is int or (value is None and kind is not int), field, "a whole number")
+            elif get_origin(kind) is Literal:
                 check(getattr(self, field) in get_args(kind), field, f"one of {', '.join(get_args(kind))}")
         places = {"all_cnn": 3, "lenet5": 2}[self.model]
         for field in ("batch_size", "num_epochs", "eval_batch_size", "swa_cycles"):

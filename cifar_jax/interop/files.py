@@ -106,7 +106,10 @@ def load_weights(
             raise UserError(f"{architecture}: not a Keras architecture ({error})") from error
     original = RECIPES[f"{found}_reference"].input_scaling
     chosen = input_scaling or cast("InputScaling | None", scaling) or original
-    params = jax.tree.map(lambda array: array.astype(np.float32), params)
+    with np.errstate(over="ignore"):
+        params = jax.tree.map(lambda array: array.astype(np.float32), params)
+    if not all(np.isfinite(array).all() for array in jax.tree.leaves(params)):
+        raise UserError(f"{path}: holds values beyond the range of float32")
     return Weights(cast(ModelName, found), params, chosen, final_relu)
 
 
@@ -127,6 +130,9 @@ def save_weights(path: Path, weights: Weights) -> None:
         torch.save({name: torch.tensor(array) for name, array in state_dict.items()}, buffer)
         data = buffer.getvalue()
     elif path.name.endswith((".h5", ".hdf5", ".keras")):
+        keras = interop_keras.import_keras()
+        keras.config.set_floatx("float32")  # whatever the user's keras.json says
+        keras.config.set_image_data_format("channels_last")
         network = interop_keras.create_model(weights.model, final_relu=weights.final_relu)
         network.set_weights(interop_keras.params_to_keras(weights.params))
         save = network.save_weights if path.name.endswith(".weights.h5") else network.save
@@ -164,8 +170,7 @@ def _read_pytorch(path: Path) -> Mapping[str, Any]:
             warnings.simplefilter("ignore")  # what torch says of a foreign pickle, before it refuses it
             state_dict = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a cut pickle can raise anything
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"damaged, or holds more than tensors ({reason[0]})") from error
+        raise UserError("damaged, or holds more than tensors: save model.state_dict()") from error
     if not isinstance(state_dict, Mapping) or not all(isinstance(x, torch.Tensor) for x in state_dict.values()):
         raise UserError("not a state_dict: save model.state_dict(), not the model or a checkpoint around it")
     for name, tensor in state_dict.items():

@@ -23,7 +23,7 @@ def import_keras() -> Any:
     os.environ.setdefault("KERAS_BACKEND", "torch")
     try:
         import keras
-    except ImportError as error:
+    except (ImportError, ValueError) as error:  # the latter for a KERAS_BACKEND that Keras does not know
         raise UserError(f"Keras or its backend is not installed ({error}): pip install -e '.[parity]'") from error
     return keras
 

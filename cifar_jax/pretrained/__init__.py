@@ -31,8 +31,15 @@ def load_pretrained(name: str, dtype: Any = jnp.float32) -> tuple[nn.Module, Any
     """A released network: (model, variables, preprocess).
 
     `model.apply(variables, preprocess(images))` gives float32 logits [N, 10] for uint8 images [N, 32, 32, 3]; `dtype`
-    is the type of the computation, float32 or bfloat16. Raises UserError for an unknown name.
+    is the type of the computation, float32 or bfloat16. Raises UserError for an unknown name, and `preprocess` for
+    images of another type or shape.
     """
     weights = load_weights(pretrained_path(name))
-    preprocess = lambda images: scale_images(jnp.asarray(images), weights.input_scaling)
+
+    def preprocess(images: Any) -> jax.Array:
+        images = jnp.asarray(images)
+        if images.dtype != jnp.uint8 or images.shape[1:] != (32, 32, 3):
+            raise UserError(f"images are {images.dtype} {list(images.shape)}: they must be uint8 [N, 32, 32, 3]")
+        return scale_images(images, weights.input_scaling)
+
     return weights.create_module(dtype=dtype), {"params": weights.params}, preprocess
