@@ -187,6 +187,9 @@ def main() -> int:
     evaluator = Evaluator(config, state, images, labels, jax.local_devices(), arguments.eval_dropout, arguments.mirror)
     metrics = evaluator(state)
     assert metrics is not None  # nothing stops it
+    if arguments.eval_dropout:
+        source["dropout_rates"] = config.dropout_rates  # of a weight file, which does not say its own, the original's
+        name += f", dropout {' '.join(map(str, config.dropout_rates))}"
     result = source | {
         "dataset": config.dataset,
         "eval_dropout": arguments.eval_dropout,
@@ -199,7 +202,6 @@ def main() -> int:
     if arguments.json:
         print(json.dumps(result, indent=2))
     else:
-        name += f", dropout {' '.join(map(str, config.dropout_rates))}" if arguments.eval_dropout else ""
         counted = f"{metrics['accuracy']:.2%} of {len(labels):,} images of {config.dataset}"
         print(f"{name}: test loss {metrics['loss']:.4f} accuracy {counted}")
     return 0

@@ -36,7 +36,10 @@ def test_evaluate_agrees_with_training(run, run_command):
     assert status == 0
     dropped = json.loads(output)
     assert dropped["eval_dropout"] is True
+    assert dropped["dropout_rates"] == [0.2, 0.2]
     assert abs(dropped["test_loss"] - results["latest"]["test_loss"]) > 1e-4
+    _, output, _ = run_command(evaluate.main, "--workdir", run, "--eval-dropout")
+    assert output.startswith("latest checkpoint, epoch 3, dropout 0.2 0.2: test loss")
 
 
 def test_an_interrupted_epoch_is_named_with_its_steps(tiny_config, use_tiny_dataset, monkeypatch, run_command):
