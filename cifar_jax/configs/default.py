@@ -130,7 +130,7 @@ class Config:
             elif kind in (int, int | None):
                 check(type(value) is int or (value is None and kind is not int), field, "a whole number")
             elif get_origin(kind) is Literal:
-                check(getattr(self, field) in get_args(kind), field, f"one of {', '.join(get_args(kind))}")
+                check(value in get_args(kind), field, f"one of {', '.join(get_args(kind))}")
         places = {"all_cnn": 3, "lenet5": 2}[self.model]
         for field in ("batch_size", "num_epochs", "eval_batch_size", "swa_cycles"):
             check(getattr(self, field) >= 1, field, "1 or more")

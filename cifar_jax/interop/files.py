@@ -106,10 +106,7 @@ def load_weights(
             raise UserError(f"{architecture}: not a Keras architecture ({error})") from error
     original = RECIPES[f"{found}_reference"].input_scaling
     chosen = input_scaling or cast("InputScaling | None", scaling) or original
-    with np.errstate(over="ignore"):
-        params = jax.tree.map(lambda array: array.astype(np.float32), params)
-    if not all(np.isfinite(array).all() for array in jax.tree.leaves(params)):
-        raise UserError(f"{path}: holds values beyond the range of float32")
+    params = jax.tree.map(lambda array: array.astype(np.float32), params)
     return Weights(cast(ModelName, found), params, chosen, final_relu)
 
 
@@ -130,9 +127,7 @@ def save_weights(path: Path, weights: Weights) -> None:
         torch.save({name: torch.tensor(array) for name, array in state_dict.items()}, buffer)
         data = buffer.getvalue()
     elif path.name.endswith((".h5", ".hdf5", ".keras")):
-        keras = interop_keras.import_keras()
-        keras.config.set_floatx("float32")  # whatever the user's keras.json says
-        keras.config.set_image_data_format("channels_last")
+        interop_keras.import_keras().config.set_floatx("float32")  # whatever the user's keras.json says
         network = interop_keras.create_model(weights.model, final_relu=weights.final_relu)
         network.set_weights(interop_keras.params_to_keras(weights.params))
         save = network.save_weights if path.name.endswith(".weights.h5") else network.save

@@ -36,6 +36,7 @@ def create_model(model: str, dropout_rates: Sequence[float] | None = None, final
     Raises: UserError if Keras is not installed.
     """
     keras = import_keras()
+    keras.config.set_image_data_format("channels_last")  # whatever the user's keras.json says
     layers, initializers = keras.layers, keras.initializers
     if model == "lenet5":
         first, second = dropout_rates or (0.2, 0.2)

@@ -45,8 +45,10 @@ def check_tensors(tensors: Sequence[tuple[str, np.ndarray]], shapes: Sequence[tu
             raise UserError(f"tensor {name} has shape {tuple(tensor.shape)}, must have {tuple(shape)}")
         if not np.issubdtype(tensor.dtype, np.floating):
             raise UserError(f"tensor {name} has type {tensor.dtype}, must be of floating point")
-        if not np.isfinite(tensor).all():
-            raise UserError(f"tensor {name} has values that are not finite")
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(tensor.astype(np.float32, copy=False)).all()
+        if not finite:
+            raise UserError(f"tensor {name} has values that are not finite in float32")
     if len(tensors) > len(shapes):
         raise UserError(f"tensor {tensors[len(shapes)][0]} is one too many: there must be {len(shapes)}")
     if len(tensors) < len(shapes):
