@@ -27,7 +27,10 @@ import numpy as np
 
 from cifar_jax.errors import UserError
 
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CLASS_NAMES = {
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    "digits": tuple("0123456789"),
+}
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # of the training set's pixels, by channel, in [0, 1]
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 # What is subtracted from pixels in [0, 1], and then divided by, for each input_scaling.
@@ -84,7 +87,7 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> D
         archive = _download(Path(data_dir) if data_dir is not None else _cache_dir())
         found = _read_official, archive
     read, path = found
-    return Dataset(**_cached(read, path), class_names=CIFAR10_CLASSES, source=str(path))
+    return Dataset(**_cached(read, path), class_names=CLASS_NAMES["cifar10"], source=str(path))
 
 
 def hold_out(dataset: Dataset, count: int) -> Dataset:
@@ -322,7 +325,7 @@ def _load_digits() -> Dataset:
         images, labels.astype(np.int32), test_size=0.2, random_state=0, stratify=labels
     )
     return Dataset(
-        train_images, train_labels, test_images, test_labels, tuple("0123456789"), "scikit-learn's load_digits"
+        train_images, train_labels, test_images, test_labels, CLASS_NAMES["digits"], "scikit-learn's load_digits"
     )
 
 

@@ -1,0 +1,101 @@
+"""Classifies image files: python -m cifar_jax.predict IMAGE … [--pretrained NAME | --workdir RUN | --weights FILE]"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import tyro
+
+from cifar_jax.errors import UserError, command, parse_arguments
+from cifar_jax.evaluate import load_file, load_run
+from cifar_jax.input_pipeline import CLASS_NAMES, scale_images
+from cifar_jax.interop.files import load_weights
+from cifar_jax.pretrained import pretrained_path
+from cifar_jax.training import prepare_cpu
+
+DEFAULT = "all_cnn"  # the most accurate of the released networks
+BATCH_SIZE = 256
+
+
+def load_image(path: Path) -> np.ndarray:
+    """An image file as the networks take it: upright, its middle square in 32×32 pixels, uint8 [32, 32, 3].
+
+    Raises: UserError if it is not an image that Pillow can read.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+    try:
+        with PIL.Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # convert would cut them off at 255
+                raise ValueError("more than 8 bits a pixel")
+            upright = PIL.ImageOps.exif_transpose(image).convert("RGB")
+    except PIL.UnidentifiedImageError as error:
+        raise UserError(f"{path}: not an image that Pillow can read: convert it to PNG or JPEG") from error
+    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: can't be read ({error}): convert it to PNG or JPEG") from error
+    return np.asarray(PIL.ImageOps.fit(upright, (32, 32)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Classifies image files: the middle square of each, at 32×32 pixels. The probabilities are not calibrated."""
+
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE …")]
+    """Files of any kind that Pillow reads."""
+    pretrained: str | None = None
+    """A released network, by the name of its model card; None: all_cnn, unless a run or a file is named."""
+    workdir: Path | None = None
+    """A run's folder: its latest checkpoint."""
+    weights: Path | None = None
+    """A weight file, trained on CIFAR-10: see cifar_jax.evaluate."""
+    top: int = 3
+    """How many classes to tell of each image."""
+    json: bool = False
+    """Print JSON."""
+
+
+@command
+def main() -> int:
+    prepare_cpu()
+    flags = (tyro.conf.FlagCreatePairsOff,)
+    arguments = parse_arguments(Arguments, prog="python -m cifar_jax.predict", config=flags)
+    if not arguments.images:
+        raise UserError("name one image file or more")
+    if [arguments.pretrained, arguments.workdir, arguments.weights].count(None) < 2:
+        raise UserError("name only one of --pretrained, --workdir and --weights")
+    if not 1 <= arguments.top <= 10:
+        raise UserError(f"--top {arguments.top}: there are 10 classes")
+    images = np.stack([load_image(path) for path in arguments.images])
+    if arguments.workdir is not None:
+        config, state, _ = load_run(arguments.workdir, "latest")
+    else:
+        path = arguments.weights or pretrained_path(arguments.pretrained or DEFAULT)
+        config, state = load_file(load_weights(path), "float32")
+
+    @jax.jit
+    def classify(images: jax.Array) -> jax.Array:
+        logits = state.apply_fn({"params": state.eval_params}, scale_images(images, config.input_scaling))
+        return jax.nn.softmax(logits)
+
+    parts = [classify(images[start : start + BATCH_SIZE]) for start in range(0, len(images), BATCH_SIZE)]
+    names, results = CLASS_NAMES[config.dataset], []
+    for path, row in zip(arguments.images, np.concatenate(parts).tolist()):
+        ranked = sorted(zip(names, row), key=lambda pair: -pair[1])[: arguments.top]
+        results.append({"image": str(path), "probabilities": dict(ranked)})
+        if not arguments.json:
+            print(f"{path}: {', '.join(f'{name} {probability:.1%}' for name, probability in ranked)}")
+    if arguments.json:
+        print(json.dumps(results, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

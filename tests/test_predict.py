@@ -1,0 +1,90 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+from cifar_jax import load_pretrained, predict
+from cifar_jax.evaluate import load_run
+from cifar_jax.input_pipeline import scale_images
+from cifar_jax.train import train_and_evaluate
+
+
+@pytest.fixture
+def files(tmp_path, tiny_dataset):
+    """Five test digits as PNG files."""
+    paths = [tmp_path / f"{number}.png" for number in range(5)]
+    for path, image in zip(paths, tiny_dataset.test_images):
+        PIL.Image.fromarray(np.asarray(image)).save(path)
+    return paths
+
+
+def test_a_released_network_tells_what_its_logits_say(files, tiny_dataset, run_command, monkeypatch):
+    monkeypatch.setattr(predict, "BATCH_SIZE", 2)
+    model, variables, preprocess = load_pretrained("lenet5")
+    expected = jax.nn.softmax(model.apply(variables, preprocess(tiny_dataset.test_images[:5])))
+    arguments = ("--pretrained", "lenet5", "--top", 10, "--json", *files)
+    status, output, error = run_command(predict.main, *arguments)
+    assert (status, error) == (0, "")
+    results = json.loads(output)
+    assert [result["image"] for result in results] == [str(path) for path in files]
+    names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    for result, row in zip(results, expected):
+        told = result["probabilities"]
+        np.testing.assert_allclose([told[name] for name in names], row, atol=1e-5)
+        assert list(told.values()) == sorted(told.values(), reverse=True)
+    _, output, _ = run_command(predict.main, "--pretrained", "lenet5", "--top", 1, files[0])
+    best = max(results[0]["probabilities"].items(), key=lambda pair: pair[1])
+    assert output == f"{files[0]}: {best[0]} {best[1]:.1%}\n"
+
+
+def test_a_run_classifies_with_its_average_scaling_and_classes(files, tiny_config, tiny_dataset, run_command, capsys):
+    config = dataclasses.replace(tiny_config, num_epochs=1, ema_decay=0.9, input_scaling="standardized")
+    train_and_evaluate(config)
+    capsys.readouterr()
+    _, output, _ = run_command(predict.main, "--workdir", config.workdir, "--top", 10, "--json", files[0])
+    told = json.loads(output)[0]["probabilities"]
+    _, state, _ = load_run(Path(config.workdir), "latest")
+    images = scale_images(tiny_dataset.test_images[:1], "standardized")
+    logits = state.apply_fn({"params": state.ema_params}, images)
+    np.testing.assert_allclose([told[digit] for digit in "0123456789"], jax.nn.softmax(logits)[0], atol=1e-5)
+
+
+def test_an_image_is_cut_to_its_upright_middle_square(tmp_path):
+    pixels = np.zeros((64, 128, 3), np.uint8)
+    pixels[:, 32:96] = 50  # the middle square
+    pixels[:32, 32:96, 0] = 200  # its upper half is redder
+    upright = PIL.Image.fromarray(pixels)
+    upright.save(tmp_path / "upright.png")
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 8  # Orientation: shown a quarter turned counter-clockwise
+    upright.transpose(PIL.Image.Transpose.ROTATE_270).save(tmp_path / "turned.png", exif=exif)
+    upright.convert("P").save(tmp_path / "palette.gif")
+    for name in ("upright.png", "turned.png", "palette.gif"):
+        image = predict.load_image(tmp_path / name)
+        assert (image.shape, image.dtype) == ((32, 32, 3), np.uint8)
+        assert np.abs(image[:15].astype(int) - [200, 50, 50]).max() < 30, name
+        assert np.abs(image[17:].astype(int) - 50).max() < 30, name
+
+
+def test_bad_input_is_one_line_and_status_2(files, tmp_path, run_command):
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "cut.png").write_bytes(files[0].read_bytes()[:-30])
+    PIL.Image.fromarray(np.zeros((32, 32), np.uint16)).save(tmp_path / "deep.png")
+    for arguments, text in {
+        (): "name one image file or more",
+        (tmp_path / "none.png",): "there is no such file",
+        (tmp_path,): "there is no such file",
+        (files[0], tmp_path / "text.png"): "not an image that Pillow can read",
+        (tmp_path / "cut.png",): "can't be read",
+        (tmp_path / "deep.png",): "more than 8 bits",
+        (files[0], "--top", 11): "there are 10 classes",
+        (files[0], "--pretrained", "resnet"): "choose one of",
+        (files[0], "--pretrained", "lenet5", "--workdir", tmp_path): "only one of",
+    }.items():
+        status, output, error = run_command(predict.main, *arguments)
+        assert (status, output, error.count("\n")) == (2, "", 1), arguments
+        assert text in error
