@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -203,3 +205,25 @@ def test_alternating_flip_mirrors_a_random_half_and_then_the_other():
     np.testing.assert_array_equal(epochs[2], epochs[0])
     np.testing.assert_array_equal(epochs[3], epochs[1])
     np.testing.assert_array_equal(mirrored(key, indices[::-1], jnp.int32(0)), epochs[0][::-1])  # the image's, wherever
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "what_it_does"),
+    [
+        ("rotation_degrees", 10.0, lambda images, image: np.abs(images[:, 16, 16] - image[16, 16]).max() < 0.2),
+        ("shift_fraction", 0.1, lambda images, image: 0.08 < np.abs(images - image).max() < 0.11),
+        ("crop_padding", 2, lambda images, image: {*images.ravel()} <= {*image.ravel()}),
+        ("random_flip", True, lambda images, image: all((x == image[:, ::-1]).all() for x in images if x[0, 0, 0] > 0)),
+        ("cutout_size", 8, lambda images, image: ((images == image) | (images == 0)).all()),
+    ],
+)
+def test_each_field_augments_by_itself(field, value, what_it_does):
+    """On a ramp to the right and down, which each changes in its own way."""
+    rows, columns = jnp.meshgrid(jnp.arange(32.0) / 100, jnp.arange(32.0) / 31, indexing="ij")
+    image = jnp.stack([columns, rows, rows + 0.1], -1)
+    keys = jax.random.split(jax.random.key(0), 16)
+    config = dataclasses.replace(RECIPES["lenet5_reference"], **{field: value})
+    images = np.asarray(augmentation.create_augment(config)(keys, jnp.stack([image] * 16)))
+    image = np.asarray(image)
+    assert (np.abs(images - image).max((1, 2, 3)) > 0.01).sum() > 4
+    assert what_it_does(images, image)

@@ -17,6 +17,7 @@ from cifar_jax.interop import files, keras, pytorch
 from cifar_jax.interop.files import Weights, load_weights, save_weights
 from cifar_jax.interop.layers import expected_shapes, layers_from_params
 from cifar_jax.models import MODELS
+from cifar_jax.train import train_and_evaluate
 
 KINDS = ("safetensors", "pth", "pt", "h5", "hdf5", "weights.h5", "keras")
 
@@ -417,9 +418,23 @@ def test_flags_that_do_not_apply_are_refused(tmp_path, run_command):
             assert "leave them out" in errors
 
 
-def test_a_run_converts(tmp_path, run_command, tiny_config):
-    from cifar_jax.train import train_and_evaluate
+def test_a_run_converts_with_its_average_and_scaling(tmp_path, run_command, tiny_config, monkeypatch):
+    config = dataclasses.replace(tiny_config, num_epochs=1, ema_decay=0.9, input_scaling="standardized")
+    summary = train_and_evaluate(config)
+    asked = []
+    load_run = convert.load_run
+    monkeypatch.setattr(convert, "load_run", lambda *arguments: asked.append(arguments[1]) or load_run(*arguments))
+    for flags in ((), ("--checkpoint", "best")):
+        file = tmp_path / f"{len(flags)}.safetensors"
+        assert run_command(convert.main, config.workdir, file, *flags)[0] == 0
+        _, output, _ = run_command(evaluate.main, "--weights", file, "--dataset", "digits", "--json")
+        result = json.loads(output)
+        assert result["input_scaling"] == "standardized"
+        assert result["test_loss"] == pytest.approx(summary["test_loss"], rel=1e-6)
+    assert asked == ["latest", "best"]
 
+
+def test_a_run_converts(tmp_path, run_command, tiny_config):
     config = dataclasses.replace(tiny_config, num_epochs=1)
     summary = train_and_evaluate(config)
     status, output, _ = run_command(convert.main, config.workdir, tmp_path / "run.pth")

@@ -15,6 +15,17 @@ def card(name):
     return pretrained_path(name).with_suffix(".md").read_text()
 
 
+def test_what_is_released():
+    assert pretrained_names() == ["all_cnn", "lenet5", "lenet5_reference"]
+
+
+def test_the_all_cnn_classifies(cifar10):
+    """On 500 images, as all take a minute on a CPU."""
+    model, variables, preprocess = load_pretrained("all_cnn")
+    logits = jax.jit(model.apply)(variables, preprocess(cifar10.test_images[:500]))
+    assert (logits.argmax(-1) == cifar10.test_labels[:500]).mean() > 0.88
+
+
 @pytest.mark.parametrize("name", pretrained_names())
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_released_network_gives_logits(name, dtype, tiny_dataset):

@@ -54,13 +54,13 @@ def test_a_symmetric_gradient_is_the_mean_over_both_images(network):
 
 
 @pytest.mark.parametrize("changes", [{"optimizer": "sgd", "sam_rho": 0.05}, {"optimizer": "muon", "ema_decay": 0.9}])
-def test_training_keeps_the_symmetry(tiny_config, changes):
+def test_training_keeps_the_symmetry(tiny_config, tiny_dataset, changes):
     config = dataclasses.replace(tiny_config, num_epochs=1, mirror_symmetry=True, initializer="lsuv", **changes)
     config = dataclasses.replace(config, dropout_rates=(0.0, 0.0), weight_decay=0.1, gradient_clip=10.0)
     with jax.numpy_dtype_promotion("standard"):  # optax takes powers of an integer
         train_and_evaluate(config)
     state = load_run(Path(config.workdir), "latest")[1]
-    start = create_train_state(config, 1).params
+    start = create_train_state(config, 1, tiny_dataset.train_images).params
     near = lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-5)
     for trained in (state.params, state.eval_params):
         assert np.abs(trained["Dense_0"]["kernel"] - start["Dense_0"]["kernel"]).max() > 1e-3

@@ -177,6 +177,21 @@ def test_many_steps_a_call_and_two_devices(uninterrupted, use_tiny_dataset, tmp_
     assert untimed_rows(resumed) == untimed_rows(config)
 
 
+def test_a_row_tells_the_rate_and_the_seconds_of_training(use_tiny_dataset, tiny_config, interrupt, monkeypatch):
+    """By a clock that is one second later whenever it is read; interrupted in its second epoch."""
+    clock = iter(range(1000))
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    config = dataclasses.replace(tiny_config, num_epochs=2, schedule="one_cycle", warmup_fraction=0.0)
+    interrupt(STOP_CALLS_AN_EPOCH + 4, signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        train_and_evaluate(config)
+    train_and_evaluate(config)
+    rows = read_metrics(train.Path(config.workdir))
+    assert [row.learning_rate for row in rows] == pytest.approx([0.05 * (12 - step) / 11 for step in (5, 11)])
+    assert [row.seconds for row in rows] == [1, 2]
+    assert [row.images_per_second for row in rows] == [90, 45]
+
+
 def test_a_finished_run_is_left_alone(uninterrupted, use_tiny_dataset, capsys):
     before = (train.Path(uninterrupted.workdir) / "metrics.csv").read_bytes()
     summary = train_and_evaluate(uninterrupted)

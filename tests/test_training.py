@@ -95,8 +95,11 @@ def test_one_cycle_without_warm_up_begins_at_its_peak():
 def test_the_gradient_is_clipped_before_the_momentum():
     config = dataclasses.replace(RECIPES["lenet5_reference"], gradient_clip=2.0, learning_rate=1.0)
     tx, parameters = create_tx(config, 1), {"a": jnp.zeros(1), "b": jnp.zeros(1)}
-    updates, _ = tx.update({"a": jnp.array([30.0]), "b": jnp.array([40.0])}, tx.init(parameters), parameters)
-    np.testing.assert_allclose([updates["a"][0], updates["b"][0]], [-1.2, -1.6], rtol=1e-6)
+    opt_state, gradients = tx.init(parameters), {"a": jnp.array([30.0]), "b": jnp.array([40.0])}
+    for velocity in (1, 1 + 0.9):
+        updates, opt_state = tx.update(gradients, opt_state, parameters)
+        expected = [-1.2 * velocity, -1.6 * velocity]
+        np.testing.assert_allclose([updates["a"][0], updates["b"][0]], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("model", ["lenet5", "all_cnn"])
@@ -165,10 +168,37 @@ def test_the_optimizers_are_the_originals(recipe, steps_per_epoch, original):
 
 
 def test_weight_decay_is_l2():
-    config = dataclasses.replace(RECIPES["lenet5_reference"], weight_decay=0.1, momentum=0.0)
+    """A part of the gradient, so the momentum takes it up."""
+    config = dataclasses.replace(RECIPES["lenet5_reference"], weight_decay=0.1, momentum=0.9, learning_rate=0.5)
     tx, parameter = create_tx(config, 1), jnp.array([2.0])
-    updates, _ = tx.update(jnp.zeros(1), tx.init(parameter), parameter)
-    np.testing.assert_allclose(updates, [-1e-4 * 0.1 * 2.0], rtol=1e-6)
+    opt_state = tx.init(parameter)
+    for gradient in (0.2, 0.9 * 0.2 + 0.19):
+        updates, opt_state = tx.update(jnp.zeros(1), opt_state, parameter)
+        np.testing.assert_allclose(updates, [-0.5 * gradient], rtol=1e-6)
+        parameter = optax.apply_updates(parameter, updates)
+
+
+def test_muon_decays_all_parameters_by_the_rate_and_remembers_gradients():
+    config = dataclasses.replace(
+        RECIPES["lenet5_reference"],
+        optimizer="muon",
+        learning_rate=0.01,
+        weight_decay=0.1,
+        momentum=0.3,
+        nesterov=False,
+    )
+    tx, params = create_tx(config, 1), create_train_state(config, 1).params
+    with jax.numpy_dtype_promotion("standard"):  # optax takes powers of an integer
+        update = jax.jit(tx.update)
+        updates, _ = update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+        assert_trees_close(updates, jax.tree.map(lambda p: -0.01 * 0.1 * p, params), atol=1e-9)
+        still = jax.tree.map(jnp.zeros_like, params)
+        gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(0), p.shape), params)
+        for share, expected in ((0.29, 1), (0.31, -1)):  # of the gradient before, backwards: 0.3 of it is remembered
+            first, opt_state = update(gradients, tx.init(still), still)
+            second, _ = update(jax.tree.map(lambda g, s=share: -s * g, gradients), opt_state, still)
+            product = (first["Dense_0"]["kernel"] * second["Dense_0"]["kernel"]).sum()
+            assert np.sign(product) == expected
 
 
 def test_cross_entropy():
@@ -352,25 +382,6 @@ def test_the_average_and_the_ends_of_cycles_are_averaged(tiny_dataset, tiny_conf
     assert_trees_close(states[3].eval_params, expected, atol=1e-6)
 
 
-def test_mixed_labels_and_a_smaller_image(tiny_dataset, monkeypatch):
-    """What the network gets, and its loss against both labels."""
-    config = dataclasses.replace(
-        RECIPES["all_cnn_reference"], dropout_rates=(0, 0, 0), batch_size=4, cutmix_alpha=1.0, learning_rate=1e-9
-    )
-    share = np.array([1.0, 0.75, 0.5, 0.25], np.float32)
-    monkeypatch.setattr(training, "mix", lambda key, images, *alphas: (images, share))
-    state, labels = create_train_state(config, 1), np.array([0, 1, 2, 3])
-    sizes, logits = [], np.random.default_rng(0).normal(size=(4, 10)).astype(np.float32)
-    apply_fn = lambda variables, images, **_: sizes.append(images.shape) or jnp.asarray(logits) + 0 * images.sum()
-    batch = {"image": tiny_dataset.train_images[:4], "label": labels, "mask": np.ones(4, np.float32)}
-    step = jax.vmap(training.create_train_step(config, 16), (None, 0), axis_name=training.AXIS)
-    _, metrics = step(state.replace(apply_fn=apply_fn), jax.tree.map(lambda x: x[None], batch))
-    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    own, other = -logs[range(4), labels], -logs[range(4), labels[::-1]]
-    np.testing.assert_allclose(metrics["loss"][0], (share * own + (1 - share) * other).mean(), rtol=1e-5)
-    assert set(sizes) == {(4, 16, 16, 3)}
-
-
 @pytest.mark.parametrize("num_devices", [1, 4])
 @pytest.mark.parametrize("eval_batch_size", [7, 30, 100])
 def test_every_example_is_evaluated_once(num_devices, eval_batch_size, tiny_dataset, tiny_config):
@@ -436,6 +447,29 @@ def test_temporary_arrays_come_in_blocks_that_are_kept(tiny_config, batch_size, 
 def test_cpu_cores_share_large_batches_alone(tiny_config, batch_size, count):
     config = dataclasses.replace(tiny_config, batch_size=batch_size, num_devices=None)
     assert len(select_devices(config)) == count
+
+
+def test_steps_a_call():
+    """A loop makes All-CNN's convolutions on the CPU several times slower; elsewhere it saves the dispatch."""
+    cpu, gpu = ([types.SimpleNamespace(platform=platform)] for platform in ("cpu", "gpu"))
+    assert [training.default_steps_per_call(model, cpu) for model in ("all_cnn", "lenet5")] == [1, 16]
+    assert training.default_steps_per_call("all_cnn", gpu) == 1000
+
+
+def test_every_core_becomes_a_device_unless_the_user_says_otherwise(monkeypatch):
+    updates = []
+    monkeypatch.setattr(jax.config, "update", lambda *arguments: updates.append(arguments))
+    for name in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(training.os, "sched_getaffinity", lambda _: {0, 2, 5}, raising=False)
+    training.use_cpu_cores()
+    assert updates == [("jax_num_cpu_devices", 3)]
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    training.use_cpu_cores()
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    training.use_cpu_cores()
+    assert len(updates) == 1
 
 
 def test_an_accelerators_devices_are_all_used(monkeypatch, tiny_config):
@@ -522,3 +556,118 @@ def test_a_platform_that_is_not_there(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     with pytest.raises(UserError, match="unset JAX_PLATFORMS=cuda"):
         training.prepare_cpu()
+
+
+def first_step(config, dataset, logits, mask=None, image_size=32, epoch=0, index=None):
+    """A train_step and an eval_step on a whole dataset, with a network that answers `logits` whatever it is given.
+
+    Returns: the images that it was given in training, scaled; the metrics of both steps.
+    """
+    seen, size = [], len(dataset.train_labels)
+
+    def apply_fn(variables, images, **_):
+        jax.debug.callback(lambda images: seen.append(np.asarray(images)), images)
+        return jnp.asarray(logits) + 0 * images.sum()
+
+    batch = {"image": dataset.train_images, "label": dataset.train_labels, "start": np.int32(0)}
+    batch |= {"mask": np.ones(size, np.float32) if mask is None else mask, "epoch": np.int32(epoch)}
+    batch |= {"index": np.arange(size, dtype=np.int32) if index is None else index}
+    state = create_train_state(config, 1).replace(apply_fn=apply_fn, step=jnp.int32(epoch))
+    on_one_device = lambda step: jax.vmap(step, (None, 0), axis_name=training.AXIS)
+    batch = jax.tree.map(lambda x: x[None], batch)
+    _, metrics = on_one_device(training.create_train_step(config, image_size))(state, batch)
+    jax.effects_barrier()
+    (images,) = {array.tobytes(): array for array in seen}.values()  # the loss and its gradient are of the same
+    evaluated = on_one_device(training.create_eval_step(config))(state, batch)
+    return images, *({name: value[0] for name, value in result.items()} for result in (metrics, evaluated))
+
+
+def log_softmax(logits):
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+@pytest.fixture
+def plain_config(tiny_config):
+    """Of 4 images in [0, 1], without anything random."""
+    return dataclasses.replace(
+        tiny_config, batch_size=4, input_scaling="unit", dropout_rates=(0.0, 0.0), crop_padding=0, random_flip=False
+    )
+
+
+def squares(tiny_dataset, *values):
+    """A dataset of images of one colour each, with the labels 0, 1, …"""
+    images = np.broadcast_to(np.array(values, np.uint8).reshape(-1, 1, 1, 1), (len(values), 32, 32, 3))
+    return dataclasses.replace(tiny_dataset, train_images=images, train_labels=np.arange(len(values), dtype=np.int32))
+
+
+def test_labels_are_smoothed_in_training_alone(plain_config, tiny_dataset):
+    config = dataclasses.replace(plain_config, label_smoothing=0.2)
+    logits = np.random.default_rng(0).normal(size=(4, 10)).astype(np.float32)
+    _, trained, evaluated = first_step(config, squares(tiny_dataset, 0, 1, 2, 3), logits)
+    logs = log_softmax(logits)
+    own = logs[range(4), range(4)]
+    assert float(trained["loss"]) == pytest.approx(-(0.8 * own + 0.2 * logs.mean(-1)).mean(), rel=1e-5)
+    assert float(evaluated["loss"]) == pytest.approx(-own.sum(), rel=1e-5)
+
+
+def test_padding_does_not_count_as_right(plain_config, tiny_dataset):
+    logits, mask = np.eye(10, dtype=np.float32)[:4], np.array([1, 1, 0, 0], np.float32)
+    for metrics in first_step(plain_config, squares(tiny_dataset, 0, 1, 2, 3), logits, mask)[1:]:
+        assert (metrics["correct"], metrics["count"]) == (2, 2)
+
+
+@pytest.mark.parametrize("kind", ["mixup_alpha", "cutmix_alpha"])
+def test_images_and_labels_are_mixed_by_the_same_share(kind, plain_config, tiny_dataset):
+    """Each of four images, of 0, 50, 150 and 250, with the one at its place from the end."""
+    config = dataclasses.replace(plain_config, **{kind: 1.0})
+    logits = np.random.default_rng(0).normal(size=(4, 10)).astype(np.float32)
+    images, trained, _ = first_step(config, squares(tiny_dataset, 0, 50, 150, 250), logits)
+    own, other = np.array([0, 50, 150, 250]) / 255, np.array([250, 150, 50, 0]) / 255
+    share = (images.mean((1, 2, 3)) - other) / (own - other)
+    assert ((share > 0.001) & (share < 0.999)).any()
+    is_even = np.ptp(images, axis=(1, 2, 3)) < 1e-5
+    np.testing.assert_array_equal(is_even, kind == "mixup_alpha" or (share < 1e-5) | (share > 1 - 1e-5))
+    logs, labels = log_softmax(logits), np.arange(4)
+    expected = -(share * logs[labels, labels] + (1 - share) * logs[labels, 3 - labels]).mean()
+    assert float(trained["loss"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_smaller_images_are_antialiased(plain_config, tiny_dataset):
+    """Lines of 0 and 255 in turn become grey; single pixels, taken as they are, would be black or white."""
+    lines = np.zeros((1, 32, 32, 3), np.uint8)
+    lines[:, ::2] = 255
+    dataset = dataclasses.replace(squares(tiny_dataset, 0), train_images=lines)
+    images, *_ = first_step(plain_config, dataset, np.zeros((1, 10), np.float32), image_size=16)
+    assert images.shape == (1, 16, 16, 3)
+    np.testing.assert_allclose(images[:, 1:-1], 0.5, atol=1e-5)
+
+
+def test_the_loop_trains_on_the_size_that_it_is_made_for(tiny_config, tiny_dataset):
+    config = dataclasses.replace(tiny_config, model="all_cnn", dropout_rates=(0.0,) * 3)
+    state, shapes = create_train_state(config, 6), []
+    apply_fn = lambda variables, images, **_: shapes.append(images.shape) or jnp.zeros((16, 10)) + 0 * images.sum()
+    devices = select_devices(config)
+    order = np.arange(90, dtype=np.int32)
+    state, history, data = replicate(
+        (state.replace(apply_fn=apply_fn), create_history(6), (tiny_dataset.train_images, tiny_dataset.train_labels)),
+        devices,
+    )
+    create_train_steps(config, devices, 1, 24)(state, history, *data, order, np.int32(0), np.int32(0))
+    assert set(shapes) == {(16, 24, 24, 3)}
+
+
+def test_each_image_is_seen_both_ways_in_two_epochs(plain_config, tiny_dataset):
+    """By its place in the dataset, not in the batch, and not by its label."""
+    ramp = np.broadcast_to(np.arange(32, dtype=np.uint8).reshape(1, 1, 32, 1), (64, 32, 32, 3))
+    dataset = dataclasses.replace(tiny_dataset, train_images=ramp, train_labels=np.zeros(64, np.int32))
+    config = dataclasses.replace(plain_config, batch_size=64, alternating_flip=True)
+    order, logits = np.random.default_rng(0).permutation(64).astype(np.int32), np.zeros((64, 10), np.float32)
+
+    def is_mirrored(epoch, index):
+        images, *_ = first_step(config, dataset, logits, epoch=epoch, index=index)
+        return images[:, 0, 0, 0] > images[:, 0, -1, 0]
+
+    first = is_mirrored(0, np.arange(64, dtype=np.int32))
+    assert 16 < first.sum() < 48
+    np.testing.assert_array_equal(is_mirrored(1, np.arange(64, dtype=np.int32)), ~first)
+    np.testing.assert_array_equal(is_mirrored(2, order), first[order])
