@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -187,6 +188,8 @@ def main() -> int:
     evaluator = Evaluator(config, state, images, labels, jax.local_devices(), arguments.eval_dropout, arguments.mirror)
     metrics = evaluator(state)
     assert metrics is not None  # nothing stops it
+    if not math.isfinite(metrics["loss"]):
+        raise UserError(f"{name}: the loss is {metrics['loss']}: the weights are too large for {config.dtype}")
     if arguments.eval_dropout:
         source["dropout_rates"] = config.dropout_rates  # of a weight file, which does not say its own, the original's
         name += f", dropout {' '.join(map(str, config.dropout_rates))}"

@@ -44,7 +44,7 @@ class AllCNN(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        """Args: images float [N, 32, 32, 3] in [0, 1]; train turns dropout on. Returns: float32 logits [N, 10]."""
+        """float [N, 32, 32, 3], in the original in [0, 1] → logits float32 [N, 10]; train turns dropout on."""
 
         def conv(x: jax.Array, features: int, size: int, padding: str) -> jax.Array:
             return nn.Conv(
@@ -97,7 +97,7 @@ class LeNet5(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        """Args: images float [N, 32, 32, 3] in [-1, 1]; train turns dropout on. Returns: float32 logits [N, 10]."""
+        """float [N, 32, 32, 3], in the original in [-1, 1] → logits float32 [N, 10]; train turns dropout on."""
         # PyTorch's default kernel, kaiming_uniform_(a=sqrt(5)), is U(±1/sqrt(fan_in)): a variance of 1/(3·fan_in).
         pytorch_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         # The notebook's xavier_normal_ for fc1. JAX's glorot_normal truncates at two deviations: not the same.

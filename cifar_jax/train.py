@@ -40,6 +40,7 @@ from cifar_jax.training import (
     prepare_cpu,
     replicate,
     select_devices,
+    swa_steps,
 )
 
 DEFAULT_RECIPE = "lenet5"
@@ -80,6 +81,8 @@ class StopSignals:
 
     def _handle(self, number: int, _: object) -> None:
         if self.received is not None:
+            if number == signal.SIGTERM:
+                sys.exit(128 + number)
             raise KeyboardInterrupt
         self.received = number
         print("\nstopping after this step, to save; once more to stop at once", file=sys.stderr)
@@ -97,6 +100,8 @@ def train_and_evaluate(config: Config) -> dict[str, Any]:
     """
     devices = select_devices(config)
     config = dataclasses.replace(config, num_devices=len(devices))
+    if (Path(config.workdir) / "restart1").exists() and not config.auto_restart:
+        raise UserError(f"{config.workdir}: its training was dead and was started again: go on with --auto-restart")
     attempts = [config, *(_restarted(config, number) for number in range(1, MAX_RESTARTS + 1))]
     for attempt, following in zip(attempts, [*attempts[1:], None]):
         if config.auto_restart and following is not None and Path(following.workdir).exists():
@@ -142,6 +147,13 @@ def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, 
     if config.batch_size > num_images:
         raise UserError(f"--batch-size {config.batch_size}: there are only {num_images} training images")
     steps_per_epoch = -(-num_images // config.batch_size)
+    if config.num_epochs * steps_per_epoch >= 2**31:
+        raise UserError(f"--num-epochs {config.num_epochs}: steps are counted up to {2**31 - 1:,}")
+    if config.swa_fraction and swa_steps(config, steps_per_epoch)[1] == 0:
+        print(f"warning: --swa-fraction leaves no step to each of {config.swa_cycles} cycles: none", file=sys.stderr)
+    mixes = config.mixup_alpha > 0 or config.cutmix_alpha > 0
+    if mixes and config.batch_size // len(devices) < 2:
+        raise UserError("images are mixed with others on their device: use a larger --batch-size, or --num-devices 1")
     steps_per_call = min(config.steps_per_call or default_steps_per_call(config.model, devices), steps_per_epoch)
 
     state = replicate(create_train_state(config, steps_per_epoch, dataset.train_images[:256]), devices)
@@ -175,9 +187,16 @@ def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, 
         if (workdir / "metrics.csv").exists() and restored is None:
             print(f"no checkpoint in {checkpoints.directory}: training from the start", file=sys.stderr)
     _check_same_data(workdir, dataset, resumes=restored is not None)
-    write_json(workdir / "config.json", dataclasses.asdict(config))
     if restored is not None:
         print(f"resuming after {progress.epoch} epochs and {progress.step}/{steps_per_epoch} steps")
+        began = read_config(workdir).num_devices
+        if began != config.num_devices and (mixes or any(config.dropout_rates)):
+            print(
+                f"going on with {config.num_devices} devices where {began} began: from here on dropout and mixing, "
+                "drawn by device, are not those of an uninterrupted run",
+                file=sys.stderr,
+            )
+    write_json(workdir / "config.json", dataclasses.asdict(config))
 
     with StopSignals() as stop:
         data = replicate((dataset.train_images, dataset.train_labels), devices)
@@ -227,7 +246,8 @@ def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, 
                 images_per_second=round(num_images / progress.seconds, 1),
             )
             if not math.isfinite(row.train_loss + row.test_loss):
-                raise DeadTraining(f"training diverged in epoch {row.epoch} (loss {row.train_loss})", config)
+                losses_are = f"loss {row.train_loss}, of the test {row.test_loss}"
+                raise DeadTraining(f"training diverged in epoch {row.epoch} ({losses_are})", config)
             if is_dead(np.concatenate([writer.batch_loss, losses]), len(dataset.class_names)):
                 if config.auto_restart:
                     raise dead(row.epoch)
@@ -262,7 +282,7 @@ def _claim_workdir(workdir: Path, config: Config) -> Iterator[None]:
     made = not workdir.exists()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / ".lock").open("w")
+        lock = (workdir / ".lock").open("a")
     except OSError as error:
         raise UserError(f"--workdir {workdir}: {error.strerror}: name a folder that can be written") from error
     try:
@@ -273,34 +293,30 @@ def _claim_workdir(workdir: Path, config: Config) -> Iterator[None]:
         _check_same_config(workdir, config)
         yield
     finally:
-        lock.close()
         if made and [path.name for path in workdir.iterdir()] == [".lock"]:
             (workdir / ".lock").unlink()
             workdir.rmdir()
+        lock.close()
 
 
 def _check_same_config(workdir: Path, config: Config) -> None:
     if not (workdir / "config.json").exists():
         if any((workdir / "checkpoints").glob("[0-9]*")):
             raise UserError(f"{workdir}: has checkpoints but no config.json: put it back, or name another --workdir")
-        for name in ("metrics.csv", "batch_loss.npy", "summary.json", "accuracy.png", "loss.png", "batch_loss.png"):
+        figures = ("accuracy.png", "loss.png", "batch_loss.png")
+        for name in ("dataset.json", "metrics.csv", "batch_loss.npy", "summary.json", *figures):
             if (workdir / name).exists():
                 reason = "there is no config.json beside it, so not a run's"
                 raise UserError(f"{workdir / name}: {reason}: move it away, or name another --workdir")
         return
     saved = read_config(workdir)
+    if not (workdir / "metrics.csv").exists() and not any((workdir / "checkpoints").glob("[0-9]*")):
+        return  # it never took a step: out of memory, say, so that its batch must change
     old, new = dataclasses.asdict(saved), dataclasses.asdict(config)
     fields = [name for name in old if name not in EXECUTION_FIELDS and old[name] != new[name]]
     if fields:
         changes = ", ".join(f"{name} {old[name]} → {new[name]}" for name in fields)
         raise UserError(f"{workdir} holds a run with another config ({changes}): name another --workdir")
-    drawn = any(config.dropout_rates) or config.mixup_alpha or config.cutmix_alpha
-    if saved.num_devices != config.num_devices and drawn:
-        print(
-            f"going on with {config.num_devices} devices where {saved.num_devices} began: from here on dropout and "
-            "mixing, drawn by device, are not those of an uninterrupted run",
-            file=sys.stderr,
-        )
 
 
 def _check_same_data(workdir: Path, dataset: Dataset, resumes: bool) -> None:

@@ -34,11 +34,11 @@ from cifar_jax.interop.layers import Params, expected_shapes, layers_from_params
 from cifar_jax.metrics import write_json
 from cifar_jax.models import MODELS
 from cifar_jax.training import (
-    AXIS,
     create_train_state,
     create_train_step,
     create_tx,
     cross_entropy,
+    parallelize,
     replicate,
 )
 
@@ -260,13 +260,15 @@ def jax_trajectories(
 ) -> list[Params]:
     """From each start, the weights after a train_step of the recipe on every (uint8 images, labels)."""
     config = without_randomness(config)
-    step = jax.pmap(create_train_step(config), AXIS, in_axes=(None, 0), out_axes=None, devices=jax.local_devices()[:1])
-    fresh, ends = create_train_state(config, steps_per_epoch=782), []
+    train_step = create_train_step(config)
+    compile_for = parallelize(lambda state, batch, _: train_step(state, batch), jax.local_devices()[:1], (), {})
+    fresh, ends, step = create_train_state(config, steps_per_epoch=782), [], None
     for params in starts:
         state = fresh.replace(params=params, opt_state=fresh.tx.init(params))
         for images, labels in batches:
             batch = {"image": images, "label": labels, "mask": np.ones(len(labels), np.float32)}
-            state, _ = step(state, jax.tree.map(lambda array: array[None], batch))
+            step = step or compile_for(state, batch)
+            state, _ = step(state, batch)
         ends.append(jax.device_get(state.params))
     return ends
 

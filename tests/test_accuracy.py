@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ import torch
 from benchmarks import accuracy, throughput
 from cifar_jax.checkpoint import Progress
 from cifar_jax.configs import RECIPES
+from cifar_jax.errors import UserError
 from cifar_jax.train import DeadTraining, Interrupted
 
 pytestmark = pytest.mark.usefixtures("direct_convolutions", "no_figures")
@@ -33,11 +33,20 @@ def test_compare_is_welchs_test():
     assert (low + high) / 2 == pytest.approx(0.015)
 
 
+def test_seeds_that_do_not_differ_have_no_p_value():
+    result = accuracy.compare({"jax": [0.5, 0.5], "pytorch": [0.5, 0.5]})
+    assert result["difference"] == 0
+    assert result["p_value"] is result["confidence_interval_95"] is None
+
+
 def test_parity_asks_for_pytorch_before_it_trains(quick_recipe, tmp_path, run_command, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
+    def absent():
+        raise UserError("PyTorch is not installed")
+
+    monkeypatch.setattr(accuracy.pytorch, "import_torch", absent)
     monkeypatch.setitem(accuracy.TRAINERS, "jax", None)
     status, _, errors = run_command(accuracy.main, "--parity", "lenet5", "--out", tmp_path)
-    assert (status, errors) == (2, "error: PyTorch is not installed: pip install -e '.[parity]'\n")
+    assert (status, errors) == (2, "error: PyTorch is not installed\n")
 
 
 def test_parity_in_parts_and_together(quick_recipe, tmp_path, run_command):
@@ -169,12 +178,13 @@ def test_an_interrupted_training_is_one_line(quick_recipe, tmp_path, run_command
     assert errors == "saved after 1 epochs and 2/6 steps; the same command goes on from there\n"
 
 
-def test_a_diverged_seed_is_one_line(quick_recipe, tmp_path, run_command, monkeypatch):
+@pytest.mark.parametrize("mode", [("--recipe", "lenet5_reference"), ("--parity", "lenet5")])
+def test_a_diverged_seed_is_one_line(mode, quick_recipe, tmp_path, run_command, monkeypatch):
     def diverge(config):
         raise DeadTraining("training diverged in epoch 1", config)
 
     monkeypatch.setattr(accuracy, "train_and_evaluate", diverge)
-    status, _, errors = run_command(accuracy.main, "--recipe", "lenet5_reference", "--out", tmp_path)
+    status, _, errors = run_command(accuracy.main, *mode, "--out", tmp_path)
     assert status == 2
     assert errors == "error: seed 0: training diverged in epoch 1: change the recipe\n"
 
@@ -203,6 +213,8 @@ def test_time_and_cost():
         (("--ablation", "quickstart"), "choose one of lenet5"),
         (("--parity", "lenet5", "--seeds", "1", "1"), "each once"),
         (("--parity", "lenet5", "--frameworks", "jax", "jax"), "--frameworks jax jax: each once"),
+        (("--ablation", "lenet5", "--seeds", "0", "4294967296"), "--seeds 4294967296: must be from 0 to 4294967295"),
+        (("--ablation", "lenet5", "--dataset", "digits"), "--dataset digits: has too few images to hold 5,000 out"),
         (("--recipe", "lenet5", "--num-epochs", "0"), "--num-epochs 0: must be 1 or more"),
         (("--recipe", "lenet5", "--out", "/dev/null/x"), "/dev/null/x: Not a directory"),
     ],

@@ -52,6 +52,13 @@ def test_an_interrupted_epoch_is_named_with_its_steps(tiny_config, use_tiny_data
     assert output == "latest checkpoint, epoch 1 and 2 steps: test loss 1.0000 accuracy 50.00% of 30 images of digits\n"
 
 
+def test_a_loss_that_is_not_finite_is_one_line(run, run_command, monkeypatch):
+    monkeypatch.setattr(evaluate.Evaluator, "__call__", lambda *_: {"loss": float("inf"), "accuracy": 0.1})
+    status, output, error = run_command(evaluate.main, "--workdir", run, "--json")
+    assert (status, output) == (2, "")
+    assert error == "error: latest checkpoint, epoch 3: the loss is inf: the weights are too large for float32\n"
+
+
 def test_bad_input_is_one_line_and_status_2(tmp_path, run_command, tiny_config):
     status, _, error = run_command(evaluate.main, "--workdir", tmp_path / "nothing")
     assert (status, error.splitlines()) == (

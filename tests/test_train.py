@@ -224,13 +224,20 @@ def test_sigterm_saves_and_says_how_to_go_on(use_tiny_dataset, interrupt, tmp_pa
     assert error.splitlines()[-1] == f"saved after 0 epochs and 1/3 steps. {expected}"
 
 
-def test_ctrl_c_twice_stops_at_once(use_tiny_dataset, interrupt, tmp_path, run_command, monkeypatch):
-    before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(train.Checkpoints, "save", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    interrupt(2, signal.SIGINT)
-    status, _, error = run_command(train.main, "quickstart", "--workdir", tmp_path / "run", "--num-devices", 1)
-    assert (status, error.splitlines()[-1]) == (130, "interrupted")
-    assert signal.getsignal(signal.SIGINT) is before
+@pytest.mark.parametrize(
+    ("signum", "status", "last"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "stopping after this step, to save")],
+)
+def test_a_second_signal_stops_at_once(
+    signum, status, last, use_tiny_dataset, interrupt, tmp_path, run_command, monkeypatch
+):
+    before = signal.getsignal(signum)
+    monkeypatch.setattr(train.Checkpoints, "save", lambda *_: os.kill(os.getpid(), signum))
+    interrupt(2, signum)
+    result, _, error = run_command(train.main, "quickstart", "--workdir", tmp_path / "run", "--num-devices", 1)
+    assert result == status
+    assert error.splitlines()[-1].startswith(last)
+    assert signal.getsignal(signum) is before
 
 
 def test_recipes_and_flags():
@@ -290,8 +297,42 @@ def test_a_changed_config_is_refused(uninterrupted, use_tiny_dataset, capsys):
     train_and_evaluate(dataclasses.replace(uninterrupted, eval_batch_size=30, num_devices=2))
     output = capsys.readouterr()
     assert "already complete" in output.out
-    assert "going on with 2 devices where 1 began" in output.err
+    assert output.err == ""
     config.write_bytes(before)
+
+
+def test_other_devices_are_said_where_they_matter(use_tiny_dataset, tiny_config, interrupt, capsys):
+    """As each draws its own dropout."""
+    for rates, said in ((0.2, True), (0.0, False)):
+        workdir = f"{tiny_config.workdir}-{rates}"
+        config = dataclasses.replace(tiny_config, workdir=workdir, dropout_rates=(rates, rates), num_epochs=1)
+        interrupt(3, signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            train_and_evaluate(config)
+        capsys.readouterr()
+        train_and_evaluate(dataclasses.replace(config, num_devices=2))
+        assert ("going on with 2 devices where 1 began" in capsys.readouterr().err) == said
+
+
+def test_a_run_without_a_step_may_change(tiny_config, monkeypatch):
+    """As it may have been out of memory, and was told to lower its batch."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "create_train_steps", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train_and_evaluate(tiny_config)
+    train_and_evaluate(dataclasses.replace(tiny_config, batch_size=10, num_epochs=1))
+    assert len(read_batch_loss(train.Path(tiny_config.workdir))) == 9
+
+
+def test_settings_that_the_number_of_steps_forbids(tiny_config, capsys, monkeypatch):
+    with pytest.raises(UserError, match=r"--num-epochs 999999999: steps are counted up to 2,147,483,647"):
+        train_and_evaluate(dataclasses.replace(tiny_config, num_epochs=999_999_999))
+    with pytest.raises(UserError, match="use a larger --batch-size, or --num-devices 1"):
+        train_and_evaluate(dataclasses.replace(tiny_config, batch_size=4, num_devices=4, mixup_alpha=0.2))
+    monkeypatch.setattr(train, "create_train_state", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_and_evaluate(dataclasses.replace(tiny_config, swa_fraction=0.5, swa_cycles=10))
+    assert capsys.readouterr().err == "warning: --swa-fraction leaves no step to each of 10 cycles: none\n"
 
 
 def test_only_one_training_at_a_time(tiny_config, monkeypatch):
@@ -307,7 +348,7 @@ def test_only_one_training_at_a_time(tiny_config, monkeypatch):
 
 
 def test_divergence_is_said_and_not_logged(tiny_config):
-    with pytest.raises(UserError, match=r"training diverged in epoch 1 \(loss nan\)"):
+    with pytest.raises(UserError, match=r"training diverged in epoch 1 \(loss nan, of the test nan\)"):
         train_and_evaluate(dataclasses.replace(tiny_config, learning_rate=1e30))
     assert read_metrics(train.Path(tiny_config.workdir)) == []
 
@@ -336,6 +377,8 @@ def test_dead_training_is_said_or_restarted(tiny_config, monkeypatch, capsys):
     assert summary["config"]["swa_learning_rate"] == config.swa_learning_rate / 2
     assert f"starting again in {config.workdir}/restart1: rate 5e-13, seed 1" in capsys.readouterr().err
     assert read_metrics(train.Path(config.workdir)) == []  # the dead epoch is not logged
+    with pytest.raises(UserError, match="was started again: go on with --auto-restart"):
+        train_and_evaluate(dataclasses.replace(config, auto_restart=False))
     monkeypatch.setattr(train, "create_train_steps", None)  # nothing is trained again
     assert train_and_evaluate(config) == json.loads(json.dumps(summary))
     with pytest.raises(UserError, match=r"name .*restart1"):
@@ -514,15 +557,15 @@ def test_a_finished_run_without_its_checkpoints_is_left_alone(
         train_and_evaluate(other)
 
 
-@pytest.mark.parametrize("name", ["metrics.csv", "batch_loss.npy", "summary.json", "loss.png"])
+@pytest.mark.parametrize("name", ["dataset.json", "metrics.csv", "batch_loss.npy", "summary.json", "loss.png"])
 def test_files_of_the_users_own_are_left_alone(name, tiny_config, tmp_path):
     own = tmp_path / "run" / name
     own.parent.mkdir()
     own.write_text("mine")
+    (own.parent / ".lock").write_text("mine")
     with pytest.raises(UserError, match=rf"run/{name}: there is no config\.json beside it, so not a run's"):
         train_and_evaluate(tiny_config)
-    assert [path.name for path in own.parent.iterdir() if path.name != ".lock"] == [name]
-    assert own.read_text() == "mine"
+    assert {path.name: path.read_text() for path in own.parent.iterdir()} == {name: "mine", ".lock": "mine"}
 
 
 @pytest.mark.parametrize("name", ["[p]", "a*", "a?", "a\\b", "a\udcff"])

@@ -149,6 +149,8 @@ class Config:
         amounts = ("weight_decay", "lr_decay", "gradient_clip", "mixup_alpha", "cutmix_alpha", "holdout", "sam_rho")
         for field in (*amounts, "rotation_degrees", "shift_fraction"):
             check(0 <= getattr(self, field) < math.inf, field, "0 or more")
+        for field in ("mixup_alpha", "cutmix_alpha"):
+            check(getattr(self, field) == 0 or getattr(self, field) >= 0.001, field, "0, or 0.001 or more")
         check(self.mixup_alpha == 0 or self.cutmix_alpha == 0, "mixup_alpha", "0 with --cutmix-alpha")
         resizes = not self.image_sizes or self.model == "all_cnn"
         check(resizes, "image_sizes", "empty for lenet5, which has dense layers")
