@@ -247,7 +247,20 @@ def throughput_table(result: dict[str, Any]) -> str:
         f"rounds of {result['seconds_per_round']:g} s; load average before {result['load_average_before']:.2f}. "
         f"{environment(result)}"
     )
-    return "\n\n".join([table(header, rows), *absent, notes])
+    return "\n\n".join([table(header, rows), *absent, *single_rounds(result, phases), notes])
+
+
+def single_rounds(result: dict[str, Any], phases: list[str]) -> list[str]:
+    """How far the ratio of jax to the best PyTorch goes from round to round: at most one line."""
+    ranges = []
+    for workload in result["workloads"].values():
+        rounds = lambda name, phase, all=workload["contenders"]: all[name]["phases"][phase]["rounds"]
+        for phase in filter(workload["best_pytorch"].get, phases):
+            pairs = zip(rounds("jax", phase), rounds(workload["best_pytorch"][phase]["contender"], phase))
+            ratios = [ours / theirs for ours, theirs in pairs]
+            title = f"{workload_title(workload)}: {PHASE_TITLES[phase]}"
+            ranges.append(f"{title} {min(ratios):.2f} to {max(ratios):.2f}")
+    return [f"In single rounds jax has, × that PyTorch: {'; '.join(ranges)}."] if ranges else []
 
 
 def draw_throughput(result: dict[str, Any], path: Path) -> None:

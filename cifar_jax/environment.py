@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import os
@@ -24,6 +25,15 @@ def describe_command(program: str, arguments: Sequence[str]) -> str:
     return shlex.join(["python", *program.split(), *words])
 
 
+def _processor() -> str:
+    """The architecture, and where Linux tells it the model."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{platform.machine()}, {line.partition(':')[2].strip()}"
+    return platform.machine()
+
+
 def describe_environment(devices: Sequence[jax.Device], packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """{'hardware', 'versions', 'date'} of a measurement on these devices, without packages that aren't installed."""
     versions = {"cifar_jax": cifar_jax.__version__, "python": platform.python_version()}
@@ -33,7 +43,7 @@ def describe_environment(devices: Sequence[jax.Device], packages: Sequence[str] 
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "hardware": f"{len(devices)} × {devices[0].device_kind}, {os.cpu_count()} CPU cores ({platform.machine()})",
+        "hardware": f"{len(devices)} × {devices[0].device_kind}, {os.cpu_count()} CPU cores ({_processor()})",
         "versions": versions,
         "date": datetime.date.today().isoformat(),
     }

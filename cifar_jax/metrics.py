@@ -95,12 +95,12 @@ class MetricsWriter:
         np.save(losses, self.batch_loss)
         write_atomically(self._workdir / "batch_loss.npy", losses.getvalue())
 
-    def print(self, row: EpochMetrics) -> None:
-        """The epoch's line on stdout, above the progress bar."""
+    def print(self, row: EpochMetrics, tested: str) -> None:
+        """The epoch's line on stdout, above the progress bar; `tested` says on what."""
         tqdm.write(
             f"epoch {row.epoch:{len(str(self._num_epochs))}}/{self._num_epochs}"
             f"  train loss {row.train_loss:.4f} accuracy {row.train_accuracy:7.2%}"
-            f"  test loss {row.test_loss:.4f} accuracy {row.test_accuracy:7.2%}"
+            f"  {tested} loss {row.test_loss:.4f} accuracy {row.test_accuracy:7.2%}"
             f"  lr {row.learning_rate:.3g}  {row.seconds:.1f} s  {row.images_per_second:,.0f} images/s"
         )
 

@@ -5,6 +5,8 @@ accuracy.png and loss.png as the Keras program drew them, batch_loss.png as the 
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
 from pathlib import Path
 
@@ -32,7 +34,7 @@ def plot_run(workdir: Path) -> None:
     for quantity in ("accuracy", "loss"):
         axes = _axes(f"model {quantity}", "epoch", quantity)
         axes.plot(epochs, [getattr(row, f"train_{quantity}") for row in rows], ".-", label="train")
-        axes.plot(epochs, [getattr(row, f"test_{quantity}") for row in rows], ".-", label="test")
+        axes.plot(epochs, [getattr(row, f"test_{quantity}") for row in rows], ".-", label=_tested_images(workdir))
         axes.legend(loc="upper left")
         _save(axes, workdir / f"{quantity}.png")
     losses = read_batch_loss(workdir)
@@ -42,6 +44,14 @@ def plot_run(workdir: Path) -> None:
         means = running_mean(losses, window)
         axes.plot(np.arange(window, window + means.size), means)
         _save(axes, workdir / "batch_loss.png")
+
+
+def _tested_images(workdir: Path) -> str:
+    """What the run was tested on, by its config.json."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a metrics.csv alone can be drawn, too
+        if json.loads((workdir / "config.json").read_text())["holdout"]:
+            return "held-out"
+    return "test"
 
 
 def _axes(title: str, xlabel: str, ylabel: str):  # type: ignore[no-untyped-def]

@@ -157,6 +157,7 @@ def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, 
     steps_per_call = min(config.steps_per_call or default_steps_per_call(config.model, devices), steps_per_epoch)
 
     state = replicate(create_train_state(config, steps_per_epoch, dataset.train_images[:256]), devices)
+    tested = "held-out" if config.holdout else "test"
     new_history = lambda: replicate(create_history(steps_per_epoch), devices)
     history, progress = new_history(), Progress()
     checkpoints = Checkpoints(workdir)
@@ -255,7 +256,7 @@ def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, 
             writer.write(row, losses)
             history, progress = new_history(), Progress(epoch + 1)
             checkpoints.save(state, history, progress, row.test_accuracy)
-            writer.print(row)
+            writer.print(row, tested)
 
         summary = _summarize(config, writer.rows, num_parameters, devices)
         if writer.rows:
@@ -265,7 +266,6 @@ def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, 
             write_json(workdir / "summary.json", summary)  # last: it says that all is there
         if stop.received is not None and progress.epoch < config.num_epochs:
             raise Interrupted(stop.received, progress, steps_per_epoch)
-    tested = "held-out" if config.holdout else "test"
     print(
         f"{tested} accuracy {summary['test_accuracy']:.2%} after {progress.epoch} epochs, "
         f"{summary['training_seconds']:.0f} s of training; figures and summary.json in {workdir}"

@@ -1,4 +1,5 @@
 import dataclasses
+import importlib
 import json
 
 import pytest
@@ -69,6 +70,8 @@ def test_the_ablations_table(monkeypatch, tmp_path):
 def test_the_results_are_of_the_recipes_as_they_are(name):
     """A field that a result does not have came later: the recipe must have its default."""
     result = report.load(name)
+    text = importlib.import_module(f"cifar_jax.configs.{result['recipe']}").__doc__
+    assert f"{report.mean_and_deviation(result['test_accuracy'])} % on the test set" in text
     recipe = json.loads(json.dumps(dataclasses.asdict(RECIPES[result["recipe"]])))
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     for field in recipe.keys() - {"seed", *EXECUTION_FIELDS}:

@@ -435,7 +435,9 @@ def test_held_out_images_are_neither_trained_on_nor_the_test_set(
     np.testing.assert_array_equal(seen["train"][1], tiny_dataset.train_labels[:70])
     np.testing.assert_array_equal(seen["test"][0], tiny_dataset.train_images[70:])
     np.testing.assert_array_equal(seen["test"][1], tiny_dataset.train_labels[70:])
-    assert "tests on 20 held-out training images" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "tests on 20 held-out training images" in output
+    assert "  held-out loss " in output
     status, output, errors = run_command(evaluate.main, "--workdir", tiny_config.workdir)
     assert (status, errors) == (0, "the run tested on held-out training images; this is the test set\n")
     assert "of 30 images" in output

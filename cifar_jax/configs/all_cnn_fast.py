@@ -1,6 +1,8 @@
 """All-CNN in few epochs: Muon, small images first, mirror symmetry, crops, alternating flips, averaged cycles.
 
 python -m cifar_jax.train all_cnn_fast
+
+92.11 % on the test set (one seed), in 178 minutes on 2 CPU cores: benchmarks/results/accuracy_all_cnn_fast.json.
 """
 
 from cifar_jax.configs.default import Config

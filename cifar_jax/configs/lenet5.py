@@ -1,6 +1,8 @@
 """LeNet-5 trained well: Muon, crops, alternating flips, cutout, label smoothing, averaged weights and cycles.
 
 python -m cifar_jax.train lenet5
+
+87.57 ± 0.30 % on the test set (three seeds), in 1.5 to 2 hours on 2 CPU cores: benchmarks/results/accuracy_lenet5.json.
 """
 
 from cifar_jax.configs.default import Config
