@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.contenders import FAMILIES, PHASES, Family, Phase, Workload, serve
+from cifar_jax import ops
 from cifar_jax.configs import RECIPES
 from cifar_jax.environment import describe_command
 from cifar_jax.errors import UserError, command, parse_arguments
@@ -90,7 +91,7 @@ def layer_flops(model: str, image_size: int = 32) -> list[int]:
     """
 
     def outputs(key: jax.Array) -> Any:
-        is_layer = lambda module, method: isinstance(module, nn.Conv | nn.Dense) and method == "__call__"
+        is_layer = lambda module, method: isinstance(module, ops.Conv | nn.Dense) and method == "__call__"
         _, variables = MODELS[model]().init_with_output(
             key, jnp.zeros((1, image_size, image_size, 3)), capture_intermediates=is_layer
         )

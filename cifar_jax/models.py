@@ -47,15 +47,9 @@ class AllCNN(nn.Module):
         """float [N, 32, 32, 3], in the original in [0, 1] → logits float32 [N, 10]; train turns dropout on."""
 
         def conv(x: jax.Array, features: int, size: int, padding: str) -> jax.Array:
-            return nn.Conv(
-                features,
-                (size, size),
-                padding=padding,
-                # Keras' defaults: glorot_uniform kernels and zero biases (Flax's own would be truncated lecun_normal).
-                kernel_init=KERNELS.get(self.initializer, nn.initializers.glorot_uniform()),
-                dtype=self.dtype,
-                conv_general_dilated=ops.conv_general_dilated,
-            )(x)
+            # Keras' defaults: glorot_uniform kernels and zero biases (Flax's own would be truncated lecun_normal).
+            kernel_init = KERNELS.get(self.initializer, nn.initializers.glorot_uniform())
+            return ops.Conv(features, size, padding, kernel_init, dtype=self.dtype)(x)
 
         first, second, third = (partial(ops.Dropout(rate), train=train) for rate in self.dropout_rates)
         x = images.astype(self.dtype)
@@ -72,7 +66,7 @@ class AllCNN(nn.Module):
         x = conv(x, self.num_classes, 1, "SAME")
         if self.final_relu:
             x = nn.relu(x)
-        return x.astype(np.promote_types(self.dtype, np.float32)).mean(axis=(1, 2))  # float64 in parity checks
+        return ops.global_average_pool(x)
 
 
 def _pytorch_bias(fan_in: int) -> Initializer:
@@ -107,15 +101,8 @@ class LeNet5(nn.Module):
             return nn.initializers.zeros if self.initializer in KERNELS else _pytorch_bias(fan_in)
 
         def conv(x: jax.Array, features: int) -> jax.Array:
-            return nn.Conv(
-                features,
-                (5, 5),
-                padding="VALID",
-                kernel_init=KERNELS.get(self.initializer, pytorch_kernel),
-                bias_init=bias_init(5 * 5 * x.shape[-1]),
-                dtype=self.dtype,
-                conv_general_dilated=ops.conv_general_dilated,
-            )(x)
+            kernel = KERNELS.get(self.initializer, pytorch_kernel)
+            return ops.Conv(features, 5, "VALID", kernel, bias_init(5 * 5 * x.shape[-1]), self.dtype)(x)
 
         def dense(x: jax.Array, features: int, original: Initializer = pytorch_kernel) -> jax.Array:
             kernel = KERNELS.get(self.initializer, original)
@@ -143,7 +130,7 @@ def unit_variance(model: nn.Module, params: Any, images: jax.Array) -> Any:
 
     @jax.jit
     def deviations(params: Any) -> dict[str, jax.Array]:
-        is_layer = lambda module, _: isinstance(module, (nn.Conv, nn.Dense))
+        is_layer = lambda module, _: isinstance(module, (ops.Conv, nn.Dense))
         _, variables = model.apply({"params": params}, images, capture_intermediates=is_layer)
         return {name: output["__call__"][0].std() for name, output in variables["intermediates"].items()}
 

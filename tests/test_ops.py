@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,11 +119,45 @@ def test_slices_max_pool_is_laxs(images, window, stride, ties):
     np.testing.assert_allclose(actual[1], expected[1], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(("size", "padding"), [(3, "SAME"), (5, "VALID"), (1, "SAME")])
+def test_conv_is_flax_conv(size, padding):
+    """Initial parameters, outputs and gradients."""
+    init = nn.initializers.normal(1), nn.initializers.uniform(1)
+    ours = ops.Conv(6, size, padding, *init)
+    theirs = nn.Conv(6, (size, size), padding=padding, kernel_init=init[0], bias_init=init[1])
+    images = normal(0, (3, 8, 8, 5))
+    variables = ours.init(jax.random.key(1), images)
+    jax.tree.map(np.testing.assert_array_equal, variables, theirs.init(jax.random.key(1), images))
+    results = [
+        jax.value_and_grad(lambda variables, x, layer=layer: (layer.apply(variables, x) ** 2).sum(), (0, 1))(
+            variables, images
+        )
+        for layer in (ours, theirs)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *results)
+
+
+def test_the_gradient_of_a_bias_is_summed_in_float32():
+    """In bfloat16 a sum of ones stands still at 256."""
+    layer, images = ops.Conv(2, 1, "SAME", nn.initializers.ones, dtype=jnp.bfloat16), jnp.ones((4, 32, 32, 1))
+    variables = layer.init(jax.random.key(0), images)
+    assert layer.apply(variables, images).dtype == jnp.bfloat16
+    gradient = jax.grad(lambda v: layer.apply(v, images).astype(jnp.float32).sum())(variables)["params"]["bias"]
+    np.testing.assert_array_equal(gradient, [4096, 4096])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_global_average_is_taken_in_float32(dtype):
+    images = (1 + jnp.arange(8 * 6 * 6 * 3) % 7).astype(dtype).reshape(8, 6, 6, 3)
+    means = jax.jit(ops.global_average_pool)(images)
+    assert means.dtype == jnp.float32
+    np.testing.assert_allclose(means, np.asarray(images, np.float32).mean((1, 2)), rtol=1e-6)
+
+
 def test_the_platform_decides(monkeypatch):
     images, kernel = normal(0, (4, 8, 8, 8)), normal(1, (3, 3, 8, 8))
-    gradient = lambda: str(
-        jax.make_jaxpr(jax.grad(lambda k: ops.conv_general_dilated(images, k, (1, 1), "SAME").sum()))(kernel)
-    )
+    apply = lambda k: ops.Conv(8, 3, "SAME", nn.initializers.zeros).apply({"params": {"kernel": k, "bias": jnp.zeros(8)}}, images)
+    gradient = lambda: str(jax.make_jaxpr(jax.grad(lambda k: apply(k).sum()))(kernel))
     pool = lambda: str(jax.make_jaxpr(lambda x: ops.max_pool(x, 2, 2))(images))
     assert "dot_general" in gradient()
     assert "reduce_window" not in pool()

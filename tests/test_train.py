@@ -480,7 +480,7 @@ def test_progressive_sizes_train_and_resume(use_tiny_dataset, tmp_path, interrup
 
 
 def test_a_closed_pipe_loses_no_epoch(use_tiny_dataset, tmp_path, monkeypatch, run_command):
-    def closed(self, row):
+    def closed(*_):
         raise BrokenPipeError
 
     monkeypatch.setattr(train.MetricsWriter, "print", closed)
