@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -26,22 +27,25 @@ BATCH_SIZE = 256
 
 
 def load_image(path: Path) -> np.ndarray:
-    """An image file as the networks take it: upright, its middle square in 32×32 pixels, uint8 [32, 32, 3].
+    """An image file as the networks take it: upright, on white, its middle square in 32×32 pixels, uint8 [32, 32, 3].
 
-    Raises: UserError if it is not an image that Pillow can read.
+    Raises: UserError if it is not an image that Pillow can read; PermissionError.
     """
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
     try:
-        with PIL.Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), PIL.Image.open(path) as image:  # large ones are warned of
             if image.mode.startswith(("I", "F")):  # convert would cut them off at 255
                 raise ValueError("more than 8 bits a pixel")
-            upright = PIL.ImageOps.exif_transpose(image).convert("RGB")
+            upright = PIL.ImageOps.exif_transpose(image).convert("RGBA")
+    except PermissionError:
+        raise
     except PIL.UnidentifiedImageError as error:
         raise UserError(f"{path}: not an image that Pillow can read: convert it to PNG or JPEG") from error
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{path}: can't be read ({error}): convert it to PNG or JPEG") from error
-    return np.asarray(PIL.ImageOps.fit(upright, (32, 32)))
+    opaque = PIL.Image.alpha_composite(PIL.Image.new("RGBA", upright.size, "white"), upright)
+    return np.asarray(PIL.ImageOps.fit(opaque.convert("RGB"), (32, 32)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +90,11 @@ def main() -> int:
         return jax.nn.softmax(logits)
 
     parts = [classify(images[start : start + BATCH_SIZE]) for start in range(0, len(images), BATCH_SIZE)]
+    probabilities = np.concatenate(parts)
+    if not np.isfinite(probabilities).all():
+        raise UserError("some probabilities are not finite: the weights are too large")
     names, results = CLASS_NAMES[config.dataset], []
-    for path, row in zip(arguments.images, np.concatenate(parts).tolist()):
+    for path, row in zip(arguments.images, probabilities.tolist()):
         ranked = sorted(zip(names, row), key=lambda pair: -pair[1])[: arguments.top]
         results.append({"image": str(path), "probabilities": dict(ranked)})
         if not arguments.json:

@@ -300,18 +300,21 @@ def _claim_workdir(workdir: Path, config: Config) -> Iterator[None]:
 
 
 def _check_same_config(workdir: Path, config: Config) -> None:
+    has_checkpoints = any((workdir / "checkpoints").glob("[0-9]*"))
+    names = ("metrics.csv", "batch_loss.npy", "summary.json", "accuracy.png", "loss.png", "batch_loss.png")
+    results = [workdir / name for name in names if (workdir / name).exists()]
     if not (workdir / "config.json").exists():
-        if any((workdir / "checkpoints").glob("[0-9]*")):
+        if has_checkpoints:
             raise UserError(f"{workdir}: has checkpoints but no config.json: put it back, or name another --workdir")
-        figures = ("accuracy.png", "loss.png", "batch_loss.png")
-        for name in ("dataset.json", "metrics.csv", "batch_loss.npy", "summary.json", *figures):
-            if (workdir / name).exists():
+        for path in (*results, workdir / "dataset.json"):
+            if path.exists():
                 reason = "there is no config.json beside it, so not a run's"
-                raise UserError(f"{workdir / name}: {reason}: move it away, or name another --workdir")
+                raise UserError(f"{path}: {reason}: move it away, or name another --workdir")
         return
     saved = read_config(workdir)
-    if not (workdir / "metrics.csv").exists() and not any((workdir / "checkpoints").glob("[0-9]*")):
-        return  # it never took a step: out of memory, say, so that its batch must change
+    in_restarts = workdir.name.startswith("restart") or (workdir / "restart1").exists()
+    if not has_checkpoints and not results and not in_restarts:
+        return  # nothing is kept of it: it was out of memory in its first epoch, say, so that its batch must change
     old, new = dataclasses.asdict(saved), dataclasses.asdict(config)
     fields = [name for name in old if name not in EXECUTION_FIELDS and old[name] != new[name]]
     if fields:

@@ -128,6 +128,8 @@ def test_conv_is_flax_conv(size, padding):
     images = normal(0, (3, 8, 8, 5))
     variables = ours.init(jax.random.key(1), images)
     jax.tree.map(np.testing.assert_array_equal, variables, theirs.init(jax.random.key(1), images))
+    with jax.enable_x64(True):
+        assert {x.dtype for x in jax.tree.leaves(ours.init(jax.random.key(1), images))} == {jnp.dtype(jnp.float32)}
     results = [
         jax.value_and_grad(lambda variables, x, layer=layer: (layer.apply(variables, x) ** 2).sum(), (0, 1))(
             variables, images
@@ -156,7 +158,9 @@ def test_the_global_average_is_taken_in_float32(dtype):
 
 def test_the_platform_decides(monkeypatch):
     images, kernel = normal(0, (4, 8, 8, 8)), normal(1, (3, 3, 8, 8))
-    apply = lambda k: ops.Conv(8, 3, "SAME", nn.initializers.zeros).apply({"params": {"kernel": k, "bias": jnp.zeros(8)}}, images)
+    apply = lambda k: ops.Conv(8, 3, "SAME", nn.initializers.zeros).apply(
+        {"params": {"kernel": k, "bias": jnp.zeros(8)}}, images
+    )
     gradient = lambda: str(jax.make_jaxpr(jax.grad(lambda k: apply(k).sum()))(kernel))
     pool = lambda: str(jax.make_jaxpr(lambda x: ops.max_pool(x, 2, 2))(images))
     assert "dot_general" in gradient()

@@ -10,6 +10,8 @@ import pytest
 from cifar_jax import load_pretrained, predict
 from cifar_jax.evaluate import load_run
 from cifar_jax.input_pipeline import scale_images
+from cifar_jax.interop.files import load_weights, save_weights
+from cifar_jax.pretrained import pretrained_path
 from cifar_jax.train import train_and_evaluate
 
 
@@ -70,9 +72,21 @@ def test_an_image_is_cut_to_its_upright_middle_square(tmp_path):
         assert np.abs(image[17:].astype(int) - 50).max() < 30, name
 
 
+def test_transparent_pixels_are_white(tmp_path):
+    pixels = np.full((32, 32, 4), (12, 200, 7, 0), np.uint8)
+    pixels[:16, :, 3] = 255
+    PIL.Image.fromarray(pixels).save(tmp_path / "half.png")
+    image = predict.load_image(tmp_path / "half.png")
+    assert (image[:16] == [12, 200, 7]).all()
+    assert (image[16:] == 255).all()
+
+
 def test_bad_input_is_one_line_and_status_2(files, tmp_path, run_command):
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "cut.png").write_bytes(files[0].read_bytes()[:-30])
+    weights = load_weights(pretrained_path("lenet5"))
+    weights.params["Dense_0"]["kernel"] *= np.float32(1e38)
+    save_weights(tmp_path / "large.safetensors", weights)
     PIL.Image.fromarray(np.zeros((32, 32), np.uint16)).save(tmp_path / "deep.png")
     for arguments, text in {
         (): "name one image file or more",
@@ -81,6 +95,7 @@ def test_bad_input_is_one_line_and_status_2(files, tmp_path, run_command):
         (files[0], tmp_path / "text.png"): "not an image that Pillow can read",
         (tmp_path / "cut.png",): "can't be read",
         (tmp_path / "deep.png",): "more than 8 bits",
+        (files[0], "--weights", tmp_path / "large.safetensors"): "not finite: the weights are too large",
         (files[0], "--top", 11): "there are 10 classes",
         (files[0], "--pretrained", "resnet"): "choose one of",
         (files[0], "--pretrained", "lenet5", "--workdir", tmp_path): "only one of",

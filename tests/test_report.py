@@ -76,3 +76,10 @@ def test_the_results_are_of_the_recipes_as_they_are(name):
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     for field in recipe.keys() - {"seed", *EXECUTION_FIELDS}:
         assert result["config"].get(field, defaults[field]) == recipe[field], field
+
+
+def test_a_parity_whose_seeds_do_not_differ(monkeypatch):
+    result = report.load("parity_lenet5")
+    result["last_epoch"] |= {"p_value": None, "confidence_interval_95": None}
+    monkeypatch.setattr(report, "load", lambda name: result)
+    assert "Difference of the means -0.30, not tested, as no seed differs." in report.parity_lenet5()

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import types
 
 import jax
 import numpy as np
@@ -180,7 +181,7 @@ def test_many_steps_a_call_and_two_devices(uninterrupted, use_tiny_dataset, tmp_
 def test_a_row_tells_the_rate_and_the_seconds_of_training(use_tiny_dataset, tiny_config, interrupt, monkeypatch):
     """By a clock that is one second later whenever it is read; interrupted in its second epoch."""
     clock = iter(range(1000))
-    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
     config = dataclasses.replace(tiny_config, num_epochs=2, schedule="one_cycle", warmup_fraction=0.0)
     interrupt(STOP_CALLS_AN_EPOCH + 4, signal.SIGTERM)
     with pytest.raises(Interrupted):
@@ -320,8 +321,25 @@ def test_a_run_without_a_step_may_change(tiny_config, monkeypatch):
         patch.setattr(train, "create_train_steps", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train_and_evaluate(tiny_config)
-    train_and_evaluate(dataclasses.replace(tiny_config, batch_size=10, num_epochs=1))
+    finished = dataclasses.replace(tiny_config, batch_size=10, num_epochs=1)
+    train_and_evaluate(finished)
     assert len(read_batch_loss(train.Path(tiny_config.workdir))) == 9
+    workdir = train.Path(tiny_config.workdir)
+    shutil.rmtree(workdir / "checkpoints")
+    (workdir / "metrics.csv").unlink()
+    for name in ("summary.json", "batch_loss.npy"):  # either is worth keeping
+        with pytest.raises(UserError, match="another config"):
+            train_and_evaluate(tiny_config)
+        (workdir / name).unlink()
+
+
+def test_a_restarted_run_may_not_change(tiny_config, monkeypatch):
+    """Though none of its folders keeps an epoch: the changed recipe would go on where the old one's restarts ended."""
+    config = dataclasses.replace(tiny_config, learning_rate=1e30, auto_restart=True)
+    with pytest.raises(UserError, match="training diverged in epoch 1"):
+        train_and_evaluate(config)
+    with pytest.raises(UserError, match="restart3 holds a run with another config"):
+        train_and_evaluate(dataclasses.replace(config, learning_rate=0.08))
 
 
 def test_settings_that_the_number_of_steps_forbids(tiny_config, capsys, monkeypatch):

@@ -2,7 +2,8 @@
 
 python -m cifar_jax.train lenet5
 
-87.57 ± 0.30 % on the test set (three seeds), in 1.5 to 2 hours on 2 CPU cores: benchmarks/results/accuracy_lenet5.json.
+87.57 ± 0.30 % on the test set (three seeds), in about 1.4 hours of training on 2 CPU cores or
+1.9 on one: benchmarks/results/accuracy_lenet5.json.
 """
 
 from cifar_jax.configs.default import Config

@@ -1,0 +1,21 @@
+import platform
+import types
+
+import jax
+
+from cifar_jax import environment
+
+
+def test_the_processor_is_told_where_the_system_tells_it(monkeypatch):
+    text = "processor: 0\nmodel name\t: An Abacus: 9\nmodel name\t: other\n"
+    monkeypatch.setattr(environment.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(platform, "machine", lambda: "z80")
+    hardware = lambda: environment.describe_environment(jax.local_devices())["hardware"]
+    monkeypatch.setattr(environment, "Path", lambda name: types.SimpleNamespace(read_text=lambda: text))
+    assert hardware() == "4 × cpu, 8 CPU cores (z80, An Abacus: 9)"
+
+    def absent(name):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(environment, "Path", absent)
+    assert hardware() == "4 × cpu, 8 CPU cores (z80)"
