@@ -20,6 +20,7 @@ import numpy as np
 from cifar_jax.configs.default import Config
 from cifar_jax.environment import PACKAGES, describe_environment
 from cifar_jax.training import (
+    cpu_cores,
     create_eval_steps,
     create_history,
     create_train_state,
@@ -142,7 +143,7 @@ class JaxContender(Contender):
         packages = (*PACKAGES, "torch", "keras")
         platform = self._devices[0].platform
         return {
-            "threads": os.cpu_count(),
+            "threads": cpu_cores(),
             "platform": platform,
             "environment": describe_environment(self._devices, packages),
         }

@@ -6,7 +6,6 @@ Data, augmentation and loss stay on the device; augmentation is batched there.
 from __future__ import annotations
 
 import math
-import os
 import time
 from typing import Any
 
@@ -20,6 +19,7 @@ from cifar_jax.configs.default import Config
 from cifar_jax.input_pipeline import SCALINGS
 from cifar_jax.interop import keras as interop_keras
 from cifar_jax.interop import pytorch as interop_pytorch
+from cifar_jax.training import cpu_cores
 
 
 def scaling(input_scaling: str) -> tuple[np.ndarray, np.ndarray]:
@@ -75,7 +75,7 @@ class PyTorchContender(Contender):
         # max-autotune tries kernels, and captures CUDA graphs of its own.
         self._autotuned = "compile" in contender and platform != "cpu"
         torch.manual_seed(0)
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(cpu_cores())
         if platform != "cpu":
             torch.set_float32_matmul_precision("high")  # TF32, as JAX's default; cuDNN has it by default
             torch.backends.cudnn.benchmark = True

@@ -106,25 +106,26 @@ class Checkpoints:
         """The latest checkpoint, to resume from; None if there is none. The arguments give shapes and placement."""
         if self._latest is None:
             return None
-        items = self._restore(
+        items, progress = self._restore(
             self._latest, state=ocp.args.StandardRestore(state), history=ocp.args.StandardRestore(history)
         )
-        return items.state, items.history, Progress(**items.progress)
+        return items.state, items.history, progress
 
     def restore_state(self, which: Literal["best", "latest"], state: TrainState) -> tuple[TrainState, Progress]:
         """The best or the latest checkpoint's state, and how far the run was."""
         number = self._best if which == "best" else self._latest
         if number is None:
             raise UserError(f"{self.directory}: no {which} checkpoint yet: train for an epoch first")
-        items = self._restore(number, state=ocp.args.StandardRestore(state))
-        return items.state, Progress(**items.progress)
+        items, progress = self._restore(number, state=ocp.args.StandardRestore(state))
+        return items.state, progress
 
     def _restore(self, number: int, **items: Any) -> Any:
         folder = self.directory / str(number)
         items["progress"] = ocp.args.JsonRestore()
         try:
             _verify(folder)
-            return self._manager.restore(number, args=ocp.args.Composite(**items))
+            restored = self._manager.restore(number, args=ocp.args.Composite(**items))
+            return restored, Progress(**restored.progress)
         except Exception as error:  # whatever Orbax and TensorStore raise
             if not folder.exists():
                 raise UserError(f"{folder}: replaced by a training that is under way: try again") from error

@@ -15,6 +15,7 @@ import PIL.Image
 import PIL.ImageOps
 import tyro
 
+from cifar_jax.configs.default import InputScaling, ModelName
 from cifar_jax.errors import UserError, command, parse_arguments
 from cifar_jax.evaluate import load_file, load_run
 from cifar_jax.input_pipeline import CLASS_NAMES, scale_images
@@ -60,6 +61,12 @@ class Arguments:
     """A run's folder: its latest checkpoint."""
     weights: Path | None = None
     """A weight file, trained on CIFAR-10: see cifar_jax.evaluate."""
+    architecture: Path | None = None
+    """With --weights: the Keras architecture JSON beside it, which says whether there is a final ReLU."""
+    model: ModelName | None = None
+    """With --weights: the network; None: guessed from the number of tensors."""
+    input_scaling: InputScaling | None = None
+    """With --weights: how pixels are scaled; None: as the file says, else as the model's original program does."""
     top: int = 3
     """How many classes to tell of each image."""
     json: bool = False
@@ -75,6 +82,9 @@ def main() -> int:
         raise UserError("name one image file or more")
     if [arguments.pretrained, arguments.workdir, arguments.weights].count(None) < 2:
         raise UserError("name only one of --pretrained, --workdir and --weights")
+    for field in ("architecture", "model", "input_scaling"):
+        if getattr(arguments, field) is not None and arguments.weights is None:
+            raise UserError(f"--{field.replace('_', '-')} goes with --weights alone")
     if not 1 <= arguments.top <= 10:
         raise UserError(f"--top {arguments.top}: there are 10 classes")
     images = np.stack([load_image(path) for path in arguments.images])
@@ -82,7 +92,8 @@ def main() -> int:
         config, state, _ = load_run(arguments.workdir, "latest")
     else:
         path = arguments.weights or pretrained_path(arguments.pretrained or DEFAULT)
-        config, state = load_file(load_weights(path), "float32")
+        weights = load_weights(path, arguments.model, arguments.architecture, arguments.input_scaling)
+        config, state = load_file(weights, "float32")
 
     @jax.jit
     def classify(images: jax.Array) -> jax.Array:

@@ -269,6 +269,11 @@ def create_eval_step(
 # --- the devices ---
 
 
+def cpu_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def use_cpu_cores() -> None:
     """Makes every core of the CPU a device. For commands, before anything asks JAX for its devices.
 
@@ -276,9 +281,8 @@ def use_cpu_cores() -> None:
     """
     unset = "JAX_NUM_CPU_DEVICES" not in os.environ and "device_count" not in os.environ.get("XLA_FLAGS", "")
     if unset:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         with contextlib.suppress(RuntimeError):  # the devices are there already
-            jax.config.update("jax_num_cpu_devices", cores)
+            jax.config.update("jax_num_cpu_devices", cpu_cores())
 
 
 # mallopt's parameters (malloc.h): free bytes that are given back, bytes asked for ahead, number of blocks mapped.

@@ -1,3 +1,5 @@
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,3 +129,14 @@ def test_layers_are_in_the_networks_order():
     assert [kernel.shape[-1] for kernel, _ in layers] == [32, 64, 200, 100, 10]
     with pytest.raises(UserError, match="Dense_2 are missing"):
         layers_from_params({**{k: v for k, v in params.items() if k != "Dense_2"}, "Other": params["Dense_2"]})
+
+
+def test_keras_with_a_backend_that_is_not_there(monkeypatch):
+    monkeypatch.setitem(sys.modules, "keras", None)
+    for backend, advice in (
+        ("torch", "pip install -e"),
+        ("tensorflow", "KERAS_BACKEND is tensorflow: set it to torch"),
+    ):
+        monkeypatch.setenv("KERAS_BACKEND", backend)
+        with pytest.raises(UserError, match=advice):
+            interop_keras.import_keras()

@@ -20,6 +20,8 @@ from cifar_jax.models import MODELS
 from cifar_jax.train import train_and_evaluate
 
 KINDS = ("safetensors", "pth", "pt", "h5", "hdf5", "weights.h5", "keras")
+keras_api = keras.import_keras()
+keras_layers = keras_api.layers
 
 
 def random_weights(model, **fields):
@@ -99,15 +101,18 @@ def test_keras_2_files(tmp_path, all_cnn, full_model, as_bytes):
     assert_same(load_weights(path), all_cnn)
 
 
-def keras2_architecture(final_relu, filters=(96, 96, 96, 192, 192, 192, 192, 192, 10)):
+def keras2_architecture(final_relu, filters=(96, 96, 96, 192, 192, 192, 192, 192, 10), **changes):
+    """All-CNN as Keras 2 writes it; `changes` are of the fifth convolution."""
     layers = []
     for i, count in enumerate(filters):
-        size = [1, 1] if i >= 7 else [3, 3]
-        layers.append(
-            {"class_name": "Conv2D", "config": {"filters": count, "kernel_size": size, "activation": "linear"}}
-        )
+        options = {"filters": count, "kernel_size": [1, 1] if i > 6 else [3, 3], "activation": "linear"}
+        options |= {"padding": "valid" if i == 4 else "same", "strides": [1, 1], "dilation_rate": [1, 1]}
+        layers.append({"class_name": "Conv2D", "config": options | (changes if i == 4 else {})})
         if i < 8 or final_relu:
             layers.append({"class_name": "Activation", "config": {"activation": "relu"}})
+        if i in (2, 5):
+            pool = {"pool_size": [3, 3], "strides": [2, 2], "padding": "valid"}
+            layers += [{"class_name": "MaxPooling2D", "config": pool}, {"class_name": "Dropout", "config": {}}]
     layers.append({"class_name": "GlobalAveragePooling2D", "config": {}})
     layers.append({"class_name": "Activation", "config": {"activation": "softmax"}})
     return {"class_name": "Sequential", "config": {"layers": layers}, "keras_version": "2.3.1"}
@@ -135,6 +140,15 @@ def test_the_originals_pair_of_json_and_h5(tmp_path, all_cnn, final_relu):
         ('{"config": {"layers": [{"class_name": "Conv2D", "config": {}}]}}', "not a Keras architecture"),
         ("[" * 100_000, "not a Keras architecture"),
         (json.dumps(keras2_architecture(True, (64, 10))), "are not those of all_cnn"),
+        (
+            json.dumps(keras2_architecture(True, padding="same")),
+            "same, dilation .* where there must be .* valid, dilation",
+        ),
+        (json.dumps(keras2_architecture(True, strides=[2, 2])), "are not those of all_cnn"),
+        (json.dumps(keras2_architecture(True, activation="tanh")), "there is tanh where there must be relu"),
+        (json.dumps(keras2_architecture(False)).replace("relu", "elu"), "there is elu where there must be relu"),
+        (json.dumps(keras2_architecture(False)).replace("Dropout", "Rescaling"), "its layer Rescaling is none of"),
+        (json.dumps(keras2_architecture(False)).replace("MaxP", "AverageP"), "its layer AveragePooling2D is none of"),
         (None, "not a Keras architecture .*No such file"),
     ],
 )
@@ -328,6 +342,91 @@ def test_a_trained_keras_file_brings_no_optimizer_state_along(tmp_path, lenet5):
 
 
 # --- the commands ---
+
+
+@pytest.mark.parametrize("change", [keras_layers.AveragePooling2D, "tanh", "relu"])
+def test_a_keras_file_of_another_network_with_the_same_tensors(tmp_path, change):
+    """Its weights fit, and its logits would be others; a max pool before the ReLU is the same network."""
+    is_same = change == "relu"
+    pool = keras_layers.MaxPooling2D if isinstance(change, str) else change
+    activation = change if isinstance(change, str) else "relu"
+    last = [keras_layers.Activation(activation)] if is_same else []
+    network = keras_api.Sequential(
+        [
+            keras_layers.Input((32, 32, 3)),
+            *(keras_layers.Conv2D(32, 5, activation=None if is_same else activation), pool(2), *last),
+            *(keras_layers.Conv2D(64, 5, activation=activation), pool(2), keras_layers.Flatten()),
+            *(keras_layers.Dense(200, activation), keras_layers.Dense(100, activation), keras_layers.Dense(10)),
+        ]
+    )
+    for name in ("network.keras", "network.h5"):
+        network.save(tmp_path / name)
+        if is_same:
+            assert load_weights(tmp_path / name).model == "lenet5"
+        else:
+            with pytest.raises(UserError, match=r"its layer AveragePooling2D|there is tanh where there must be relu"):
+                load_weights(tmp_path / name)
+
+
+def test_weights_named_by_attributes_have_no_order(tmp_path, all_cnn):
+    with h5py.File(tmp_path / "x.weights.h5", "w") as file:
+        for name, layer in all_cnn.params.items():
+            for number, tensor in enumerate((layer["kernel"], layer["bias"])):
+                file[f"{name.lower()}/vars/{number}"] = tensor
+    with pytest.raises(UserError, match="named by attributes, in no order: save the full model"):
+        load_weights(tmp_path / "x.weights.h5")
+
+
+def test_another_file_by_a_virtual_dataset_is_not_read(tmp_path, all_cnn):
+    save_weights(tmp_path / "x.weights.h5", all_cnn)
+    with h5py.File(tmp_path / "secret.h5", "w") as file:
+        file["k"] = np.ones(96, np.float32)
+    layout = h5py.VirtualLayout((96,), np.float32)
+    layout[:] = h5py.VirtualSource(tmp_path / "secret.h5", "k", (96,))
+    with h5py.File(tmp_path / "x.weights.h5", "a") as file:
+        del file["layers/conv2d/vars/1"]
+        file.create_virtual_dataset("layers/conv2d/vars/1", layout)
+    with pytest.raises(UserError, match=r"tensor layers/conv2d/vars/1 is in another file"):
+        load_weights(tmp_path / "x.weights.h5")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(1).expand(2**40), "has 1099511627776 values"),
+        (torch.zeros(32, dtype=torch.complex64), "must be of floating point"),
+        (torch.empty(32, dtype=torch.bits8), "tensor conv1.bias can.t be read"),
+    ],
+)
+def test_odd_tensors_are_one_line(tmp_path, lenet5, tensor, message):
+    state_dict = {name: torch.tensor(array) for name, array in pytorch.params_to_pytorch(lenet5.params).items()}
+    torch.save(state_dict | {"conv1.bias": tensor}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=message):
+        load_weights(tmp_path / "x.pth")
+
+
+def test_the_notebooks_second_key_behind_a_prefix(tmp_path, lenet5):
+    state_dict = {name: torch.tensor(array) for name, array in pytorch.params_to_pytorch(lenet5.params).items()}
+    state_dict["xav"] = state_dict["fullyc1.weight"]
+    torch.save({f"module.{name}": tensor for name, tensor in state_dict.items()}, tmp_path / "x.pth")
+    assert_same(load_weights(tmp_path / "x.pth"), lenet5)
+
+
+def test_places_that_are_no_file(tmp_path, lenet5):
+    with pytest.raises(UserError, match="is a folder: name a file in it, or a run with --workdir"):
+        load_weights(tmp_path)
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="exists: remove it"):
+        save_weights(tmp_path / "link.safetensors", lenet5)
+    assert (tmp_path / "link.safetensors").is_symlink()
+
+
+def test_a_scaling_that_a_file_does_not_say_is_said(tmp_path, lenet5, capsys):
+    save_weights(tmp_path / "x.pth", lenet5)
+    load_weights(tmp_path / "x.pth")
+    assert "does not say how pixels are scaled: symmetric, as in lenet5's original" in capsys.readouterr().err
+    assert load_weights(tmp_path / "x.pth", input_scaling="unit").input_scaling == "unit"
+    assert capsys.readouterr().err == ""
 
 
 def test_convert_there_and_back(tmp_path, run_command, all_cnn):

@@ -43,6 +43,21 @@ def test_a_released_network_tells_what_its_logits_say(files, tiny_dataset, run_c
     assert output == f"{files[0]}: {best[0]} {best[1]:.1%}\n"
 
 
+def test_a_weight_file_goes_with_its_scaling(files, tmp_path, run_command):
+    """As convert says of a file that does not hold it."""
+    save_weights(tmp_path / "x.pth", load_weights(pretrained_path("lenet5")))
+    common = ("--json", files[0])
+    _, expected, _ = run_command(predict.main, "--pretrained", "lenet5", *common)
+    flags = ("--weights", tmp_path / "x.pth")
+    _, output, error = run_command(predict.main, *flags, "--input-scaling", "standardized", *common)
+    assert error == ""
+    told, wanted = (json.loads(text)[0]["probabilities"] for text in (output, expected))
+    assert told == pytest.approx(wanted, rel=1e-4)
+    _, output, error = run_command(predict.main, *flags, *common)
+    assert json.loads(output)[0]["probabilities"] != pytest.approx(wanted, rel=1e-2)
+    assert "does not say how pixels are scaled: symmetric" in error
+
+
 def test_a_run_classifies_with_its_average_scaling_and_classes(files, tiny_config, tiny_dataset, run_command, capsys):
     config = dataclasses.replace(tiny_config, num_epochs=1, ema_decay=0.9, input_scaling="standardized")
     train_and_evaluate(config)
@@ -99,6 +114,7 @@ def test_bad_input_is_one_line_and_status_2(files, tmp_path, run_command):
         (files[0], "--top", 11): "there are 10 classes",
         (files[0], "--pretrained", "resnet"): "choose one of",
         (files[0], "--pretrained", "lenet5", "--workdir", tmp_path): "only one of",
+        (files[0], "--input-scaling", "unit"): "--input-scaling goes with --weights alone",
     }.items():
         status, output, error = run_command(predict.main, *arguments)
         assert (status, output, error.count("\n")) == (2, "", 1), arguments

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
+import os
 import re
+import sys
 import tempfile
 import warnings
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -70,10 +72,14 @@ def load_weights(
     Args: model: None guesses it from the number of tensors. architecture: the Keras JSON that lies beside an `.h5` of
     weights alone, which says whether there is a final ReLU (.keras and full-model files hold it). input_scaling: None
     takes the file's own word for it (.safetensors), else the scaling of the model's original program.
-    Raises: UserError naming the file, and the tensor if one is missing, too many, misshapen or not finite.
+    Raises: UserError naming the file, and the tensor if one is missing, too many, misshapen or not finite; OSError if
+    the file can't be opened.
     """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder: name a file in it, or a run with --workdir")
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
+    path.open("rb").close()  # else a file that may not be read would seem damaged
     try:
         scaling, final_relu, config = None, False, None
         if path.name.endswith(".safetensors"):
@@ -106,13 +112,15 @@ def load_weights(
             raise UserError(f"{architecture}: not a Keras architecture ({error})") from error
     original = RECIPES[f"{found}_reference"].input_scaling
     chosen = input_scaling or cast("InputScaling | None", scaling) or original
+    if not input_scaling and not scaling:
+        print(f"{path}: does not say how pixels are scaled: {original}, as in {found}'s original", file=sys.stderr)
     params = jax.tree.map(lambda array: array.astype(np.float32), params)
     return Weights(cast(ModelName, found), params, chosen, final_relu)
 
 
 def save_weights(path: Path, weights: Weights) -> None:
     """Writes a weight file of the kind that its name asks for. Raises UserError if it exists or can't be written."""
-    if path.exists():
+    if os.path.lexists(path):
         raise UserError(f"{path} exists: remove it, or name another file")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}")
@@ -148,7 +156,7 @@ def _read_safetensors(path: Path) -> tuple[Params, dict[str, str]]:
         with safetensors.safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"damaged or not a safetensors file ({error})") from error
     if metadata.get("format") != "cifar_jax":
         raise UserError("not written by cifar_jax (convert a PyTorch state_dict from its .pth)")
@@ -169,8 +177,10 @@ def _read_pytorch(path: Path) -> Mapping[str, Any]:
     if not isinstance(state_dict, Mapping) or not all(isinstance(x, torch.Tensor) for x in state_dict.values()):
         raise UserError("not a state_dict: save model.state_dict(), not the model or a checkpoint around it")
     for name, tensor in state_dict.items():
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise UserError(f"tensor {name} is sparse, quantized or without data: it must be dense")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
+            raise UserError(f"tensor {name} is sparse, quantized, nested or without data: it must be dense")
+        if tensor.numel() > MAX_VALUES:
+            raise UserError(f"tensor {name} has {tensor.numel()} values, more than any of these networks'")
     return state_dict
 
 
@@ -184,7 +194,9 @@ def _read_keras(path: Path) -> tuple[list[tuple[str, np.ndarray]], Any]:
             config = json.loads(_read_member(archive, "config.json"))
             with h5py.File(io.BytesIO(_read_member(archive, "model.weights.h5"))) as file:
                 return _read_hdf5(file)[0], config
-    except (OSError, KeyError, ValueError, RuntimeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of a damaged file h5py, zipfile and its decoders raise anything
         raise UserError(f"damaged or not a Keras file ({str(error).strip() or type(error).__name__})") from error
 
 
@@ -208,13 +220,17 @@ def _read_hdf5(file: h5py.File) -> tuple[list[tuple[str, np.ndarray]], Any]:
         root.visit(names.append)  # follows no links
         names = [name for name in names if re.search(r"/vars/\d+$", name) and "seed_generator" not in name]
         names = [name for name in names if not name.startswith("optimizer")]
+        if not all(re.search(r"(^|/)(conv2d|dense)(_\d+)?/vars/[01]$", name) for name in names):
+            raise UserError("its layers are named by attributes, in no order: save the full model as .keras or .h5")
         names.sort(key=lambda name: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name)])
     tensors = []
     for name in names:
         dataset = root.get(name)
-        if not isinstance(dataset, h5py.Dataset) or dataset.file.filename != file.filename or dataset.external:
+        if not isinstance(dataset, h5py.Dataset) or dataset.file.filename != file.filename:
             raise UserError(f"tensor {name} is missing")
-        if dataset.size is None or dataset.size > MAX_VALUES:
+        if dataset.external or dataset.is_virtual:
+            raise UserError(f"tensor {name} is in another file")
+        if dataset.size is None or dataset.size > MAX_VALUES or dataset.dtype.itemsize > 8:
             raise UserError(f"tensor {name} has shape {dataset.shape}, larger than any of these networks")
         tensors.append((name, dataset[()]))
     return tensors, config
@@ -223,28 +239,73 @@ def _read_hdf5(file: h5py.File) -> tuple[list[tuple[str, np.ndarray]], Any]:
 def _has_final_relu(config: Any, model: str) -> bool:
     """Whether a Keras architecture has a ReLU after its last layer with weights.
 
-    Raises: UserError if its layers with weights are not those of `model`.
+    Raises: UserError if for the rest it computes something else than `model`.
     """
     try:
-        layers = config["config"] if isinstance(config["config"], list) else config["config"]["layers"]
-        sizes: list[tuple[int, ...]] = []
-        final_relu = False
-        for layer in layers:
-            kind, options = layer["class_name"], layer["config"]
-            if kind in ("Conv2D", "Convolution2D"):
-                sizes.append((*options["kernel_size"], options["filters"]))
-            elif kind == "Dense":
-                sizes.append((options["units"],))
-            elif kind not in ("Activation", "ReLU"):
-                continue
-            has_relu = kind == "ReLU" or options["activation"] == "relu"
-            final_relu = has_relu or (final_relu and kind == "Activation")
+        steps = _steps(config)
     except (KeyError, TypeError, IndexError) as error:
         raise UserError(f"not a Keras architecture ({type(error).__name__} {error})") from error
-    expected = [kernel[:2] + kernel[3:] if len(kernel) == 4 else kernel[1:] for _, kernel, _ in expected_shapes(model)]
-    if sizes != expected:
-        raise UserError(f"its layers with weights {sizes} are not those of {model} {expected}")
-    return final_relu
+    expected = _expected_steps(model)
+    last = [i for i, step in enumerate(expected) if step.startswith(("convolution", "dense"))][-1] + 1
+    if steps == [*expected[:last], "relu", *expected[last:]]:
+        return True
+    for found, wanted in itertools.zip_longest(steps, expected, fillvalue="the end"):
+        if found != wanted:
+            raise UserError(f"its layers are not those of {model}: there is {found} where there must be {wanted}")
+    return False
+
+
+def _steps(config: Any) -> list[str]:
+    """What a Keras architecture computes, in order, but for what does nothing to a test image and a last softmax."""
+    layers = config["config"] if isinstance(config["config"], list) else config["config"]["layers"]
+    steps: list[str] = []
+    for layer in layers:
+        kind, options = layer["class_name"], layer["config"]
+        sides = lambda value: (value, value) if isinstance(value, int) else tuple(value)
+        strides, padding, activation = options.get("strides") or 1, options.get("padding", "valid"), "linear"
+        if kind in ("Conv2D", "Convolution2D"):
+            shape = (*sides(options["kernel_size"]), options["filters"])
+            steps.append(_convolution(shape, sides(strides), padding, sides(options.get("dilation_rate", 1))))
+            activation = options["activation"]
+        elif kind == "Dense":
+            steps.append(f"dense {options['units']}")
+            activation = options["activation"]
+        elif kind == "MaxPooling2D":
+            size = sides(options["pool_size"])
+            steps.append(f"max pool {size}, strides {sides(options.get('strides') or size)}, {padding}")
+        elif kind == "GlobalAveragePooling2D":
+            steps.append("mean")
+        elif kind == "ReLU":
+            changed = any(options.get(name) for name in ("max_value", "negative_slope", "threshold"))
+            activation = "another relu" if changed else "relu"
+        elif kind in ("Activation", "Softmax"):
+            activation = options.get("activation", "softmax")
+        elif kind not in ("InputLayer", "Dropout", "Flatten") and not kind.startswith("Random"):
+            raise UserError(f"its layer {kind} is none of these networks'")
+        if activation not in ("linear", None):  # before a max pool or after it is the same
+            steps.insert(len(steps) - steps[-1].startswith("max pool"), str(activation))
+    return steps[:-1] if steps[-1] == "softmax" else steps
+
+
+def _convolution(shape: tuple[int, ...], strides: tuple[int, ...], padding: str, dilation: tuple[int, ...]) -> str:
+    padding = "same" if shape[:2] == (1, 1) else padding  # which is no padding, too
+    return f"convolution {shape}, strides {strides}, {padding}, dilation {dilation}"
+
+
+def _expected_steps(model: str) -> list[str]:
+    """The same of our own networks."""
+    steps = []
+    pool_after, pool = {
+        "all_cnn": ((2, 5), "max pool (3, 3), strides (2, 2), valid"),
+        "lenet5": ((0, 1), "max pool (2, 2), strides (2, 2), valid"),
+    }[model]
+    for number, (_, kernel, _) in enumerate(expected_shapes(model)):
+        padding = "same" if model == "all_cnn" and number != 4 else "valid"
+        convolution = len(kernel) == 4 and _convolution((*kernel[:2], kernel[3]), (1, 1), padding, (1, 1))
+        steps += [convolution or f"dense {kernel[1]}", "relu"]
+        if number in pool_after:
+            steps.append(pool)
+    return [*steps[:-1], "mean"] if model == "all_cnn" else steps[:-1]
 
 
 def _check_final_relu(final_relu: bool, model: str) -> None:

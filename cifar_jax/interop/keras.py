@@ -24,7 +24,9 @@ def import_keras() -> Any:
     try:
         import keras
     except (ImportError, ValueError) as error:  # the latter for a KERAS_BACKEND that Keras does not know
-        raise UserError(f"Keras or its backend is not installed ({error}): pip install -e '.[parity]'") from error
+        backend = os.environ["KERAS_BACKEND"]
+        advice = "pip install -e '.[parity]'" if backend == "torch" else f"KERAS_BACKEND is {backend}: set it to torch"
+        raise UserError(f"Keras or its backend is not installed ({error}): {advice}") from error
     return keras
 
 

@@ -81,7 +81,7 @@ def import_torch() -> Any:
 
 def _as_array(tensor: Any) -> np.ndarray:
     if hasattr(tensor, "detach"):
-        tensor = tensor.detach().cpu()
+        tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
         tensor = tensor.float() if tensor.dtype.itemsize < 4 and tensor.is_floating_point() else tensor  # no numpy bf16
     return np.asarray(tensor)
 
@@ -92,8 +92,13 @@ def params_from_pytorch(state_dict: Mapping[str, Any], model: str | None = None)
     The notebook's state_dict has fullyc1.weight once more under the key `xav`, which is passed over.
     Raises: UserError naming a tensor that is missing, too many, misshapen, not of floating point or not finite.
     """
-    tensors = {name: _as_array(tensor) for name, tensor in state_dict.items()}
-    xav = tensors.pop("xav", None)
+    tensors = {}
+    for name, tensor in state_dict.items():
+        try:
+            tensors[name] = _as_array(tensor)
+        except (RuntimeError, TypeError, NotImplementedError) as error:  # of a type that numpy does not have
+            raise UserError(f"tensor {name} can't be read ({error})") from error
+    xav = next((tensors.pop(name) for name in list(tensors) if name.rpartition(".")[2] == "xav"), None)
     if xav is not None and not any(np.array_equal(xav, tensor) for tensor in tensors.values()):
         raise UserError("tensor xav differs from fullyc1.weight, of which it must be a copy")
     foreign_shape = lambda shape: (*shape[:1:-1], *shape[:-2]) if len(shape) == 4 else shape[::-1]
