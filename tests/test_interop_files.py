@@ -138,6 +138,7 @@ def test_the_originals_pair_of_json_and_h5(tmp_path, all_cnn, final_relu):
         ("{", "not a Keras architecture"),
         ("[]", "not a Keras architecture"),
         ('{"config": {"layers": [{"class_name": "Conv2D", "config": {}}]}}', "not a Keras architecture"),
+        ('{"config": [{"class_name": "Dropout", "config": []}]}', "not a Keras architecture"),
         ("[" * 100_000, "not a Keras architecture"),
         (json.dumps(keras2_architecture(True, (64, 10))), "are not those of all_cnn"),
         (

@@ -243,7 +243,7 @@ def _has_final_relu(config: Any, model: str) -> bool:
     """
     try:
         steps = _steps(config)
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(f"not a Keras architecture ({type(error).__name__} {error})") from error
     expected = _expected_steps(model)
     last = [i for i, step in enumerate(expected) if step.startswith(("convolution", "dense"))][-1] + 1
