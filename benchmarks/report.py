@@ -260,11 +260,8 @@ def single_rounds(result: dict[str, Any], phases: list[str]) -> list[str]:
             ratios = [ours / theirs for ours, theirs in pairs]
             title = f"{workload_title(workload)}: {PHASE_TITLES[phase]}"
             ranges.append(f"{title} {min(ratios):.2f} to {max(ratios):.2f}")
-    return (
-        [f"Ratio of jax to the best PyTorch in single rounds, lowest to highest: {'; '.join(ranges)}."]
-        if ranges
-        else []
-    )
+    text = f"Ratio of jax to the best PyTorch in single rounds, lowest to highest: {'; '.join(ranges)}."
+    return [text] if ranges else []
 
 
 def draw_throughput(result: dict[str, Any], path: Path) -> None:

@@ -118,6 +118,13 @@ def load_file(weights: Weights, dtype: Literal["float32", "bfloat16"]) -> tuple[
     return config, replicate(state, jax.local_devices())
 
 
+def check_flags_of_weights(arguments: Any, *fields: str) -> None:
+    """Raises UserError if one of these flags is given without --weights."""
+    for field in fields:
+        if getattr(arguments, field) is not None and arguments.weights is None:
+            raise UserError(f"--{field.replace('_', '-')} goes with --weights alone")
+
+
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """Evaluates a run's checkpoint, or a weight file of any framework, on the test set."""
@@ -158,9 +165,7 @@ def main() -> int:
     source: dict[str, Any]
     if [arguments.workdir, arguments.weights, arguments.pretrained].count(None) != 2:
         raise UserError("name a run with --workdir, a weight file with --weights, or a network with --pretrained")
-    for field in ("architecture", "model", "input_scaling", "dataset"):
-        if getattr(arguments, field) is not None and arguments.weights is None:
-            raise UserError(f"--{field.replace('_', '-')} goes with --weights alone")
+    check_flags_of_weights(arguments, "architecture", "model", "input_scaling", "dataset")
     if arguments.checkpoint is not None and arguments.workdir is None:
         raise UserError("--checkpoint goes with --workdir alone")
     if arguments.workdir is not None:

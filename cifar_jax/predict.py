@@ -17,7 +17,7 @@ import tyro
 
 from cifar_jax.configs.default import InputScaling, ModelName
 from cifar_jax.errors import UserError, command, parse_arguments
-from cifar_jax.evaluate import load_file, load_run
+from cifar_jax.evaluate import check_flags_of_weights, load_file, load_run
 from cifar_jax.input_pipeline import CLASS_NAMES, scale_images
 from cifar_jax.interop.files import load_weights
 from cifar_jax.pretrained import pretrained_path
@@ -82,9 +82,7 @@ def main() -> int:
         raise UserError("name one image file or more")
     if [arguments.pretrained, arguments.workdir, arguments.weights].count(None) < 2:
         raise UserError("name only one of --pretrained, --workdir and --weights")
-    for field in ("architecture", "model", "input_scaling"):
-        if getattr(arguments, field) is not None and arguments.weights is None:
-            raise UserError(f"--{field.replace('_', '-')} goes with --weights alone")
+    check_flags_of_weights(arguments, "architecture", "model", "input_scaling")
     if not 1 <= arguments.top <= 10:
         raise UserError(f"--top {arguments.top}: there are 10 classes")
     images = np.stack([load_image(path) for path in arguments.images])

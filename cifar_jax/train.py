@@ -151,8 +151,7 @@ def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, 
         raise UserError(f"--num-epochs {config.num_epochs}: steps are counted up to {2**31 - 1:,}")
     if config.swa_fraction and swa_steps(config, steps_per_epoch)[1] == 0:
         print(f"warning: --swa-fraction leaves no step to each of {config.swa_cycles} cycles: none", file=sys.stderr)
-    mixes = config.mixup_alpha > 0 or config.cutmix_alpha > 0
-    if mixes and config.batch_size // len(devices) < 2:
+    if config.mixes and config.batch_size // len(devices) < 2:
         raise UserError("images are mixed with others on their device: use a larger --batch-size, or --num-devices 1")
     steps_per_call = min(config.steps_per_call or default_steps_per_call(config.model, devices), steps_per_epoch)
 
@@ -191,7 +190,7 @@ def _train_and_evaluate(config: Config, devices: list[jax.Device]) -> dict[str, 
     if restored is not None:
         print(f"resuming after {progress.epoch} epochs and {progress.step}/{steps_per_epoch} steps")
         began = read_config(workdir).num_devices
-        if began != config.num_devices and (mixes or any(config.dropout_rates)):
+        if began != config.num_devices and (config.mixes or any(config.dropout_rates)):
             print(
                 f"going on with {config.num_devices} devices where {began} began: from here on dropout and mixing, "
                 "drawn by device, are not those of an uninterrupted run",

@@ -191,7 +191,6 @@ def create_train_step(
     examples (the recipe's loss, dropout on), 'correct' int32, 'count' int32.
     """
     augment = create_augment(config)
-    mixes = config.mixup_alpha > 0 or config.cutmix_alpha > 0
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         device, num_devices, size = lax.axis_index(AXIS), lax.axis_size(AXIS), batch["label"].shape[0]
@@ -206,7 +205,7 @@ def create_train_step(
         images = augment(keys, scale_images(images, config.input_scaling))
         if image_size != images.shape[1]:
             images = jax.image.resize(images, (size, image_size, image_size, 3), "linear")  # antialiased
-        if mixes:
+        if config.mixes:
             mix_rng = jax.random.fold_in(jax.random.fold_in(dropout_rng, device), 1)
             place, real = jnp.arange(size), batch["mask"].sum().astype(jnp.int32)
             partner = jnp.where(place < real, real - 1 - place, place)  # the reversed batch, without its padding
@@ -217,7 +216,7 @@ def create_train_step(
             rngs = {"dropout": jax.random.fold_in(dropout_rng, device)}
             logits = state.apply_fn({"params": params}, images, train=True, rngs=rngs)
             losses = cross_entropy(logits, batch["label"], config.label_smoothing)
-            if mixes:
+            if config.mixes:
                 others = cross_entropy(logits, batch["label"][partner], config.label_smoothing)
                 losses = share * losses + (1 - share) * others
             # Times num_devices: pmean of these is the mean over the global batch, also of a partial one.

@@ -161,6 +161,11 @@ class Config:
         warms_up = self.schedule in ("cosine", "one_cycle")
         check(self.warmup_fraction == 0 or warms_up, "warmup_fraction", "0 unless --schedule cosine or one_cycle")
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with others of their batch."""
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
+
     def image_size(self, epoch: int) -> int:
         """The side of the training images in an epoch, counted from 0, in pixels."""
         for size, epochs in self.image_sizes:

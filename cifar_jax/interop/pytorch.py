@@ -96,7 +96,7 @@ def params_from_pytorch(state_dict: Mapping[str, Any], model: str | None = None)
     for name, tensor in state_dict.items():
         try:
             tensors[name] = _as_array(tensor)
-        except (RuntimeError, TypeError, NotImplementedError) as error:  # of a type that numpy does not have
+        except (RuntimeError, TypeError) as error:  # of a type that numpy does not have
             raise UserError(f"tensor {name} can't be read ({error})") from error
     xav = next((tensors.pop(name) for name in list(tensors) if name.rpartition(".")[2] == "xav"), None)
     if xav is not None and not any(np.array_equal(xav, tensor) for tensor in tensors.values()):
