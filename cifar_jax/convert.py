@@ -16,9 +16,8 @@ import jax
 import numpy as np
 import tyro
 
-from cifar_jax.configs.default import InputScaling, ModelName
 from cifar_jax.errors import UserError, command, parse_arguments
-from cifar_jax.evaluate import load_run
+from cifar_jax.evaluate import WeightFileFlags, load_run
 from cifar_jax.interop.files import Weights, load_weights, save_weights
 
 
@@ -30,12 +29,7 @@ class Arguments:
     """A weight file, or a run's folder."""
     output: Annotated[Path, tyro.conf.arg(metavar="OUT")]
     """The file to write; it must not exist."""
-    architecture: Path | None = None
-    """The Keras architecture JSON beside a weight file: says whether there is a final ReLU."""
-    model: ModelName | None = None
-    """The network; None: guessed from the number of tensors."""
-    input_scaling: InputScaling | None = None
-    """How pixels are scaled for these weights; None: as the file says, else as the model's original program does."""
+    weight_file: tyro.conf.OmitArgPrefixes[WeightFileFlags] = dataclasses.field(default_factory=WeightFileFlags)
     checkpoint: Literal["best", "latest"] | None = None
     """Of a run's folder; None: the latest."""
 
@@ -46,19 +40,14 @@ def main() -> int:
     arguments = parse_arguments(Arguments, prog="python -m cifar_jax.convert", config=positional)
     dataset = "cifar10"  # a weight file does not say
     if arguments.input.is_dir():
-        if arguments.architecture or arguments.input_scaling:
-            raise UserError(
-                f"{arguments.input} is a run, which knows its architecture and input scaling: leave them out"
-            )
+        arguments.weight_file.refuse(without="a weight file")
         config, state, _ = load_run(arguments.input, arguments.checkpoint or "latest")
-        if arguments.model not in (None, config.model):
-            raise UserError(f"{arguments.input}: holds the weights of {config.model}, not of {arguments.model}")
         dataset = config.dataset
         weights = Weights(config.model, jax.tree.map(np.asarray, state.eval_params), config.input_scaling)
     elif arguments.checkpoint is not None:
         raise UserError(f"--checkpoint goes with a run's folder, and {arguments.input} is none")
     else:
-        weights = load_weights(arguments.input, arguments.model, arguments.architecture, arguments.input_scaling)
+        weights = arguments.weight_file.load(arguments.input)
     save_weights(arguments.output, weights)
     count = sum(x.size for x in jax.tree.leaves(weights.params))
     relu = ", with the final ReLU" if weights.final_relu else ""

@@ -118,11 +118,26 @@ def load_file(weights: Weights, dtype: Literal["float32", "bfloat16"]) -> tuple[
     return config, replicate(state, jax.local_devices())
 
 
-def check_flags_of_weights(arguments: Any, *fields: str) -> None:
-    """Raises UserError if one of these flags is given without --weights."""
-    for field in fields:
-        if getattr(arguments, field) is not None and arguments.weights is None:
-            raise UserError(f"--{field.replace('_', '-')} goes with --weights alone")
+@dataclasses.dataclass(frozen=True)
+class WeightFileFlags:
+    """What a weight file may not say itself."""
+
+    architecture: Path | None = None
+    """The Keras architecture JSON beside it, which says whether there is a final ReLU."""
+    model: ModelName | None = None
+    """The network; None: guessed from the number of tensors."""
+    input_scaling: InputScaling | None = None
+    """How pixels are scaled; None: as the file says, else as the model's original program does."""
+
+    def load(self, path: Path) -> Weights:
+        """See load_weights."""
+        return load_weights(path, self.model, self.architecture, self.input_scaling)
+
+    def refuse(self, without: str) -> None:
+        """Raises UserError if a flag is given, as it goes with what is not there."""
+        for name, value in vars(self).items():
+            if value is not None:
+                raise UserError(f"--{name.replace('_', '-')} goes with {without} alone")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,12 +150,7 @@ class Arguments:
     """With --workdir: the latest checkpoint (None), or the best, which was chosen by test accuracy: biased upwards."""
     weights: Path | None = None
     """A weight file: .safetensors, .pth (PyTorch), .h5, .weights.h5 or .keras (Keras)."""
-    architecture: Path | None = None
-    """With --weights: the Keras architecture JSON beside it, which says whether there is a final ReLU."""
-    model: ModelName | None = None
-    """With --weights: the network; None: guessed from the number of tensors."""
-    input_scaling: InputScaling | None = None
-    """With --weights: how pixels are scaled; None: as the file says, else as the model's original program does."""
+    weight_file: tyro.conf.OmitArgPrefixes[WeightFileFlags] = dataclasses.field(default_factory=WeightFileFlags)
     dataset: Literal["cifar10", "digits"] | None = None
     """With --weights: the data to test on; None: cifar10. A run is tested on its own."""
     pretrained: str | None = None
@@ -165,7 +175,10 @@ def main() -> int:
     source: dict[str, Any]
     if [arguments.workdir, arguments.weights, arguments.pretrained].count(None) != 2:
         raise UserError("name a run with --workdir, a weight file with --weights, or a network with --pretrained")
-    check_flags_of_weights(arguments, "architecture", "model", "input_scaling", "dataset")
+    if arguments.weights is None:
+        arguments.weight_file.refuse(without="--weights")
+        if arguments.dataset is not None:
+            raise UserError("--dataset goes with --weights alone")
     if arguments.checkpoint is not None and arguments.workdir is None:
         raise UserError("--checkpoint goes with --workdir alone")
     if arguments.workdir is not None:
@@ -179,7 +192,7 @@ def main() -> int:
             print("the run tested on held-out training images; this is the test set", file=sys.stderr)
     else:
         path = arguments.weights or pretrained_path(str(arguments.pretrained))
-        weights = load_weights(path, arguments.model, arguments.architecture, arguments.input_scaling)
+        weights = arguments.weight_file.load(path)
         dtype = arguments.dtype or "float32"
         config, state = load_file(weights, dtype)
         name = arguments.pretrained or str(path)

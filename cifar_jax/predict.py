@@ -15,11 +15,9 @@ import PIL.Image
 import PIL.ImageOps
 import tyro
 
-from cifar_jax.configs.default import InputScaling, ModelName
 from cifar_jax.errors import UserError, command, parse_arguments
-from cifar_jax.evaluate import check_flags_of_weights, load_file, load_run
+from cifar_jax.evaluate import WeightFileFlags, load_file, load_run
 from cifar_jax.input_pipeline import CLASS_NAMES, scale_images
-from cifar_jax.interop.files import load_weights
 from cifar_jax.pretrained import pretrained_path
 from cifar_jax.training import prepare_cpu
 
@@ -61,12 +59,7 @@ class Arguments:
     """A run's folder: its latest checkpoint."""
     weights: Path | None = None
     """A weight file, trained on CIFAR-10: see cifar_jax.evaluate."""
-    architecture: Path | None = None
-    """With --weights: the Keras architecture JSON beside it, which says whether there is a final ReLU."""
-    model: ModelName | None = None
-    """With --weights: the network; None: guessed from the number of tensors."""
-    input_scaling: InputScaling | None = None
-    """With --weights: how pixels are scaled; None: as the file says, else as the model's original program does."""
+    weight_file: tyro.conf.OmitArgPrefixes[WeightFileFlags] = dataclasses.field(default_factory=WeightFileFlags)
     top: int = 3
     """How many classes to tell of each image."""
     json: bool = False
@@ -82,7 +75,8 @@ def main() -> int:
         raise UserError("name one image file or more")
     if [arguments.pretrained, arguments.workdir, arguments.weights].count(None) < 2:
         raise UserError("name only one of --pretrained, --workdir and --weights")
-    check_flags_of_weights(arguments, "architecture", "model", "input_scaling")
+    if arguments.weights is None:
+        arguments.weight_file.refuse(without="--weights")
     if not 1 <= arguments.top <= 10:
         raise UserError(f"--top {arguments.top}: there are 10 classes")
     images = np.stack([load_image(path) for path in arguments.images])
@@ -90,7 +84,7 @@ def main() -> int:
         config, state, _ = load_run(arguments.workdir, "latest")
     else:
         path = arguments.weights or pretrained_path(arguments.pretrained or DEFAULT)
-        weights = load_weights(path, arguments.model, arguments.architecture, arguments.input_scaling)
+        weights = arguments.weight_file.load(path)
         config, state = load_file(weights, "float32")
 
     @jax.jit

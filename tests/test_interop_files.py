@@ -512,10 +512,9 @@ def test_flags_that_do_not_apply_are_refused(tmp_path, run_command):
     for flags in (*flags_of_weights, ("--dataset", "digits")):
         status, _, errors = run_command(evaluate.main, "--workdir", tmp_path, *flags)
         assert (status, errors) == (2, f"error: {flags[0]} goes with --weights alone\n")
-        if flags[0] not in ("--model", "--dataset"):
-            status, _, errors = run_command(convert.main, tmp_path, tmp_path / "out.pth", *flags)
-            assert status == 2
-            assert "leave them out" in errors
+    for flags in flags_of_weights:
+        status, _, errors = run_command(convert.main, tmp_path, tmp_path / "out.pth", *flags)
+        assert (status, errors) == (2, f"error: {flags[0]} goes with a weight file alone\n")
 
 
 def test_a_run_converts_with_its_average_and_scaling(tmp_path, run_command, tiny_config, monkeypatch):
