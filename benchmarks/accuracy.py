@@ -231,6 +231,8 @@ class Arguments:
 
     out: Path
     """Folder for the JSON."""
+    name: str | None = None
+    """Name of the JSON file, without .json; None: accuracy_, ablation_ or parity_ and what was named."""
     recipe: str | None = None
     """Train this recipe with every seed."""
     ablation: str | None = None
@@ -245,6 +247,8 @@ class Arguments:
     """Where the trainings are kept, and resumed from."""
     num_epochs: int | None = None
     """None: the recipe's."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of the computation; None: the recipe's. Another one needs other --runs."""
     dataset: Literal["cifar10", "digits"] | None = None
     """The data; None: the recipe's."""
     data_dir: str | None = None
@@ -264,6 +268,7 @@ def configure(arguments: Arguments, recipe: str, workdir: str, seed: int, **chan
         workdir=str(arguments.runs / workdir),
         seed=seed,
         num_epochs=num_epochs,
+        dtype=arguments.dtype or RECIPES[recipe].dtype,
         dataset=arguments.dataset or RECIPES[recipe].dataset,
         data_dir=arguments.data_dir,
         **{"image_sizes": sizes} | changes,
@@ -346,6 +351,8 @@ def run_ablation(arguments: Arguments, recipe: str) -> dict[str, Any]:
 
 def run_parity(arguments: Arguments, model: str) -> dict[str, Any] | None:
     """The content of parity_MODEL.json; None if one framework alone was asked for."""
+    if arguments.dtype == "bfloat16":
+        raise UserError("--dtype bfloat16: --parity compares in the notebook's float32")
     if len(set(arguments.frameworks)) < len(arguments.frameworks):
         raise UserError(f"--frameworks {' '.join(arguments.frameworks)}: each once")
     compared = set(arguments.frameworks) == set(TRAINERS)
@@ -404,13 +411,13 @@ def main() -> int:
         raise UserError(own_flags) from error
     if content is None:
         return 0
-    file = {"recipe": "accuracy"}.get(mode, mode)
+    kind = {"recipe": "accuracy"}.get(mode, mode)
     packages = (*PACKAGES, "torch") if mode == "parity" else PACKAGES
     head = {
         "command": describe_command("-m benchmarks.accuracy", sys.argv[1:]),
         **describe_environment(jax.local_devices(), packages),
     }
-    write_json(arguments.out / f"{file}_{name}.json", head | content)
+    write_json(arguments.out / f"{arguments.name or f'{kind}_{name}'}.json", head | content)
     return 0
 
 

@@ -59,6 +59,11 @@ def percent(accuracy: float) -> str:
     return f"{100 * accuracy:.2f}"
 
 
+def minutes(seconds: float) -> str:
+    """Three digits, as a GPU takes seconds where a CPU takes hours."""
+    return f"{seconds / 60:,.0f}" if seconds >= 6000 else f"{seconds / 60:.3g}"
+
+
 def mean_and_deviation(spread: dict[str, Any]) -> str:
     """An accuracy over seeds in percent; without a deviation if it is of one."""
     return percent(spread["mean"]) + (f" ± {percent(spread['std'])}" if spread["std"] is not None else "")
@@ -102,16 +107,16 @@ def accuracy() -> str:
         model = result["config"]["model"]
         seconds = sorted(result["training_seconds"])[len(result["seeds"]) // 2]
         reached = [
-            f"{100 * float(name):.0f} %: {sorted(times)[len(times) // 2] / 60:.1f}"
+            f"{100 * float(name):.0f} %: {minutes(sorted(times)[len(times) // 2])}"
             for name, times in result["seconds_to"].items()
             if None not in times
         ]
         value = mean_and_deviation(result["test_accuracy"])
         cost = f"{result['cost']['images'] / 1e6:.2f} M, {result['cost']['flops'] / 1e15:.2f}"
         seeds = ", ".join(map(str, result["seeds"]))
-        epochs = str(result["config"]["num_epochs"])
-        row = [NETWORKS[model], ORIGINALS[model], f"`{result['recipe']}`", value, seeds, epochs, f"{seconds / 60:.0f}"]
-        rows.append([*row, "; ".join(reached), cost])
+        recipe = f"`{result['recipe']}`" + (", bfloat16" if result["config"]["dtype"] == "bfloat16" else "")
+        row = [NETWORKS[model], ORIGINALS[model], recipe, value, seeds, str(result["config"]["num_epochs"])]
+        rows.append([*row, minutes(seconds), "; ".join(reached), cost])
         notes.append(f"`{result['command']}`: {environment(result)}")
     columns = ["network", "original", "recipe", "test accuracy, last epoch", "seeds", "epochs", "minutes of training"]
     header = [*columns, "minutes to", "images, PFLOP"]
@@ -160,7 +165,7 @@ def draw_accuracy(path: Path) -> None:
                 [100 * value for value in run],
                 color=f"C{number}",
                 lw=1,
-                label=f"{result['recipe']}, {len(run)} epochs" if index == 0 else None,
+                label=f"{result['recipe']} {result['config']['dtype']}, {len(run)} epochs" if index == 0 else None,
             )
     for axes in charts.values():
         axes.legend()

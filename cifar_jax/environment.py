@@ -16,7 +16,7 @@ import jax
 
 import cifar_jax
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "flax", "optax", "orbax-checkpoint")
 
 
 def describe_command(program: str, arguments: Sequence[str]) -> str:
@@ -42,8 +42,12 @@ def describe_environment(devices: Sequence[jax.Device], packages: Sequence[str] 
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    device = f"{len(devices)} × {devices[0].device_kind}"
+    if devices[0].platform == "gpu":
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+        device += f" (float32 products: {precision or 'TensorFloat-32 where it can'})"
     return {
-        "hardware": f"{len(devices)} × {devices[0].device_kind}, {os.cpu_count()} CPU cores ({_processor()})",
+        "hardware": f"{device}, {os.cpu_count()} CPU cores ({_processor()})",
         "versions": versions,
         "date": datetime.date.today().isoformat(),
     }

@@ -97,7 +97,13 @@ def test_a_recipe_over_seeds(quick_recipe, tmp_path, run_command):
     assert content["command"].startswith(
         "python -m benchmarks.accuracy --recipe lenet5_reference --seeds 0 1 --num-epochs 2 --runs test_"
     )
-    assert content["dataset"] == "cifar10"
+    assert (content["dataset"], content["config"]["dtype"]) == ("cifar10", "float32")
+    status, _, _ = run_command(accuracy.main, *flags, "--name", "again", "--out", tmp_path)
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert (status, again["test_accuracy_by_epoch"]) == (0, curves)
+    status, _, errors = run_command(accuracy.main, *flags, "--dtype", "bfloat16", "--out", tmp_path)
+    assert status == 2
+    assert errors.endswith("(dtype float32 → bfloat16): name another --runs\n")
     status, _, errors = run_command(accuracy.main, *flags, "--num-epochs", "3", "--out", tmp_path)
     assert status == 2
     assert errors.endswith("(num_epochs 2 → 3): name another --runs\n")
@@ -212,6 +218,10 @@ def test_time_and_cost():
         (("--recipe", "resnet"), "unknown recipe 'resnet': choose one of lenet5"),
         (("--ablation", "quickstart"), "choose one of lenet5"),
         (("--parity", "lenet5", "--seeds", "1", "1"), "each once"),
+        (
+            ("--parity", "lenet5", "--dtype", "bfloat16"),
+            "--dtype bfloat16: --parity compares in the notebook's float32",
+        ),
         (("--parity", "lenet5", "--frameworks", "jax", "jax"), "--frameworks jax jax: each once"),
         (("--ablation", "lenet5", "--seeds", "0", "4294967296"), "--seeds 4294967296: must be from 0 to 4294967295"),
         (("--ablation", "lenet5", "--dataset", "digits"), "--dataset digits: has too few images to hold 5,000 out"),

@@ -19,3 +19,11 @@ def test_the_processor_is_told_where_the_system_tells_it(monkeypatch):
 
     monkeypatch.setattr(environment, "Path", absent)
     assert hardware() == "4 × cpu, 8 CPU cores (z80)"
+
+
+def test_a_gpus_precision_is_told(monkeypatch):
+    gpu = types.SimpleNamespace(platform="gpu", device_kind="Abacus 100")
+    hardware = lambda: environment.describe_environment([gpu])["hardware"]
+    assert hardware().startswith("1 × Abacus 100 (float32 products: TensorFloat-32 where it can), ")
+    with jax.default_matmul_precision("highest"):
+        assert hardware().startswith("1 × Abacus 100 (float32 products: highest), ")
