@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import importlib.metadata
 import io
 import json
 import sys
@@ -32,11 +33,11 @@ import scipy.stats
 from benchmarks.throughput import flops_per_image
 from cifar_jax.configs import RECIPES
 from cifar_jax.configs.default import EXECUTION_FIELDS, Config
-from cifar_jax.environment import PACKAGES, describe_command, describe_environment
+from cifar_jax.environment import describe_command, describe_environment
 from cifar_jax.errors import UserError, command, parse_arguments
 from cifar_jax.input_pipeline import load_dataset, scale_images
 from cifar_jax.interop import pytorch
-from cifar_jax.metrics import write_atomically, write_json
+from cifar_jax.metrics import output_file, write_atomically, write_json
 from cifar_jax.train import DeadTraining, Interrupted, train_and_evaluate
 from cifar_jax.training import prepare_cpu
 
@@ -353,8 +354,8 @@ def run_parity(arguments: Arguments, model: str) -> dict[str, Any] | None:
     """The content of parity_MODEL.json; None if one framework alone was asked for."""
     if arguments.dtype == "bfloat16":
         raise UserError("--dtype bfloat16: --parity compares in the notebook's float32")
-    if len(set(arguments.frameworks)) < len(arguments.frameworks):
-        raise UserError(f"--frameworks {' '.join(arguments.frameworks)}: each once")
+    if len(set(arguments.frameworks)) < max(1, len(arguments.frameworks)):
+        raise UserError(f"--frameworks {' '.join(arguments.frameworks)}: name one or more, each once")
     compared = set(arguments.frameworks) == set(TRAINERS)
     if compared and len(set(arguments.seeds)) < 2:
         raise UserError("--seeds: a comparison needs two or more")
@@ -372,6 +373,7 @@ def run_parity(arguments: Arguments, model: str) -> dict[str, Any] | None:
         name: [[row["test_accuracy"] for row in run["metrics"]] for run in runs] for name, runs in all_runs.items()
     }
     trained = origin(all_runs["jax"])  # PyTorch's runs do not say theirs
+    trained["versions"]["torch"] = importlib.metadata.version("torch")
     result = compare({name: [run[-1] for run in runs] for name, runs in curves.items()})
     p = "none, as no seed differs" if result["p_value"] is None else f"{result['p_value']:.2f}"
     print(f"difference {result['difference']:+.2%}, p = {p}")
@@ -379,8 +381,7 @@ def run_parity(arguments: Arguments, model: str) -> dict[str, Any] | None:
         "recipe": recipe,
         "dataset": config.dataset,
         "num_epochs": config.num_epochs,
-        "hardware": trained["hardware"],
-        "date": trained["date"],
+        **trained,
         "seeds": list(arguments.seeds),
         "test_accuracy_by_epoch": curves,
         "last_epoch": result,
@@ -398,10 +399,11 @@ def main() -> int:
     if len(set(arguments.seeds)) < max(1, len(arguments.seeds)):
         raise UserError(f"--seeds {' '.join(map(str, arguments.seeds))}: name one or more, each once")
     mode, name = asked[0], getattr(arguments, asked[0])
+    kind = {"recipe": "accuracy"}.get(mode, mode)
     try:
         for seed in arguments.seeds:  # now, not after hours of training
             configure(arguments, f"{name}_reference" if mode == "parity" else name, "", seed)
-        arguments.out.mkdir(parents=True, exist_ok=True)
+        file = output_file(arguments.out, arguments.name or f"{kind}_{name}")
         content = modes[mode](arguments, name)
     except Interrupted as interrupted:
         print(f"{interrupted}; the same command goes on from there", file=sys.stderr)
@@ -411,13 +413,11 @@ def main() -> int:
         raise UserError(own_flags) from error
     if content is None:
         return 0
-    kind = {"recipe": "accuracy"}.get(mode, mode)
-    packages = (*PACKAGES, "torch") if mode == "parity" else PACKAGES
     head = {
         "command": describe_command("-m benchmarks.accuracy", sys.argv[1:]),
-        **describe_environment(jax.local_devices(), packages),
+        **describe_environment(jax.local_devices()),
     }
-    write_json(arguments.out / f"{arguments.name or f'{kind}_{name}'}.json", head | content)
+    write_json(file, head | content)
     return 0
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from cifar_jax.configs.default import Config
 from cifar_jax.environment import PACKAGES, describe_environment
 from cifar_jax.training import (
+    check_devices,
     cpu_cores,
     create_eval_steps,
     create_history,
@@ -132,6 +133,7 @@ class JaxContender(Contender):
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
         use_cpu_cores()
+        check_devices()
         one = None if jax.default_backend() == "cpu" else 1  # PyTorch has all cores and one GPU
         self._devices = select_devices(dataclasses.replace(workload.plain, num_devices=one))
         self._per_call = default_steps_per_call(workload.plain.model, self._devices)
@@ -152,11 +154,12 @@ class JaxContender(Contender):
         if phase not in self._phases:
             self._phases[phase] = self._compile(phase)
         in_a_pass = self._steps_of_a_pass(phase)
-        per_call = min(self._per_call, in_a_pass)
-        begin = time.perf_counter()
-        for start in range(0, steps, per_call):
-            first = start % in_a_pass if per_call == 1 else 0
-            result = self._phases[phase](first, min(per_call, steps - start))
+        begin, done = time.perf_counter(), 0
+        while done < steps:
+            first = done % in_a_pass
+            count = min(self._per_call, steps - done, in_a_pass - first)
+            result = self._phases[phase](first, count)
+            done += count
         jax.block_until_ready(result)
         return time.perf_counter() - begin
 

@@ -25,9 +25,10 @@ from cifar_jax.environment import PACKAGES, describe_command, describe_environme
 from cifar_jax.errors import UserError, command, parse_arguments
 from cifar_jax.input_pipeline import Dataset, epoch_order, load_dataset, scale_images
 from cifar_jax.interop import pytorch
-from cifar_jax.metrics import write_json
+from cifar_jax.metrics import output_file, write_json
 from cifar_jax.training import (
     augmentation_keys,
+    check_devices,
     create_history,
     create_schedule,
     create_train_state,
@@ -101,13 +102,16 @@ class Arguments:
 @command
 def main() -> int:
     arguments = parse_arguments(Arguments, prog="python -m benchmarks.early_training")
+    check_devices()
     pytorch.import_torch()  # now, not after JAX's part
     dataset = load_dataset(arguments.dataset, arguments.data_dir)
     most = len(dataset.train_labels) // RECIPES["all_cnn_reference"].batch_size
     if not 5 <= arguments.num_steps <= most:
         raise UserError(f"--num-steps {arguments.num_steps}: must be from 5 to {most}, the whole batches of an epoch")
+    if not arguments.seeds:
+        raise UserError("--seeds: name one or more")
     runs: list[dict[str, Any]] = []
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    file = output_file(arguments.out, "early_training")
     for seed in arguments.seeds:
         config = dataclasses.replace(RECIPES["all_cnn_reference"], seed=seed, num_devices=1)
         for framework, losses_of in (("jax", losses_in_jax), ("pytorch", losses_in_pytorch)):
@@ -126,7 +130,7 @@ def main() -> int:
             **describe_environment(jax.local_devices()[:1], (*PACKAGES, "torch")),
             "runs": runs,
         }
-        write_json(arguments.out / "early_training.json", content)
+        write_json(file, content)
     return 0
 
 

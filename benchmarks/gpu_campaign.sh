@@ -11,9 +11,10 @@
 set -u
 [ $# -eq 1 ] || { echo "usage: benchmarks/gpu_campaign.sh OUT" >&2; exit 2; }
 DATA_DIR=${DATA_DIR:+$(realpath "$DATA_DIR")} || exit 2  # before the cd
+PYTHON=${PYTHON:-python}
+case $PYTHON in */*) PYTHON=$(realpath -s "$PYTHON") || exit 2 ;; esac  # not what it links to: that has no packages
 mkdir -p "$1" && OUT=$(cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
-PYTHON=${PYTHON:-python}
 eager=jax,pytorch,pytorch-cudagraphs
 runs=${CAMPAIGN_RUNS-lenet5_reference:15:60 all_cnn_reference:20:60}
 evaluation=${CAMPAIGN_EVALUATION:-25}

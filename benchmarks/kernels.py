@@ -2,11 +2,11 @@
 
 python -m benchmarks.kernels --out DIR [--rounds N] [--workloads …]
 
-The forms of a workload are compiled first, then timed in turn, round by round, so that a drifting machine hurts all
-alike (but for keep_memory, which can't be taken back: its rounds come last); medians over the rounds, and ratios to
-the plain form, go to DIR/kernels.json. A step is forward, backward and update, dropout and the recipe's augmentation
-on, float32, random images. Each form but the last three is measured without the others: beside Winograd's, which
-makes other convolutions of them, their gains are not the same.
+The forms of a workload are compiled first, then timed in turn, round by round, forth and back, so that a drifting
+machine hurts all alike (but for keep_memory, which can't be taken back: its rounds come last); medians over the
+rounds, and ratios to the plain form, go to DIR/kernels.json. A step is forward, backward and update, dropout and the
+recipe's augmentation on, float32, random images. Each form but the last three is measured without the others: beside
+Winograd's, which makes other convolutions of them, their gains are not the same.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Literal
 from unittest import mock
 
 import jax
@@ -31,8 +32,9 @@ from cifar_jax.configs import RECIPES
 from cifar_jax.configs.default import Config
 from cifar_jax.environment import describe_command, describe_environment
 from cifar_jax.errors import UserError, command, parse_arguments
-from cifar_jax.metrics import write_json
+from cifar_jax.metrics import output_file, write_json
 from cifar_jax.training import (
+    check_devices,
     create_history,
     create_train_state,
     create_train_steps,
@@ -118,18 +120,18 @@ class Arguments:
     """Folder for kernels.json."""
     rounds: int = 5
     """Each form is timed once a round."""
-    workloads: tuple[str, ...] = tuple(WORKLOADS)
-    """Which of lenet5_batch4, lenet5_batch128, all_cnn_batch64."""
+    workloads: tuple[Literal["lenet5_batch4", "lenet5_batch128", "all_cnn_batch64"], ...] = tuple(WORKLOADS)
+    """What is trained."""
 
 
 @command
 def main() -> int:
     arguments = parse_arguments(Arguments, prog="python -m benchmarks.kernels")
     use_cpu_cores()
-    unknown = [name for name in arguments.workloads if name not in WORKLOADS]
-    if unknown or arguments.rounds < 1:
-        raise UserError(f"--workloads takes {', '.join(WORKLOADS)}, and --rounds 1 or more")
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    check_devices()
+    if not arguments.workloads or arguments.rounds < 1:
+        raise UserError("--workloads: name one or more, and --rounds 1 or more")
+    file = output_file(arguments.out, "kernels")
     all_timers: dict[str, dict[str, Callable[[int], float]]] = {}
     all_times: dict[str, dict[str, list[float]]] = {}
     for workload in arguments.workloads:
@@ -140,12 +142,12 @@ def main() -> int:
                 timers[form] = create_timer(dataclasses.replace(config, num_devices=None if "cores" in parts else 1))
         all_timers[workload] = timers
         times = all_times[workload] = {form: [] for form in FORMS}
-        for _ in range(arguments.rounds):
-            for form, timer in timers.items():
+        for number in range(arguments.rounds):
+            for form in list(timers)[:: -1 if number % 2 else 1]:
                 if "memory" not in FORMS[form]:
-                    times[form].append(timer(num_steps))
+                    times[form].append(timers[form](num_steps))
     keep_memory()  # can't be taken back: so last, in rounds of its own
-    results: dict[str, dict[str, dict[str, object]]] = {}
+    results: dict[str, dict[str, dict[str, Any]]] = {}
     for workload, times in all_times.items():
         config, num_steps = WORKLOADS[workload]
         for form, timer in all_timers[workload].items():
@@ -168,7 +170,7 @@ def main() -> int:
         **describe_environment(jax.local_devices()[:1]),
         "results": results,
     }
-    write_json(arguments.out / "kernels.json", content)
+    write_json(file, content)
     return 0
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,9 +33,12 @@ FRAMEWORKS = {"jax": "cifar_jax", "pytorch": "PyTorch"}
 def load(name: str) -> dict[str, Any]:
     path = RESULTS / f"{name}.json"
     try:
-        return json.loads(path.read_text())
+        result = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}: measure it anew, or take it from the repository") from error
+    if name != "quickstart" and result.get("dataset", "cifar10") != "cifar10":
+        raise UserError(f"{path}: is of {result['dataset']}: measure it anew on CIFAR-10")
+    return result
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -59,9 +63,9 @@ def percent(accuracy: float) -> str:
     return f"{100 * accuracy:.2f}"
 
 
-def minutes(seconds: float) -> str:
-    """Three digits, as a GPU takes seconds where a CPU takes hours."""
-    return f"{seconds / 60:,.0f}" if seconds >= 6000 else f"{seconds / 60:.3g}"
+def three_digits(value: float) -> str:
+    """Three or more: a GPU takes seconds where a CPU takes hours."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def mean_and_deviation(spread: dict[str, Any]) -> str:
@@ -75,7 +79,8 @@ def result_names(prefix: str) -> list[str]:
 
 def lenet5_reference() -> str:
     result, dropout = load("lenet5_reference"), load("lenet5_reference_eval_dropout")
-    pytorch = load("parity_lenet5")["test_accuracy_by_epoch"]["pytorch"][0]
+    parity = load("parity_lenet5")
+    pytorch = parity["test_accuracy_by_epoch"]["pytorch"][parity["seeds"].index(0)]
     if len(result["metrics"]) != len(NOTEBOOK_LOG):
         epochs = f"{len(result['metrics'])} epochs, and the notebook's log {len(NOTEBOOK_LOG)}"
         raise UserError(f"{RESULTS / 'lenet5_reference.json'}: has {epochs}: take it from a whole run")
@@ -105,9 +110,9 @@ def accuracy() -> str:
     rows, notes = [], []
     for result in map(load, result_names("accuracy_")):
         model = result["config"]["model"]
-        seconds = sorted(result["training_seconds"])[len(result["seeds"]) // 2]
+        seconds = statistics.median(result["training_seconds"])
         reached = [
-            f"{100 * float(name):.0f} %: {minutes(sorted(times)[len(times) // 2])}"
+            f"{100 * float(name):.0f} %: {three_digits(statistics.median(times) / 60)}"
             for name, times in result["seconds_to"].items()
             if None not in times
         ]
@@ -116,7 +121,7 @@ def accuracy() -> str:
         seeds = ", ".join(map(str, result["seeds"]))
         recipe = f"`{result['recipe']}`" + (", bfloat16" if result["config"]["dtype"] == "bfloat16" else "")
         row = [NETWORKS[model], ORIGINALS[model], recipe, value, seeds, str(result["config"]["num_epochs"])]
-        rows.append([*row, minutes(seconds), "; ".join(reached), cost])
+        rows.append([*row, three_digits(seconds / 60), "; ".join(reached), cost])
         notes.append(f"`{result['command']}`: {environment(result)}")
     columns = ["network", "original", "recipe", "test accuracy, last epoch", "seeds", "epochs", "minutes of training"]
     header = [*columns, "minutes to", "images, PFLOP"]
@@ -206,12 +211,16 @@ def quickstart() -> str:
 
 def kernels() -> str:
     result = load("kernels")
-    forms, rows = list(result["results"]["lenet5_batch4"]), []
+    forms, rows, ranges = list(next(iter(result["results"].values()))), [], []
     for name, measured in result["results"].items():
         model, _, batch_size = name.rpartition("_batch")
-        cells = [f"{form['ms_per_step']:.2f} ({form['speedup']:.2f}×)" for form in measured.values()]
-        rows.append([f"{NETWORKS[model]}, batch {batch_size}", *cells])
-    return f"{table(['ms a step', *forms], rows)}\n\n{environment(result)}"
+        cells = [f"{three_digits(form['ms_per_step'])} ({form['speedup']:.2f}×)" for form in measured.values()]
+        title = f"{NETWORKS[model]}, batch {batch_size}"
+        rows.append([title, *cells])
+        ratios = [plain / ours for plain, ours in zip(measured["plain"]["rounds_ms"], measured["all"]["rounds_ms"])]
+        ranges.append(f"{title} {min(ratios):.2f} to {max(ratios):.2f}")
+    spread = f"Ratio of plain to all in single rounds, lowest to highest: {'; '.join(ranges)}."
+    return f"{table(['ms a step', *forms], rows)}\n\n{spread}\n\n`{result['command']}`: {environment(result)}"
 
 
 PHASE_TITLES = {"training": "training", "training_augmented": "training, augmented", "inference": "inference"}
@@ -372,7 +381,10 @@ def render(readme: str) -> str:
         place = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if not place.search(readme):
             raise UserError(f"README.md has no place for {name}: put back its <!-- begin {name} --> and end")
-        text = section()
+        try:
+            text = section()
+        except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
+            raise UserError(f"the results for {name} lack something ({error!r}): measure them anew, whole") from error
         readme = place.sub(lambda match, text=text: f"{match[1]}{text}\n{match[2]}", readme)
     return readme
 

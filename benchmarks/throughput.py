@@ -35,7 +35,7 @@ from cifar_jax.configs import RECIPES
 from cifar_jax.environment import describe_command
 from cifar_jax.errors import UserError, command, parse_arguments
 from cifar_jax.interop.layers import expected_shapes
-from cifar_jax.metrics import write_json
+from cifar_jax.metrics import output_file, write_json
 from cifar_jax.models import MODELS
 
 BATCH_SIZES = {"lenet5": (4, 128), "all_cnn": (64,)}
@@ -235,8 +235,10 @@ def main() -> int:
     arguments = parse_arguments(Arguments, prog="python -m benchmarks.throughput")
     if min(arguments.rounds, *(arguments.batch_sizes or ()), arguments.seconds_per_round, arguments.timeout) <= 0:
         raise UserError("--rounds, --batch-sizes, --seconds-per-round and --timeout take numbers above 0")
+    if not (arguments.models and arguments.phases):
+        raise UserError("--models and --phases: name one or more")
     contenders = [name for family in FAMILIES if family in {"jax", *arguments.frameworks} for name in FAMILIES[family]]
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    file = output_file(arguments.out, arguments.name)
     jax.config.update("jax_platforms", "cpu")  # this process only counts FLOPs: a GPU is all the workers'
     load_average = os.getloadavg()[0]
     workloads: dict[str, dict[str, Any]] = {}
@@ -267,7 +269,7 @@ def main() -> int:
                 "matrix_flops_per_second": limit,
                 "workloads": workloads,
             }
-            write_json(arguments.out / f"{arguments.name}.json", content)
+            write_json(file, content)
             for contender, values in workloads[name]["contenders"].items():
                 rates = (f"{values['phases'][phase]['images_per_second']:12,.1f}" for phase in arguments.phases)
                 print(f"{name:18} {contender:32} {' '.join(rates)} images/s ({', '.join(arguments.phases)})")

@@ -316,10 +316,15 @@ def compiler_options(config: Config, batch_size: int, devices: Sequence[jax.Devi
 def prepare_cpu() -> None:
     """What every command does first, so that the CPU is used well: see use_cpu_cores and keep_memory.
 
-    Raises: UserError if JAX has no device, as JAX_PLATFORMS names one that is not there.
+    Raises: UserError if JAX has no device.
     """
     use_cpu_cores()
     keep_memory()
+    check_devices()
+
+
+def check_devices() -> None:
+    """Raises: UserError if JAX has no device, as JAX_PLATFORMS names one that is not there."""
     try:
         jax.local_devices()
     except (RuntimeError, AssertionError) as error:

@@ -15,13 +15,9 @@ from typing import Any
 os.environ["KERAS_BACKEND"] = "torch"  # gradients are taken through torch.autograd
 
 import jax
-import keras
 import numpy as np
 import parity
-import torch
-from keras.src.backend.common import dtypes
-from keras_preprocessing.image import ImageDataGenerator
-from parity import Arguments, Check
+from parity import Arguments, Check, torch
 
 from cifar_jax import augmentation
 from cifar_jax.configs import RECIPES
@@ -29,6 +25,13 @@ from cifar_jax.configs.default import Config
 from cifar_jax.input_pipeline import Dataset
 from cifar_jax.interop import keras as interop_keras
 from cifar_jax.interop.layers import Params
+
+try:
+    import keras
+    from keras.src.backend.common import dtypes
+    from keras_preprocessing.image import ImageDataGenerator
+except ImportError as error:
+    parity.not_installed(error)
 
 # Except with TensorFlow, Keras computes dense layers and means of float64 in float32; the float64 checks need them.
 dtypes.BIT64_TO_BIT32_DTYPE["float64"] = "float64"

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import parity
-import torch
-from parity import Arguments, Check
+from parity import Arguments, Check, torch
 
 from cifar_jax.configs import RECIPES
 from cifar_jax.configs.default import Config

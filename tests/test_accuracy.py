@@ -10,7 +10,9 @@ from benchmarks import accuracy, throughput
 from cifar_jax.checkpoint import Progress
 from cifar_jax.configs import RECIPES
 from cifar_jax.errors import UserError
-from cifar_jax.train import DeadTraining, Interrupted
+from cifar_jax.input_pipeline import epoch_order
+from cifar_jax.train import DeadTraining, Interrupted, train_and_evaluate
+from cifar_jax.training import create_train_state
 
 pytestmark = pytest.mark.usefixtures("direct_convolutions", "no_figures")
 
@@ -29,8 +31,8 @@ def test_compare_is_welchs_test():
     assert result["difference"] == pytest.approx(0.015)
     assert result["p_value"] == pytest.approx(scipy.stats.ttest_ind(ours, theirs, equal_var=False).pvalue)
     low, high = result["confidence_interval_95"]
-    assert low < 0.015 < high
-    assert (low + high) / 2 == pytest.approx(0.015)
+    bounds = scipy.stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
+    assert (low, high) == pytest.approx((bounds.low, bounds.high))
 
 
 def test_seeds_that_do_not_differ_have_no_p_value():
@@ -93,6 +95,11 @@ def test_a_recipe_over_seeds(quick_recipe, tmp_path, run_command):
     assert np.shape(curves) == (2, 2)
     last = [curve[-1] for curve in curves]
     assert content["test_accuracy"] == {"mean": np.mean(last), "std": pytest.approx(np.std(last, ddof=1)), "n": 2}
+    runs = [json.loads((tmp_path / f"accuracy_lenet5_reference/seed{n}/summary.json").read_text()) for n in (0, 1)]
+    assert content["train_accuracy"]["mean"] == pytest.approx(np.mean([run["train_accuracy"] for run in runs]))
+    assert content["training_seconds"] == [run["training_seconds"] for run in runs]
+    assert content["seconds_to"]["0.70"] == [accuracy.time_to(run["metrics"], 0.7) for run in runs]
+    assert content["test_loss_by_epoch"] == [[row["test_loss"] for row in run["metrics"]] for run in runs]
     assert content["cost"]["images"] == 2 * 90
     assert content["command"].startswith(
         "python -m benchmarks.accuracy --recipe lenet5_reference --seeds 0 1 --num-epochs 2 --runs test_"
@@ -109,6 +116,29 @@ def test_a_recipe_over_seeds(quick_recipe, tmp_path, run_command):
     assert errors.endswith("(num_epochs 2 → 3): name another --runs\n")
 
 
+@pytest.mark.parametrize(("dropout", "rate"), [(0.0, 0.02), (0.5, 1e-12)])
+def test_pytorch_trains_the_recipe(dropout, rate, quick_recipe, tiny_dataset, tmp_path, monkeypatch):
+    """From JAX's weights in JAX's order: without dropout the same losses; with it, and no steps, the same test."""
+    config = accuracy.configure(accuracy.Arguments(tmp_path, num_epochs=2), "lenet5_reference", "", 0)
+    config = dataclasses.replace(config, dropout_rates=(dropout, dropout), learning_rate=rate)
+    ours = train_and_evaluate(dataclasses.replace(config, workdir=str(tmp_path / "jax")))
+    create_model = accuracy.pytorch.create_model
+
+    def from_jax(*arguments):
+        network = create_model(*arguments)
+        accuracy.pytorch.load_params(network, create_train_state(config, 1).params)
+        return network
+
+    orders = iter(range(2))
+    monkeypatch.setattr(accuracy.pytorch, "create_model", from_jax)
+    in_order = lambda count: torch.tensor(np.array(epoch_order(config.seed, next(orders), count)))
+    monkeypatch.setattr(torch, "randperm", in_order)
+    theirs = accuracy.train_in_pytorch(dataclasses.replace(config, workdir=str(tmp_path / "pytorch")))
+    for field in ("test_loss", "test_accuracy", *([] if dropout else ["train_loss"])):
+        values = [[row[field] for row in result["metrics"]] for result in (ours, theirs)]
+        np.testing.assert_allclose(*values, rtol=1e-4, err_msg=field)
+
+
 def test_the_ablation_holds_images_out(quick_recipe, tmp_path, run_command, monkeypatch):
     monkeypatch.setattr(accuracy, "HOLDOUT", 10)
     variants = {"the recipe": {}, "no dropout": {"dropout_rates": (0.0, 0.0)}}
@@ -121,7 +151,13 @@ def test_the_ablation_holds_images_out(quick_recipe, tmp_path, run_command, monk
         "the recipe": {},
         "no dropout": {"dropout_rates": [0.0, 0.0]},
     }
-    configs = [json.loads(path.read_text()) for path in tmp_path.glob("ablation_lenet5_reference/*/seed0/config.json")]
+    runs = tmp_path / "ablation_lenet5_reference"
+    for name, variant in content["variants"].items():
+        summary = json.loads((runs / name.replace(" ", "_") / "seed0" / "summary.json").read_text())
+        assert summary["test_accuracy"] != summary["train_accuracy"]
+        assert variant["holdout_accuracy"]["mean"] == summary["test_accuracy"]
+        assert variant["train_accuracy"]["mean"] == summary["train_accuracy"]
+    configs = [json.loads(path.read_text()) for path in runs.glob("*/seed0/config.json")]
     assert sorted((config["holdout"], config["dropout_rates"]) for config in configs) == [
         (10, [0.0, 0.0]),
         (10, [0.2, 0.2]),
@@ -222,7 +258,9 @@ def test_time_and_cost():
             ("--parity", "lenet5", "--dtype", "bfloat16"),
             "--dtype bfloat16: --parity compares in the notebook's float32",
         ),
-        (("--parity", "lenet5", "--frameworks", "jax", "jax"), "--frameworks jax jax: each once"),
+        (("--parity", "lenet5", "--frameworks", "jax", "jax"), "--frameworks jax jax: name one or more, each once"),
+        (("--parity", "lenet5", "--frameworks"), "--frameworks : name one or more, each once"),
+        (("--recipe", "lenet5", "--name", "a/b"), "a/b.json: name another --out, and as --name a file's"),
         (("--ablation", "lenet5", "--seeds", "0", "4294967296"), "--seeds 4294967296: must be from 0 to 4294967295"),
         (("--ablation", "lenet5", "--dataset", "digits"), "--dataset digits: has too few images to hold 5,000 out"),
         (("--recipe", "lenet5", "--num-epochs", "0"), "--num-epochs 0: must be 1 or more"),

@@ -1,6 +1,9 @@
 import json
 
-from benchmarks import kernels
+import pytest
+
+from benchmarks import early_training, kernels
+from cifar_jax import training
 from cifar_jax.configs import RECIPES
 
 
@@ -26,7 +29,10 @@ def test_every_form_is_timed_and_written(tmp_path, run_command, monkeypatch):
     forms = content["results"]["lenet5_batch4"]
     assert list(forms) == list(kernels.FORMS)
     assert forms["plain"]["speedup"] == 1
-    assert all(form["ms_per_step"] > 0 for form in forms.values())
+    for form in forms.values():
+        assert form["ms_per_step"] == form["rounds_ms"][0] > 0
+        assert form["speedup"] == pytest.approx(forms["plain"]["ms_per_step"] / form["ms_per_step"], rel=0.01)
+        assert form["images_per_second"] == pytest.approx(4000 / form["ms_per_step"], rel=0.01)
 
 
 def test_the_forms_differ(monkeypatch):
@@ -51,6 +57,37 @@ def test_the_forms_differ(monkeypatch):
 
 
 def test_bad_input_is_one_line_and_status_2(tmp_path, run_command):
-    status, _, error = run_command(kernels.main, "--out", tmp_path, "--workloads", "resnet")
-    assert status == 2
-    assert error.startswith("error: --workloads takes lenet5_batch4, lenet5_batch128, all_cnn_batch64")
+    messages = {("--workloads", "resnet"): "resnet", ("--workloads",): "--workloads: name one or more"}
+    (tmp_path / "kernels.json").mkdir()
+    for flags, message in (messages | {(): "kernels.json: name another --out"}).items():
+        status, _, error = run_command(kernels.main, "--out", tmp_path, *flags)
+        assert (status, error.count("\n")) == (2, 1)
+        assert message in error
+
+
+def test_forms_take_turns_forth_and_back(tmp_path, run_command, monkeypatch):
+    asked = []
+    configs = iter(range(len(kernels.FORMS)))
+
+    def create_timer(config):
+        number = next(configs)
+        return lambda num_steps: asked.append(number) or 1.0
+
+    monkeypatch.setattr(kernels, "create_timer", create_timer)
+    monkeypatch.setattr(kernels, "keep_memory", lambda: asked.append("memory"))
+    flags = ("--out", tmp_path, "--rounds", 2, "--workloads", "lenet5_batch4")
+    assert run_command(kernels.main, *flags)[0] == 0
+    kept = next(number for number, parts in enumerate(kernels.FORMS.values()) if "memory" in parts)
+    others = [number for number in range(len(kernels.FORMS)) if number != kept]
+    assert asked == [*others, *others[::-1], "memory", kept, kept, kept]
+
+
+def test_a_platform_that_is_not_there_is_one_line(tmp_path, run_command, monkeypatch):
+    def absent():
+        raise AssertionError
+
+    monkeypatch.setattr(training.jax, "local_devices", absent)
+    for main in (kernels.main, early_training.main):
+        status, _, error = run_command(main, "--out", tmp_path)
+        assert (status, error.count("\n")) == (2, 1)
+        assert error.startswith("error: JAX finds no device")

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -79,13 +83,31 @@ def test_a_nan_in_any_tensor_is_a_difference():
     assert np.isnan(parity.difference({"a": 0.0, "b": np.nan}, {"a": 0.0, "b": 0.0}))
 
 
-def test_bad_input_is_one_line(run_command):
+def test_bad_input_is_one_line(run_command, tmp_path):
     bad = [("--dataset", "mnist"), ("--dataset", "digits", "--weights", "absent.pth"), ("--imags", "3")]
-    bad += [("--seeds", "0"), ("--batch-size", "0"), ("--out", "absent/x.json")]
+    bad += [("--seeds", "0"), ("--batch-size", "0"), ("--out", "absent/x.json"), ("--out", tmp_path)]
+    bad += [("--dataset", "digits", "--steps", "400")]  # of 4 images, where there are 1,437
     for arguments in bad:
         status, _, errors = run_command(lambda: parity.run("scripts/x.py", (), parity_pytorch.checks), *arguments)
         assert status == 2
         assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(("script", "package"), [("parity_pytorch", "torch"), ("parity_keras", "keras")])
+def test_a_framework_that_is_not_installed_is_one_line(script, package):
+    code = f"""if True:
+        import importlib.abc, runpy, sys
+        class Finder(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path, target=None):
+                if name == {package!r}:
+                    raise ModuleNotFoundError(name=name)
+        sys.meta_path.insert(0, Finder())
+        runpy.run_path({SCRIPTS[script].__file__!r})"""
+    path = os.pathsep.join(filter(None, [str(Path(parity.__file__).parent), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2
+    assert result.stderr == f"error: {package} is not installed: pip install -e '.[parity]'\n"
 
 
 def test_wrong_flatten_order_is_seen(monkeypatch, batch):

@@ -1,6 +1,7 @@
 import dataclasses
 import importlib
 import json
+import shutil
 
 import pytest
 
@@ -31,6 +32,21 @@ def test_a_missing_result_is_one_line(monkeypatch, tmp_path, run_command):
     status, _, errors = run_command(report.main, "--check")
     assert (status, errors.count("\n")) == (2, 1)
     assert "quickstart.json" in errors
+
+
+@pytest.mark.parametrize("name", ["kernels", "parity_lenet5", "all_cnn_reference_seed0", "accuracy_lenet5"])
+def test_a_partial_result_or_one_of_other_data_is_one_line(name, monkeypatch, tmp_path, run_command):
+    results = tmp_path / "results"
+    shutil.copytree(report.RESULTS, results)
+    monkeypatch.setattr(report, "RESULTS", results)
+    assert run_command(report.main, "--check")[0] == 0
+    whole = report.load(name)
+    cut = {"results": {}, "seeds": [7], "metrics": [], "config": {}}
+    for content in (whole | {field: value for field, value in cut.items() if field in whole}, {"dataset": "digits"}):
+        (results / f"{name}.json").write_text(json.dumps(content))
+        status, _, errors = run_command(report.main, "--check")
+        assert (status, errors.count("\n")) == (2, 1)
+        assert "measure " in errors
 
 
 def test_a_reference_run_that_was_cut_off_is_one_line(monkeypatch, run_command):
@@ -79,10 +95,10 @@ def test_the_results_are_of_the_recipes_as_they_are(name):
         assert result["config"].get(field, defaults[field]) == recipe[field], field
 
 
-def test_minutes():
-    assert [report.minutes(seconds) for seconds in (7.4, 88.2, 3123, 10693, 72000)] == [
+def test_three_digits():
+    assert [report.three_digits(value) for value in (0.1234, 1.4, 52.04, 178.2, 1200)] == [
         "0.123",
-        "1.47",
+        "1.4",
         "52",
         "178",
         "1,200",

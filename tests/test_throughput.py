@@ -20,6 +20,9 @@ from benchmarks.contenders import FAMILIES, PHASES, Contender, JaxContender
 from cifar_jax import augmentation
 from cifar_jax.configs import RECIPES
 from cifar_jax.input_pipeline import scale_images
+from cifar_jax.interop import pytorch as interop_pytorch
+from cifar_jax.models import MODELS
+from cifar_jax.training import cross_entropy
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +141,9 @@ def test_a_tiny_run(tmp_path, run_command, monkeypatch):
         (["--models", "resnet"], "error: "),
         (["--rounds", "0"], "error: --rounds, --batch-sizes, --seconds-per-round and --timeout take"),
         (["--batch-sizes", "0"], "error: --rounds, --batch-sizes"),
+        (["--phases"], "error: --models and --phases: name one or more"),
+        (["--models"], "error: --models and --phases: name one or more"),
+        (["--name", "a/b"], "error: can't write "),
         (["--out", "/dev/null/here"], "error: /dev/null/here: Not a directory: name another place"),
     ],
 )
@@ -173,6 +179,7 @@ def test_workloads_are_the_recipes():
     assert workload.plain == dataclasses.replace(
         workload.augmented, rotation_degrees=0.0, shift_fraction=0.0, random_flip=False
     )
+    assert [workload.config(phase) is workload.augmented for phase in PHASES] == [False, True, False]
     lenet5 = throughput.create_workload("lenet5", 128, "float32")[1]
     assert (lenet5.plain.crop_padding, lenet5.augmented.crop_padding, lenet5.augmented.random_flip) == (0, 3, True)
     assert (lenet5.plain.optimizer, lenet5.plain.ema_decay, lenet5.plain.weight_decay) == ("sgd", 0, 1e-3)
@@ -217,6 +224,68 @@ def test_pytorchs_scaling_is_the_packages(input_scaling):
     np.testing.assert_allclose(images.transpose(0, 3, 1, 2) * scale + shift, expected, atol=1e-6)
 
 
+def test_pytorchs_augmentation_draws_for_each_image():
+    shades = (np.mgrid[:32, :32].sum(axis=0) ** 1.5).astype(np.float32)
+    images = torch.from_numpy(np.broadcast_to(shades, (64, 3, 32, 32)).copy())
+    plain = dataclasses.replace(throughput.create_workload("lenet5", 4, "float32")[1].plain)
+    different = lambda images: len(np.unique(images.numpy().reshape(64, -1), axis=0))
+    assert different(pytorch_contenders.augment(images, plain)) == 1
+    flipped = pytorch_contenders.augment(images, dataclasses.replace(plain, random_flip=True))
+    mirrored = [torch.equal(image, images[0].flip(-1)) for image in flipped]
+    assert 0 < sum(mirrored) < 64
+    assert sum(torch.equal(image, images[0]) for image in flipped) == 64 - sum(mirrored)
+    assert different(pytorch_contenders.augment(images, dataclasses.replace(plain, crop_padding=3))) > 15
+    for lever in ({"rotation_degrees": 10.0}, {"shift_fraction": 0.1}):
+        assert different(pytorch_contenders.augment(images, dataclasses.replace(plain, **lever))) == 64
+
+
+def test_pytorch_and_keras_see_the_same_images_and_compute_the_same_loss():
+    _, workload = throughput.create_workload("lenet5", 4, "float32")
+    images, labels, order = workload.data()
+    inputs = np.asarray(scale_images(jnp.asarray(images), "symmetric"))
+    contender = pytorch_contenders.PyTorchContender("pytorch", workload, "cpu")
+    params = interop_pytorch.params_from_pytorch(contender._network.state_dict(), "lenet5")
+    rows = order[:2].ravel()
+    logits = MODELS["lenet5"]().apply({"params": params}, inputs[rows])
+    contender.run("inference", 2)
+    np.testing.assert_allclose(contender._total, cross_entropy(logits, labels[rows]).sum(), rtol=1e-5)
+    assert int(contender._correct) == int((logits.argmax(-1) == labels[rows]).sum())
+    seen = []
+    keras = pytorch_contenders.KerasContender("keras", workload, "cpu")
+    keras._network.train_on_batch = lambda *batch: seen.append(batch)
+    keras.run("training", 2)
+    np.testing.assert_allclose(torch.cat([batch[0] for batch in seen]), inputs[rows], atol=1e-6)
+    np.testing.assert_array_equal(torch.cat([batch[1] for batch in seen]), labels[rows])
+    keras.run("training_augmented", 2)
+    assert not np.allclose(torch.cat([batch[0] for batch in seen[2:]]), inputs[rows])
+
+
+def test_contenders_take_turns_forth_and_back(monkeypatch):
+    rounds = []
+
+    class Stub:
+        def __init__(self, contender, *_):
+            self._contender = contender
+
+        def call(self, method, *arguments):
+            if method == "run_round":
+                rounds.append((self._contender, *arguments))
+                return 1.0
+            environment = {"threads": 1, "platform": "cpu", "environment": {}}
+            return {"describe": environment, "warm_up": {}}.get(method, 1)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(throughput, "Worker", Stub)
+    arguments = throughput.Arguments(None, phases=("training", "inference"), rounds=2)
+    throughput.measure(None, ["jax", "a", "b"], arguments)
+    names = ["jax", "a", "b"]
+    assert rounds == [
+        (name, phase) for turn in (names, names[::-1]) for phase in ("training", "inference") for name in turn
+    ]
+
+
 def test_every_phase_of_pytorch_and_keras_trains_or_leaves_the_weights_alone():
     _, workload = throughput.create_workload("lenet5", 4, "float32")
     for kind, name in (
@@ -243,7 +312,12 @@ def test_jax_goes_over_the_data_again_and_again():
     contender._per_call = 1000  # as on an accelerator
     contender.run("training", 1500)
     contender.run("inference", 1500)
-    assert calls == [(0, 1000), (0, 500), (0, 1000), (0, 500)]
+    assert calls == [(0, 1000), (0, 500), (0, 1000), (1000, 24), (0, 476)]
+    calls.clear()
+    contender._per_call = 16  # as on the CPU: 1,000 is no multiple of it
+    contender.run("training", 1020)
+    assert calls[:2] == [(0, 16), (16, 16)]
+    assert calls[61:] == [(976, 16), (992, 8), (0, 16), (16, 4)]
 
 
 def test_slow_first_calls_leave_the_length_of_a_round_alone(monkeypatch):
