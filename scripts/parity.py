@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -33,12 +34,14 @@ from cifar_jax.interop.layers import Params, expected_shapes, layers_from_params
 from cifar_jax.metrics import write_json
 from cifar_jax.models import MODELS
 from cifar_jax.training import (
-    check_devices,
+    TrainState,
+    compiler_options,
     create_train_state,
     create_train_step,
     create_tx,
     cross_entropy,
     parallelize,
+    prepare_cpu,
     replicate,
 )
 
@@ -145,7 +148,19 @@ def jitted_apply(model: str, dtype: np.dtype, final_relu: bool) -> Callable[...,
     return jax.jit(lambda params, images: network.apply({"params": params}, images))
 
 
-def jax_logits(model: str, params: Params, images: np.ndarray, final_relu: bool = False) -> jax.Array:
+def dividing_devices(count: int) -> list[jax.Device]:
+    """As many of the devices as `count` divides by."""
+    devices = jax.local_devices()
+    return devices[: math.gcd(count, len(devices))]
+
+
+def divided(images: np.ndarray) -> jax.Array:
+    """A batch over as many devices as it divides by, so that what is computed of it is, too."""
+    mesh = jax.sharding.Mesh(np.array(dividing_devices(len(images))), ("batch",))
+    return jax.device_put(images, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch")))
+
+
+def jax_logits(model: str, params: Params, images: np.ndarray | jax.Array, final_relu: bool = False) -> jax.Array:
     return jitted_apply(model, images.dtype, final_relu)(params, images)
 
 
@@ -268,15 +283,22 @@ def without_randomness(config: Config) -> Config:
 def jax_trajectories(
     config: Config, starts: Sequence[Params], batches: Sequence[tuple[np.ndarray, np.ndarray]]
 ) -> list[Params]:
-    """From each start, the weights after a train_step of the recipe on every (uint8 images, labels)."""
-    config = without_randomness(config)
-    train_step = create_train_step(config)
-    compile_for = parallelize(lambda state, batch, _: train_step(state, batch), jax.local_devices()[:1], (), {})
+    """From each start, the weights after a train_step of the recipe on every (uint8 images, labels), over as many
+    devices as those divide by."""
+    config, count = without_randomness(config), len(batches[0][1])
+    train_step, devices = create_train_step(config), dividing_devices(count)
+    part = count // len(devices)
+
+    def step_of(state: TrainState, batch: Any, device: jax.Array) -> Any:
+        return train_step(state, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, device * part, part), batch))
+
+    compile_for = parallelize(step_of, devices, (), compiler_options(config, count, devices))
     fresh, ends, step = create_train_state(config, steps_per_epoch=782), [], None
     for params in starts:
-        state = fresh.replace(params=params, opt_state=fresh.tx.init(params))
+        state = replicate(fresh.replace(params=params, opt_state=fresh.tx.init(params)), devices)
         for images, labels in batches:
             batch = {"image": images, "label": labels, "mask": np.ones(len(labels), np.float32)}
+            batch = replicate(batch, devices)
             step = step or compile_for(state, batch)
             state, _ = step(state, batch)
         ends.append(jax.device_get(state.params))
@@ -345,7 +367,7 @@ def check_predictions(reference: type[Reference], path: Path, images: np.ndarray
     ours, theirs = [], []
     for i in range(0, len(labels), 500):
         batch = inputs[i : i + 500]
-        ours.append(np.asarray(jax_logits(weights.model, weights.params, batch, weights.final_relu)))
+        ours.append(np.asarray(jax_logits(weights.model, weights.params, divided(batch), weights.final_relu)))
         with torch.no_grad():
             theirs.append(network.logits(batch))
     our_logits, their_logits = np.concatenate(ours), torch.cat(theirs)
@@ -469,7 +491,7 @@ def run(prog: str, packages: Sequence[str], checks_of: Callable[[Arguments, Data
             raise UserError(f"--out {out}: there is no folder {out.parent}")
         if out is not None and (out.is_dir() or not os.access(out.parent, os.W_OK)):
             raise UserError(f"--out {out}: can't be written: name a file")
-        check_devices()
+        prepare_cpu()
         if not arguments.weights:
             raise UserError("there are no weight files in cifar_jax/pretrained: name some with --weights")
         for path in arguments.weights:
@@ -480,7 +502,7 @@ def run(prog: str, packages: Sequence[str], checks_of: Callable[[Arguments, Data
         failed = [check for check in checks if not check.passed]
         content = {
             "command": describe_command(prog, sys.argv[1:]),
-            **describe_environment(jax.local_devices()[:1], (*PACKAGES, *packages)),
+            **describe_environment(jax.local_devices(), (*PACKAGES, *packages)),
             "dataset": arguments.dataset,
             "passed": not failed,
             "checks": [check.as_json() for check in checks],
