@@ -233,7 +233,7 @@ class Arguments:
     out: Path
     """Folder for the JSON."""
     name: str | None = None
-    """Name of the JSON file, without .json; None: accuracy_, ablation_ or parity_ and what was named."""
+    """Name of the JSON file, without .json; None: accuracy_, ablation_ or parity_ and what was named, and --dtype."""
     recipe: str | None = None
     """Train this recipe with every seed."""
     ablation: str | None = None
@@ -344,6 +344,7 @@ def run_ablation(arguments: Arguments, recipe: str) -> dict[str, Any]:
         "dataset": config.dataset,
         **(origin(all_runs) if all_runs else {}),
         "holdout": HOLDOUT,
+        "dtype": config.dtype,
         "num_epochs": config.num_epochs,
         "seeds": list(arguments.seeds),
         "variants": variants,
@@ -403,7 +404,8 @@ def main() -> int:
     try:
         for seed in arguments.seeds:  # now, not after hours of training
             configure(arguments, f"{name}_reference" if mode == "parity" else name, "", seed)
-        file = output_file(arguments.out, arguments.name or f"{kind}_{name}")
+        dtype = f"_{arguments.dtype}" if arguments.dtype else ""
+        file = output_file(arguments.out, arguments.name or f"{kind}_{name}{dtype}")
         content = modes[mode](arguments, name)
     except Interrupted as interrupted:
         print(f"{interrupted}; the same command goes on from there", file=sys.stderr)

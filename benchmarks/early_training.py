@@ -125,9 +125,12 @@ def main() -> int:
                 f"seed {seed} {framework:8} lowest 5-step mean {smooth[low]:.3f} near step {low + 2}, {after}",
                 flush=True,
             )
+        with jax.default_matmul_precision("highest"):  # which the environment tells
+            environment = describe_environment(jax.local_devices()[:1], (*PACKAGES, "torch"))
         content = {
             "command": describe_command("-m benchmarks.early_training", sys.argv[1:]),
-            **describe_environment(jax.local_devices()[:1], (*PACKAGES, "torch")),
+            **environment,
+            "dataset": arguments.dataset,
             "runs": runs,
         }
         write_json(file, content)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -47,7 +46,8 @@ from cifar_jax.training import (
 
 
 def not_installed(error: ImportError) -> NoReturn:
-    print(f"error: {error.name} is not installed: pip install -e '.[parity]'", file=sys.stderr)
+    what = f"{error.name} is not installed" if isinstance(error, ModuleNotFoundError) else f"can't import: {error}"
+    print(f"error: {what}: pip install -e '.[parity]'", file=sys.stderr)
     sys.exit(2)
 
 
@@ -151,7 +151,7 @@ def jitted_apply(model: str, dtype: np.dtype, final_relu: bool) -> Callable[...,
 def dividing_devices(count: int) -> list[jax.Device]:
     """As many of the devices as `count` divides by."""
     devices = jax.local_devices()
-    return devices[: math.gcd(count, len(devices))]
+    return devices[: max(n for n in range(1, len(devices) + 1) if count % n == 0)]
 
 
 def divided(images: np.ndarray) -> jax.Array:
@@ -507,17 +507,19 @@ def run(prog: str, packages: Sequence[str], checks_of: Callable[[Arguments, Data
             "passed": not failed,
             "checks": [check.as_json() for check in checks],
         }
-        if arguments.json:
-            print(json.dumps(content, indent=2))
-        else:
-            width = max(len(check.name) for check in checks)
-            print(f"{'check':{width}} {'error':>9} {'tolerance':>9}")
-            for check in checks:
-                verdict = "pass" if check.passed else "FAIL"
-                print(f"{check.name:{width}} {check.error:9.1e} {check.tolerance:9.1e} {verdict}")
-            print(f"{len(checks) - len(failed)} of {len(checks)} checks passed")
-        if out is not None:
-            write_json(out, content)
+        try:
+            if arguments.json:
+                print(json.dumps(content, indent=2))
+            else:
+                width = max(len(check.name) for check in checks)
+                print(f"{'check':{width}} {'error':>9} {'tolerance':>9}")
+                for check in checks:
+                    verdict = "pass" if check.passed else "FAIL"
+                    print(f"{check.name:{width}} {check.error:9.1e} {check.tolerance:9.1e} {verdict}")
+                print(f"{len(checks) - len(failed)} of {len(checks)} checks passed")
+        finally:  # whichever fails, the other is there
+            if out is not None:
+                write_json(out, content)
         return int(bool(failed))
 
     return main()

@@ -21,7 +21,9 @@ def test_both_frameworks_take_the_same_steps(monkeypatch, tmp_path, run_command)
     status, output, _ = run_command(early_training.main, *flags)
     assert status == 0
     assert output.startswith("seed 3 jax")
-    runs = json.loads((tmp_path / "early_training.json").read_text())["runs"]
+    content = json.loads((tmp_path / "early_training.json").read_text())
+    assert content["dataset"] == "digits"
+    runs = content["runs"]
     assert [(run["framework"], run["seed"]) for run in runs] == [("jax", 3), ("pytorch", 3)]
     ours, theirs = (np.array(run["batch_loss"]) for run in runs)
     assert len(ours) == 6
