@@ -112,28 +112,26 @@ def main() -> int:
         raise UserError("--seeds: name one or more")
     runs: list[dict[str, Any]] = []
     file = output_file(arguments.out, "early_training")
-    for seed in arguments.seeds:
-        config = dataclasses.replace(RECIPES["all_cnn_reference"], seed=seed, num_devices=1)
-        for framework, losses_of in (("jax", losses_in_jax), ("pytorch", losses_in_pytorch)):
-            with jax.default_matmul_precision("highest"):  # else TensorFloat-32 on NVIDIA's GPUs
+    with jax.default_matmul_precision("highest"):  # else TensorFloat-32 on NVIDIA's GPUs; the environment tells it
+        for seed in arguments.seeds:
+            config = dataclasses.replace(RECIPES["all_cnn_reference"], seed=seed, num_devices=1)
+            for framework, losses_of in (("jax", losses_in_jax), ("pytorch", losses_in_pytorch)):
                 losses = losses_of(config, dataset, arguments.num_steps)
-            runs.append({"framework": framework, "seed": seed, "batch_loss": [round(loss, 5) for loss in losses]})
-            smooth = np.convolve(losses, np.ones(5) / 5, "valid")
-            low = int(smooth.argmin())
-            after = f"afterwards up to {smooth[low:].max():.3f}"
-            print(
-                f"seed {seed} {framework:8} lowest 5-step mean {smooth[low]:.3f} near step {low + 2}, {after}",
-                flush=True,
-            )
-        with jax.default_matmul_precision("highest"):  # which the environment tells
-            environment = describe_environment(jax.local_devices()[:1], (*PACKAGES, "torch"))
-        content = {
-            "command": describe_command("-m benchmarks.early_training", sys.argv[1:]),
-            **environment,
-            "dataset": arguments.dataset,
-            "runs": runs,
-        }
-        write_json(file, content)
+                runs.append({"framework": framework, "seed": seed, "batch_loss": [round(loss, 5) for loss in losses]})
+                smooth = np.convolve(losses, np.ones(5) / 5, "valid")
+                low = int(smooth.argmin())
+                after = f"afterwards up to {smooth[low:].max():.3f}"
+                print(
+                    f"seed {seed} {framework:8} lowest 5-step mean {smooth[low]:.3f} near step {low + 2}, {after}",
+                    flush=True,
+                )
+            content = {
+                "command": describe_command("-m benchmarks.early_training", sys.argv[1:]),
+                **describe_environment(jax.local_devices()[:1], (*PACKAGES, "torch")),
+                "dataset": arguments.dataset,
+                "runs": runs,
+            }
+            write_json(file, content)
     return 0
 
 

@@ -36,10 +36,18 @@ def load(name: str) -> dict[str, Any]:
         result = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}: measure it anew, or take it from the repository") from error
-    dataset = result.get("dataset") or result.get("config", {}).get("dataset", "cifar10")
-    if name != "quickstart" and dataset != "cifar10":
-        raise UserError(f"{path}: is of {dataset}: measure it anew on CIFAR-10")
+    if name != "quickstart" and setting(result, "dataset") not in (None, "cifar10"):
+        raise UserError(f"{path}: is of {setting(result, 'dataset')}: measure it anew on CIFAR-10")
     return result
+
+
+def setting(result: dict[str, Any], field: str) -> Any:
+    """What a result or else its config says; None if neither."""
+    return result.get(field) or result.get("config", {}).get(field)
+
+
+def recipe_and_type(result: dict[str, Any]) -> str:
+    return f"`{result['recipe']}`" + (", bfloat16" if setting(result, "dtype") == "bfloat16" else "")
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -121,8 +129,8 @@ def accuracy() -> str:
         value = mean_and_deviation(result["test_accuracy"])
         cost = f"{result['cost']['images'] / 1e6:.2f} M, {result['cost']['flops'] / 1e15:.2f}"
         seeds = ", ".join(map(str, result["seeds"]))
-        recipe = f"`{result['recipe']}`" + (", bfloat16" if result["config"]["dtype"] == "bfloat16" else "")
-        row = [NETWORKS[model], ORIGINALS[model], recipe, value, seeds, str(result["config"]["num_epochs"])]
+        epochs = str(result["config"]["num_epochs"])
+        row = [NETWORKS[model], ORIGINALS[model], recipe_and_type(result), value, seeds, epochs]
         rows.append([*row, three_digits(seconds / 60), "; ".join(reached), cost])
         notes.append(f"`{result['command']}`: {environment(result)}")
     columns = ["network", "original", "recipe", "test accuracy, last epoch", "seeds", "epochs", "minutes, fastest seed"]
@@ -146,8 +154,7 @@ def ablation() -> str:
             compared = variant["changes"] and recipe is not None
             difference = f"{100 * (held_out['mean'] - recipe['mean']):+.2f}" if compared else ""
             rows.append([name, changed(variant), mean_and_deviation(held_out), difference, percent(trained["mean"])])
-        bfloat16 = ", bfloat16" if result.get("dtype") == "bfloat16" else ""
-        title = f"`{result['recipe']}`, {result['num_epochs']} epochs{bfloat16}"
+        title = f"{recipe_and_type(result)}, {result['num_epochs']} epochs"
         columns = [title, "changed", "5,000 held-out images", "difference", "training images"]
         seeds = ", ".join(map(str, result["seeds"]))
         parts += [table(columns, rows), f"`{result['command']}`: seeds {seeds}; {environment(result)}"]
