@@ -332,6 +332,11 @@ def check_devices() -> None:
         raise UserError(f"JAX finds no device: install for it (README), or unset JAX_PLATFORMS={asked}") from error
 
 
+def dividing_count(batch_size: int, at_most: int) -> int:
+    """The largest number of devices that a batch divides over."""
+    return max(n for n in range(1, at_most + 1) if batch_size % n == 0)
+
+
 def select_devices(config: Config) -> list[jax.Device]:
     """The local devices of a run: num_devices, else all; CPU cores only where each gets MIN_BATCH_OF_A_CORE images.
 
@@ -341,14 +346,13 @@ def select_devices(config: Config) -> list[jax.Device]:
     count = config.num_devices or len(devices)
     if config.num_devices is None and devices[0].platform == "cpu":
         most = max(1, config.batch_size // MIN_BATCH_OF_A_CORE)
-        count = max(n for n in range(1, min(count, most) + 1) if config.batch_size % n == 0)
+        count = dividing_count(config.batch_size, min(count, most))
     if count > len(devices):
         raise UserError(f"--num-devices {count}: this machine has {len(devices)}")
     if config.batch_size % count:
-        divisors = [n for n in range(1, count) if config.batch_size % n == 0]
         raise UserError(
             f"--batch-size {config.batch_size} does not divide over {count} devices: "
-            f"use a multiple of {count}, or --num-devices {max(divisors)}"
+            f"use a multiple of {count}, or --num-devices {dividing_count(config.batch_size, count - 1)}"
         )
     return devices[:count]
 

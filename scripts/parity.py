@@ -39,6 +39,7 @@ from cifar_jax.training import (
     create_train_step,
     create_tx,
     cross_entropy,
+    dividing_count,
     parallelize,
     prepare_cpu,
     replicate,
@@ -151,7 +152,7 @@ def jitted_apply(model: str, dtype: np.dtype, final_relu: bool) -> Callable[...,
 def dividing_devices(count: int) -> list[jax.Device]:
     """As many of the devices as `count` divides by."""
     devices = jax.local_devices()
-    return devices[: max(n for n in range(1, len(devices) + 1) if count % n == 0)]
+    return devices[: dividing_count(count, len(devices))]
 
 
 def divided(images: np.ndarray) -> jax.Array:
