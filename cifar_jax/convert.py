@@ -7,7 +7,9 @@ The files' names say what they are: see interop/files.py.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,6 +21,7 @@ import tyro
 from cifar_jax.errors import UserError, command, parse_arguments
 from cifar_jax.evaluate import WeightFileFlags, load_run
 from cifar_jax.interop.files import Weights, load_weights, save_weights
+from cifar_jax.training import check_devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Arguments:
 def main() -> int:
     positional = (tyro.conf.PositionalRequiredArgs,)
     arguments = parse_arguments(Arguments, prog="python -m cifar_jax.convert", config=positional)
+    check_devices()
     dataset = "cifar10"  # a weight file does not say
     if arguments.input.is_dir():
         arguments.weight_file.refuse(without="a weight file")
@@ -52,7 +56,8 @@ def main() -> int:
     count = sum(x.size for x in jax.tree.leaves(weights.params))
     relu = ", with the final ReLU" if weights.final_relu else ""
     print(f"{arguments.output}: {weights.model}, {count:,} parameters{relu}, for {weights.input_scaling} pixels")
-    written = load_weights(arguments.output)
+    with contextlib.redirect_stderr(io.StringIO()):  # that it assumes the original's scaling; below is what to use
+        written = load_weights(arguments.output)
     if written.input_scaling != weights.input_scaling:
         print(f"such a file does not hold the scaling: use it with --input-scaling {weights.input_scaling}")
     if written.final_relu != weights.final_relu:

@@ -110,7 +110,8 @@ def load_run(
 
 def load_file(weights: Weights, dtype: Literal["float32", "bfloat16"]) -> tuple[Config, TrainState]:
     """A config that says how to evaluate these weights, and a state that holds them."""
-    config = dataclasses.replace(RECIPES[f"{weights.model}_reference"], input_scaling=weights.input_scaling)
+    recipe = RECIPES[f"{weights.model}_reference"]
+    config = dataclasses.replace(recipe, input_scaling=weights.input_scaling, dtype=dtype)
     model = weights.create_module(dropout_rates=config.dropout_rates, dtype=jnp.dtype(dtype))
     state = TrainState.create(
         apply_fn=model.apply, params=weights.params, tx=optax.identity(), rng=jax.random.key(config.seed)
@@ -169,9 +170,9 @@ class Arguments:
 
 @command
 def main() -> int:
-    prepare_cpu()
     flags = (tyro.conf.FlagCreatePairsOff,)
     arguments = parse_arguments(Arguments, prog="python -m cifar_jax.evaluate", config=flags)
+    prepare_cpu()
     source: dict[str, Any]
     if [arguments.workdir, arguments.weights, arguments.pretrained].count(None) != 2:
         raise UserError("name a run with --workdir, a weight file with --weights, or a network with --pretrained")
@@ -193,15 +194,12 @@ def main() -> int:
     else:
         path = arguments.weights or pretrained_path(str(arguments.pretrained))
         weights = arguments.weight_file.load(path)
-        dtype = arguments.dtype or "float32"
-        config, state = load_file(weights, dtype)
+        config, state = load_file(weights, arguments.dtype or "float32")
         name = arguments.pretrained or str(path)
         source = {"weights": name, "model": weights.model, "final_relu": weights.final_relu}
-        source |= {"input_scaling": weights.input_scaling, "dtype": dtype}
-    # The batch of training need not divide over this machine's devices.
-    config = dataclasses.replace(config, data_dir=arguments.data_dir or config.data_dir, num_devices=None)
+        source |= {"input_scaling": weights.input_scaling, "dtype": config.dtype}
     config = dataclasses.replace(config, dataset=arguments.dataset or config.dataset)
-    dataset = load_dataset(config.dataset, config.data_dir)
+    dataset = load_dataset(config.dataset, arguments.data_dir or config.data_dir)
     images, labels = dataset.test_images, dataset.test_labels
     evaluator = Evaluator(config, state, images, labels, jax.local_devices(), arguments.eval_dropout, arguments.mirror)
     metrics = evaluator(state)

@@ -76,8 +76,8 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> D
         raise UserError(
             f"--data-dir {data_dir} does not exist: name a folder with CIFAR-10, or create it for a download"
         )
-    for folder in _search_path(data_dir):
-        named = data_dir is not None and folder == Path(data_dir)
+    for number, folder in enumerate(_search_path(data_dir)):
+        named = data_dir is not None and number == 0
         found = _find_layout(folder, itself=named)
         if found is not None:
             break
@@ -188,10 +188,13 @@ def _damaged_shard(folder: Path, split: str) -> Path:
 
 def _read_official(path: Path) -> Arrays:
     """Five training batches and the test batch, Python's or binary, in an archive or unpacked, to NHWC arrays."""
-    binary = "binary" in path.name if path.is_file() else not any((path / name).is_file() for name in _BATCHES)
-    suffix, read_batch = (".bin", _read_binary) if binary else ("", _read_pickle)
+    archive = _read_archive(path) if path.is_file() else None
+    present = lambda name: (path / name).is_file() if archive is None else name in archive
+    suffix, read_batch = ("", _read_pickle) if any(map(present, _BATCHES)) else (".bin", _read_binary)
     names = [f"{name}{suffix}" for name in _BATCHES]
-    members = _read_archive(path, names) if path.is_file() else {name: _read_file(path / name) for name in names}
+    members = {name: _read_file(path / name) for name in names} if archive is None else archive
+    if missing := [name for name in names if name not in members]:
+        raise UserError(f"{path}: lacks {missing[0]}: delete it to download it again")
     batches = [read_batch(members[name], path / name) for name in names]
     images = [pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for pixels, _ in batches]
     labels = [_checked_labels(labels, path) for _, labels in batches]
@@ -219,8 +222,8 @@ def _read_file(path: Path) -> bytes:
         raise UserError(f"{path}: {error.strerror}: complete CIFAR-10 there, or move it away to download it") from error
 
 
-def _read_archive(path: Path, names: list[str]) -> dict[str, bytes]:
-    """The named members' bytes, whatever their folder; nothing is unpacked to disk."""
+def _read_archive(path: Path) -> dict[str, bytes]:
+    """The batches' bytes by name, whatever their folder; nothing is unpacked to disk."""
     members: dict[str, bytes] = {}
     try:
         with gzip.open(path) as file:
@@ -230,13 +233,10 @@ def _read_archive(path: Path, names: list[str]) -> dict[str, bytes]:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
             for member in archive:
                 name = member.name.rpartition("/")[2]
-                if name in names and (content := archive.extractfile(member)) is not None:
+                if name.removesuffix(".bin") in _BATCHES and (content := archive.extractfile(member)) is not None:
                     members[name] = content.read()
     except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
         raise UserError(f"{path}: incomplete or corrupt ({error}): delete it to download it again") from error
-    missing = [name for name in names if name not in members]
-    if missing:
-        raise UserError(f"{path}: lacks {missing[0]}: delete it to download it again")
     return members
 
 

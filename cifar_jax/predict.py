@@ -68,9 +68,9 @@ class Arguments:
 
 @command
 def main() -> int:
-    prepare_cpu()
     flags = (tyro.conf.FlagCreatePairsOff,)
     arguments = parse_arguments(Arguments, prog="python -m cifar_jax.predict", config=flags)
+    prepare_cpu()
     if not arguments.images:
         raise UserError("name one image file or more")
     if [arguments.pretrained, arguments.workdir, arguments.weights].count(None) < 2:

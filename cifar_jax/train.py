@@ -377,9 +377,9 @@ def parse_config(arguments: list[str]) -> Config:
 
 @command
 def main() -> int:
-    prepare_cpu()
     arguments = sys.argv[1:]
     config = parse_config(arguments)
+    prepare_cpu()
     try:
         train_and_evaluate(config)
     except Interrupted as interrupted:

@@ -6,7 +6,10 @@ import sys
 import jax
 import pytest
 
+from benchmarks import accuracy
+from cifar_jax import convert, evaluate, predict, train
 from cifar_jax.errors import command
+from cifar_jax.pretrained import pretrained_path
 
 
 def test_output_is_seen_at_once(monkeypatch):
@@ -58,3 +61,15 @@ def test_a_librarys_own_error_is_not_hidden():
 
     with pytest.raises(OSError, match="wrong state"):
         command(broken)()
+
+
+def test_without_a_device_commands_still_tell_their_flags(run_command, monkeypatch, tmp_path):
+    def absent():
+        raise RuntimeError("no such platform")
+
+    monkeypatch.setattr(jax, "local_devices", absent)
+    for main in (train.main, evaluate.main, predict.main, convert.main, accuracy.main):
+        assert run_command(main, "--help")[0] == 0
+    status, _, error = run_command(convert.main, pretrained_path("lenet5"), tmp_path / "lenet5.pth")
+    assert (status, error.count("\n")) == (2, 1)
+    assert "JAX finds no device" in error

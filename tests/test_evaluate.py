@@ -57,6 +57,8 @@ def test_a_loss_that_is_not_finite_is_one_line(run, run_command, monkeypatch):
     status, output, error = run_command(evaluate.main, "--workdir", run, "--json")
     assert (status, output) == (2, "")
     assert error == "error: latest checkpoint, epoch 3: the loss is inf: the weights are too large for float32\n"
+    _, _, error = run_command(evaluate.main, "--pretrained", "lenet5", "--dtype", "bfloat16")
+    assert error == "error: lenet5: the loss is inf: the weights are too large for bfloat16\n"
 
 
 def test_bad_input_is_one_line_and_status_2(tmp_path, run_command, tiny_config):

@@ -97,6 +97,8 @@ def test_official_layouts(layout, small_batches, tmp_path):
     path = LAYOUTS[layout](tmp_path, small_batches)
     assert_loads(small_batches, tmp_path)
     assert_loads(small_batches, path)  # the folder or archive itself
+    if path.is_file():
+        assert_loads(small_batches, path.rename(tmp_path / "cifar.tar.gz"))  # of any name
 
 
 @pytest.mark.parametrize("place", [".", "data", ".keras/datasets", ".keras/datasets/cifar-10-batches-py-target"])
@@ -111,6 +113,13 @@ def test_data_dir_comes_first_and_an_empty_one_is_said(small_batches, tmp_path, 
     assert f"no CIFAR-10 in --data-dir {tmp_path}" in capsys.readouterr().err
     write_python(tmp_path / "cifar-10-batches-py", small_batches)
     assert str(tmp_path) in assert_loads(small_batches, tmp_path).source
+
+
+def test_an_empty_data_dir_that_is_searched_anyway_is_said_once(small_batches, capsys):
+    input_pipeline.Path("data").mkdir()
+    write_python(input_pipeline.Path.home() / ".keras/datasets/cifar-10-batches-py", small_batches)
+    assert_loads(small_batches, "data")
+    assert capsys.readouterr().err.count("no CIFAR-10 in --data-dir data") == 1
 
 
 def test_decoded_once_then_memory_mapped(small_batches, tmp_path, monkeypatch):

@@ -441,9 +441,10 @@ def test_convert_there_and_back(tmp_path, run_command, all_cnn):
 
 def test_convert_says_what_a_file_cannot_hold(tmp_path, run_command, lenet5):
     save_weights(tmp_path / "a.safetensors", dataclasses.replace(lenet5, input_scaling="standardized"))
-    status, output, _ = run_command(convert.main, tmp_path / "a.safetensors", tmp_path / "b.pth")
+    status, output, errors = run_command(convert.main, tmp_path / "a.safetensors", tmp_path / "b.pth")
     assert status == 0
     assert "use it with --input-scaling standardized" in output
+    assert errors == ""  # not the scaling that the original had
     status, output, _ = run_command(convert.main, tmp_path / "a.safetensors", tmp_path / "c.safetensors")
     assert "use it with" not in output
 
