@@ -25,19 +25,19 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
+from benchmarks import output_file
 from benchmarks.throughput import flops_per_image
 from cifar_jax.configs import RECIPES
 from cifar_jax.configs.default import EXECUTION_FIELDS, Config
-from cifar_jax.environment import describe_command, describe_environment
+from cifar_jax.environment import describe_command
 from cifar_jax.errors import UserError, command, parse_arguments
 from cifar_jax.input_pipeline import load_dataset, scale_images
 from cifar_jax.interop import pytorch
-from cifar_jax.metrics import output_file, write_atomically, write_json
+from cifar_jax.metrics import write_atomically, write_json
 from cifar_jax.train import DeadTraining, Interrupted, train_and_evaluate
 from cifar_jax.training import prepare_cpu
 
@@ -142,65 +142,44 @@ def compare(accuracies: dict[str, list[float]]) -> dict[str, Any]:
 MILESTONES = (0.70, 0.74, 0.80, 0.86, 0.90, 0.94)  # test accuracies to reach
 HOLDOUT = 5000
 
-# Of a recipe, the changes that take one lever each away or add one.
+# Changes that take one lever of a recipe away or add one.
+ABLATIONS_OF_BOTH: dict[str, dict[str, Any]] = {
+    "the recipe": {},
+    "no flip": {"alternating_flip": False},
+    "random flip": {"alternating_flip": False, "random_flip": True},
+    "no crop": {"crop_padding": 0},
+    "cutmix": {"cutmix_alpha": 1.0},
+    "no weight decay": {"weight_decay": 0.0},
+    "no label smoothing": {"label_smoothing": 0.0},
+    "no average of weights, no cycles": {"ema_decay": 0.0, "swa_fraction": 0.0},
+    "no averaged cycles": {"swa_fraction": 0.0},
+    "the original's initial weights": {"initializer": "original"},
+    "LSUV": {"initializer": "lsuv"},
+    "TrivialAugment": {"trivial_augment": True},
+    "SAM": {"sam_rho": 0.05},
+    "cosine": {"schedule": "cosine"},
+}
+SGD = {"optimizer": "sgd", "learning_rate": 0.05, "momentum": 0.9}
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "lenet5": {
-        "the recipe": {},
-        "no flip": {"alternating_flip": False},
-        "random flip": {"alternating_flip": False, "random_flip": True},
+        **ABLATIONS_OF_BOTH,
         "mirror symmetry": {"mirror_symmetry": True},
-        "no crop": {"crop_padding": 0},
         "smaller crop": {"crop_padding": 2},
         "no cutout": {"cutout_size": 0},
-        "cutmix": {"cutmix_alpha": 1.0},
         "mixup": {"mixup_alpha": 0.2},
-        "no weight decay": {"weight_decay": 0.0},
-        "no label smoothing": {"label_smoothing": 0.0},
-        "no average of weights, no cycles": {"ema_decay": 0.0, "swa_fraction": 0.0},
-        "no averaged cycles": {"swa_fraction": 0.0},
         "the original's dropout": {"dropout_rates": (0.2, 0.2)},
-        "the original's initial weights": {"initializer": "original"},
-        "LSUV": {"initializer": "lsuv"},
-        "TrivialAugment": {"trivial_augment": True},
-        "SAM": {"sam_rho": 0.05},
         "gradient clipping": {"gradient_clip": 2.0},
         "no warm-up": {"warmup_fraction": 0.0},
-        "cosine": {"schedule": "cosine"},
-        "SGD": {
-            "optimizer": "sgd",
-            "learning_rate": 0.05,
-            "swa_learning_rate": 0.025,
-            "momentum": 0.9,
-            "weight_decay": 1e-3,
-        },
+        "SGD": SGD | {"swa_learning_rate": 0.025, "weight_decay": 1e-3},
         "batch 512, rates doubled": {"batch_size": 512, "learning_rate": 0.024, "swa_learning_rate": 0.012},
     },
     "all_cnn_fast": {
-        "the recipe": {},
-        "no flip": {"alternating_flip": False},
-        "random flip": {"alternating_flip": False, "random_flip": True},
+        **ABLATIONS_OF_BOTH,
         "no mirror symmetry": {"mirror_symmetry": False},
-        "no crop": {"crop_padding": 0},
         "cutout": {"cutout_size": 8},
-        "cutmix": {"cutmix_alpha": 1.0},
-        "no weight decay": {"weight_decay": 0.0},
-        "no label smoothing": {"label_smoothing": 0.0},
-        "no average of weights, no cycles": {"ema_decay": 0.0, "swa_fraction": 0.0},
-        "no averaged cycles": {"swa_fraction": 0.0},
         "light dropout": {"dropout_rates": (0.0, 0.05, 0.1)},
-        "the original's initial weights": {"initializer": "original"},
-        "LSUV": {"initializer": "lsuv"},
-        "TrivialAugment": {"trivial_augment": True},
-        "SAM": {"sam_rho": 0.05},
-        "cosine": {"schedule": "cosine"},
         "32 pixels throughout": {"image_sizes": ()},
-        "SGD": {
-            "optimizer": "sgd",
-            "learning_rate": 0.05,
-            "swa_learning_rate": 0.02,
-            "momentum": 0.9,
-            "weight_decay": 5e-4,
-        },
+        "SGD": SGD | {"swa_learning_rate": 0.02, "weight_decay": 5e-4},
     },
 }
 
@@ -391,8 +370,8 @@ def run_parity(arguments: Arguments, model: str) -> dict[str, Any] | None:
 
 @command
 def main() -> int:
-    prepare_cpu()
     arguments = parse_arguments(Arguments, prog="python -m benchmarks.accuracy")
+    prepare_cpu()
     modes = {"recipe": run_recipe, "ablation": run_ablation, "parity": run_parity}
     asked = [mode for mode in modes if getattr(arguments, mode) is not None]
     if len(asked) != 1:
@@ -415,11 +394,7 @@ def main() -> int:
         raise UserError(own_flags) from error
     if content is None:
         return 0
-    head = {
-        "command": describe_command("-m benchmarks.accuracy", sys.argv[1:]),
-        **describe_environment(jax.local_devices()),
-    }
-    write_json(file, head | content)
+    write_json(file, {"command": describe_command("-m benchmarks.accuracy", sys.argv[1:])} | content)
     return 0
 
 

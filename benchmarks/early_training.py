@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import output_file
 from cifar_jax.augmentation import create_augment
 from cifar_jax.configs import RECIPES
 from cifar_jax.configs.default import Config
@@ -25,7 +26,7 @@ from cifar_jax.environment import PACKAGES, describe_command, describe_environme
 from cifar_jax.errors import UserError, command, parse_arguments
 from cifar_jax.input_pipeline import Dataset, epoch_order, load_dataset, scale_images
 from cifar_jax.interop import pytorch
-from cifar_jax.metrics import output_file, write_json
+from cifar_jax.metrics import write_json
 from cifar_jax.training import (
     augmentation_keys,
     check_devices,

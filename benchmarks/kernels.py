@@ -26,13 +26,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import output_file
 from benchmarks.throughput import create_workload
 from cifar_jax import ops, training
 from cifar_jax.configs import RECIPES
 from cifar_jax.configs.default import Config
 from cifar_jax.environment import describe_command, describe_environment
 from cifar_jax.errors import UserError, command, parse_arguments
-from cifar_jax.metrics import output_file, write_json
+from cifar_jax.metrics import write_json
 from cifar_jax.training import (
     check_devices,
     create_history,

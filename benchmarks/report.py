@@ -4,7 +4,8 @@ python -m benchmarks.report [--check]
 
 Each table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; with --check nothing is written, and the exit
 status is 1 if the README differs from what the results say. The JSON files are summary.json files of cifar_jax.train,
-the output of cifar_jax.evaluate --json, and what the benchmarks write. Of each throughput*.json a chart is drawn too.
+the output of cifar_jax.evaluate --json, and what the benchmarks and the parity scripts write. Of each throughput*.json
+a chart is drawn too.
 """
 
 from __future__ import annotations
@@ -188,14 +189,14 @@ def draw_accuracy(path: Path) -> None:
 
 
 def pretrained() -> str:
-    rows, conditions = [], set()
+    rows, measured = [], set()
     for path in sorted(RESULTS.glob("pretrained_*_float32.json")):
         runs = [load(path.stem.replace("float32", kind)) for kind in ("float32", "bfloat16", "mirror")]
         name = runs[0]["weights"]
         rows.append([f"[{name}](cifar_jax/pretrained/{name}.md)", *(percent(run["test_accuracy"]) for run in runs)])
-        conditions |= {environment(run) for run in runs}
+        measured |= {environment(run) for run in runs}
     header = ["network", "test accuracy, float32", "bfloat16", "float32, averaged with the mirror image"]
-    return "\n\n".join([table(header, rows), *sorted(conditions)])
+    return "\n\n".join([table(header, rows), *sorted(measured)])
 
 
 def early_training() -> str:

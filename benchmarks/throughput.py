@@ -16,6 +16,7 @@ down tenfold.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import multiprocessing
 import os
@@ -25,17 +26,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from benchmarks import output_file
 from benchmarks.contenders import FAMILIES, PHASES, Family, Phase, Workload, serve
-from cifar_jax import ops
 from cifar_jax.configs import RECIPES
 from cifar_jax.environment import describe_command
 from cifar_jax.errors import UserError, command, parse_arguments
 from cifar_jax.interop.layers import expected_shapes
-from cifar_jax.metrics import output_file, write_json
+from cifar_jax.metrics import write_json
 from cifar_jax.models import MODELS
 
 BATCH_SIZES = {"lenet5": (4, 128), "all_cnn": (64,)}
@@ -89,15 +89,9 @@ def layer_flops(model: str, image_size: int = 32) -> list[int]:
 
     A convolution has 2·H_out·W_out·kh·kw·I·O, a dense layer 2·I·O.
     """
-
-    def outputs(key: jax.Array) -> Any:
-        is_layer = lambda module, method: isinstance(module, ops.Conv | nn.Dense) and method == "__call__"
-        _, variables = MODELS[model]().init_with_output(
-            key, jnp.zeros((1, image_size, image_size, 3)), capture_intermediates=is_layer
-        )
-        return variables["intermediates"]
-
-    shapes = jax.eval_shape(outputs, jax.random.key(0))
+    init = functools.partial(MODELS[model]().init_with_output, capture_intermediates=True)
+    images = jnp.zeros((1, image_size, image_size, 3))
+    shapes = jax.eval_shape(init, jax.random.key(0), images)[1]["intermediates"]
     positions = lambda name: math.prod(shapes[name]["__call__"][0].shape[1:-1])
     return [2 * positions(name) * math.prod(kernel) for name, kernel, _ in expected_shapes(model)]
 
@@ -120,12 +114,10 @@ def create_workload(model: str, batch_size: int, dtype: str) -> tuple[str, Workl
     if model == "lenet5" and batch_size != 4:
         changes |= LARGE_BATCH
     config = dataclasses.replace(RECIPES[recipe], **changes)
-    fields = ("rotation_degrees", "shift_fraction", "crop_padding", "random_flip", "cutout_size")
-    augmentation: dict[str, Any] = {field: getattr(config, field) for field in fields}
-    if model == "lenet5":  # whose original has none
-        augmentation |= {"crop_padding": 3, "random_flip": True}
-    off: dict[str, Any] = {field: type(value)() for field, value in augmentation.items()}
-    return recipe, Workload(dataclasses.replace(config, **off), dataclasses.replace(config, **augmentation))
+    # LeNet-5's original has none.
+    added: dict[str, Any] = {"crop_padding": 3, "random_flip": True} if model == "lenet5" else {}
+    off: dict[str, Any] = {"rotation_degrees": 0.0, "shift_fraction": 0.0, "random_flip": False}
+    return recipe, Workload(dataclasses.replace(config, **off), dataclasses.replace(config, **added))
 
 
 @dataclasses.dataclass(frozen=True)

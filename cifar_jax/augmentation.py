@@ -100,7 +100,7 @@ def trivial_augment(key: jax.Array, image: jax.Array) -> jax.Array:
     signed = jnp.where(jax.random.bernoulli(sign_key), strength, -strength)
     image = image.astype(jnp.float32)
 
-    chosen = lambda number, most: jnp.where(kind == number, most * signed, 0.0)  # of the five warps one is not 0
+    chosen = lambda number, most: jnp.where(kind == number, most * signed, 0.0)  # at most one of the five is not 0
     height, width, _ = image.shape
     y, x = (jnp.arange(size, dtype=jnp.float32) - (size - 1) / 2 for size in (height, width))
     c, s = jnp.cos(chosen(1, jnp.pi / 6)), jnp.sin(chosen(1, jnp.pi / 6))

@@ -52,18 +52,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
-def output_file(folder: Path, name: str) -> Path:
-    """FOLDER/NAME.json, the folder made: asked for before a measurement, so that its result can be written.
-
-    Raises: UserError if it can't be, or `name` is none; OSError.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    if Path(name).name != name or path.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"can't write {path}: name another --out, and as --name a file's, without a folder")
-    return path
-
-
 def read_metrics(workdir: Path) -> list[EpochMetrics]:
     """The rows of WORKDIR/metrics.csv; none if it is not there. Raises UserError if it is not such a file."""
     path = workdir / "metrics.csv"

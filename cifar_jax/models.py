@@ -130,9 +130,8 @@ def unit_variance(model: nn.Module, params: Any, images: jax.Array) -> Any:
 
     @jax.jit
     def deviations(params: Any) -> dict[str, jax.Array]:
-        is_layer = lambda module, _: isinstance(module, (ops.Conv, nn.Dense))
-        _, variables = model.apply({"params": params}, images, capture_intermediates=is_layer)
-        return {name: output["__call__"][0].std() for name, output in variables["intermediates"].items()}
+        _, variables = model.apply({"params": params}, images, capture_intermediates=True)
+        return {name: variables["intermediates"][name]["__call__"][0].std() for name in params}
 
     for name in sorted(params):  # Conv_0, Conv_1, …, Dense_0, …: in the order of the layers
         scale = 1 / deviations(params)[name]

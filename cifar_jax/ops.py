@@ -221,13 +221,8 @@ def slices_max_pool(images: jax.Array, window: int, stride: int) -> jax.Array:
     Of equals the first gets the gradient, as there and as in PyTorch; jnp.maximum would split it.
     """
     rows, columns = ((size - window) // stride * stride + 1 for size in images.shape[1:3])
-    maximum: jax.Array | None = None
-    for i in range(window):
-        for j in range(window):
-            part = images[:, i : i + rows : stride, j : j + columns : stride]
-            maximum = part if maximum is None else jnp.where(maximum >= part, maximum, part)
-    assert maximum is not None
-    return maximum
+    parts = (images[:, i : i + rows : stride, j : j + columns : stride] for i in range(window) for j in range(window))
+    return functools.reduce(lambda maximum, part: jnp.where(maximum >= part, maximum, part), parts)
 
 
 def max_pool(images: jax.Array, window: int, stride: int) -> jax.Array:
@@ -271,7 +266,7 @@ def bernoulli_mask(key: jax.Array, probability: float, shape: Sequence[int]) -> 
     """True with this probability, to 1/131,072: bool [*shape].
 
     `jax.random.bernoulli` hashes twice 32 bits for each element; here they make four of 16 bits, on every platform:
-    the lower halves of all words, then the upper ones (in turn, XLA:CPU would compute each element on its own).
+    the lower halves of all words, then the upper ones (interleaved, XLA:CPU would compute each element on its own).
     """
     count = math.prod(shape)
     words = threefry_2x32(jax.random.bits(key, (2,), jnp.uint32), lax.iota(jnp.uint32, -(-count // 2)))

@@ -32,6 +32,7 @@ from cifar_jax.interop.files import load_weights
 from cifar_jax.interop.layers import Params, expected_shapes, layers_from_params
 from cifar_jax.metrics import write_json
 from cifar_jax.models import MODELS
+from cifar_jax.pretrained import pretrained_names, pretrained_path
 from cifar_jax.training import (
     TrainState,
     compiler_options,
@@ -398,7 +399,6 @@ def check_dropout_at_test(
     """Mean accuracy with dropout left on, as the notebook tests: each framework draws its masks, DRAWS times."""
     weights = load_weights(path)
     config, state = load_file(weights, "float32")
-    config = dataclasses.replace(config, eval_batch_size=500)
     evaluator = Evaluator(config, state, images, labels, jax.local_devices(), dropout=True)
     ours = []
     for draw in range(DRAWS):
@@ -482,8 +482,7 @@ def run(prog: str, packages: Sequence[str], checks_of: Callable[[Arguments, Data
         flags = (tyro.conf.FlagCreatePairsOff,)
         arguments = parse_arguments(Arguments, prog=prog, config=flags)
         if not arguments.weights:
-            pretrained = Path(__file__).resolve().parent.parent / "cifar_jax" / "pretrained"
-            arguments = dataclasses.replace(arguments, weights=tuple(sorted(pretrained.glob("*.safetensors"))))
+            arguments = dataclasses.replace(arguments, weights=tuple(map(pretrained_path, pretrained_names())))
         for name in ("images", "steps", "batch_size", "seeds", "test_images"):
             if getattr(arguments, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be 1 or more")
@@ -493,8 +492,6 @@ def run(prog: str, packages: Sequence[str], checks_of: Callable[[Arguments, Data
         if out is not None and (out.is_dir() or not os.access(out.parent, os.W_OK)):
             raise UserError(f"--out {out}: can't be written: name a file")
         prepare_cpu()
-        if not arguments.weights:
-            raise UserError("there are no weight files in cifar_jax/pretrained: name some with --weights")
         for path in arguments.weights:
             load_weights(path)  # a bad file is refused now and not after the other checks
         dataset = load_dataset(arguments.dataset, arguments.data_dir)

@@ -132,9 +132,7 @@ class Config:
             elif get_origin(kind) is Literal:
                 check(value in get_args(kind), field, f"one of {', '.join(get_args(kind))}")
         places = {"all_cnn": 3, "lenet5": 2}[self.model]
-        for field in ("batch_size", "num_epochs", "eval_batch_size", "swa_cycles"):
-            check(getattr(self, field) >= 1, field, "1 or more")
-        for field in ("num_devices", "steps_per_call"):
+        for field in ("batch_size", "num_epochs", "eval_batch_size", "swa_cycles", "num_devices", "steps_per_call"):
             check(getattr(self, field) is None or getattr(self, field) >= 1, field, "1 or more")
         check(0 <= self.seed < 2**32, "seed", "from 0 to 4294967295")
         check(len(self.dropout_rates) == places, "dropout_rates", f"{places} numbers for {self.model}")
@@ -175,6 +173,7 @@ class Config:
         return 32
 
 
-# What a run may change when it is resumed: where things lie and how the work is cut. Of these only the number of
-# devices has an effect beyond rounding: on the dropout masks, and on who is mixed with whom.
+# What a run may change when it is resumed: where things lie, how the work is cut, and whether a dead training is
+# started again. How it is cut has no effect beyond rounding, but for the number of devices, which changes the dropout
+# masks and who is mixed with whom.
 EXECUTION_FIELDS = ("workdir", "data_dir", "auto_restart", "eval_batch_size", "num_devices", "steps_per_call")

@@ -7,7 +7,8 @@
 | .h5, .hdf5 | Keras 2 or 3, weights alone or the full model | h5py |
 | .weights.h5, .keras | Keras 3 | h5py |
 
-Nothing in a file is executed: tensors are checked for name, number, shape, type and finiteness, in that order.
+Nothing in a file is executed: tensors are found by order (.safetensors' by name), and checked for number, shape, type
+and finiteness.
 """
 
 from __future__ import annotations
@@ -99,13 +100,13 @@ def load_weights(
             raise UserError(f"holds the weights of {found}, not of {model}")
         if config:
             final_relu = _has_final_relu(config, found)
-        _check_final_relu(final_relu, found)
+        if final_relu and found != "all_cnn":
+            raise UserError(f"has a final ReLU, which {found} can't have")
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if architecture is not None:
         try:
             final_relu = _has_final_relu(json.loads(architecture.read_text()), found)
-            _check_final_relu(final_relu, found)
         except UserError as error:
             raise UserError(f"{architecture}: {error}") from error
         except (OSError, ValueError, RecursionError) as error:
@@ -246,8 +247,7 @@ def _has_final_relu(config: Any, model: str) -> bool:
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(f"not a Keras architecture ({type(error).__name__} {error})") from error
     expected = _expected_steps(model)
-    last = [i for i, step in enumerate(expected) if step.startswith(("convolution", "dense"))][-1] + 1
-    if steps == [*expected[:last], "relu", *expected[last:]]:
+    if model == "all_cnn" and steps == [*expected[:-1], "relu", expected[-1]]:  # before the mean
         return True
     for found, wanted in itertools.zip_longest(steps, expected, fillvalue="the end"):
         if found != wanted:
@@ -306,8 +306,3 @@ def _expected_steps(model: str) -> list[str]:
         if number in pool_after:
             steps.append(pool)
     return [*steps[:-1], "mean"] if model == "all_cnn" else steps[:-1]
-
-
-def _check_final_relu(final_relu: bool, model: str) -> None:
-    if final_relu and model != "all_cnn":
-        raise UserError(f"has a final ReLU, which {model} can't have")

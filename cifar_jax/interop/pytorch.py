@@ -79,13 +79,6 @@ def import_torch() -> Any:
     return torch
 
 
-def _as_array(tensor: Any) -> np.ndarray:
-    if hasattr(tensor, "detach"):
-        tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
-        tensor = tensor.float() if tensor.dtype.itemsize < 4 and tensor.is_floating_point() else tensor  # no numpy bf16
-    return np.asarray(tensor)
-
-
 def params_from_pytorch(state_dict: Mapping[str, Any], model: str | None = None) -> Params:
     """Flax params, float32 (or float64), from a state_dict; `model` is guessed from the number of tensors if None.
 
@@ -95,7 +88,10 @@ def params_from_pytorch(state_dict: Mapping[str, Any], model: str | None = None)
     tensors = {}
     for name, tensor in state_dict.items():
         try:
-            tensors[name] = _as_array(tensor)
+            tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+            if tensor.dtype.itemsize < 4 and tensor.is_floating_point():  # numpy has no bfloat16
+                tensor = tensor.float()
+            tensors[name] = tensor.numpy()
         except (RuntimeError, TypeError) as error:  # of a type that numpy does not have
             raise UserError(f"tensor {name} can't be read ({error})") from error
     xav = next((tensors.pop(name) for name in list(tensors) if name.rpartition(".")[2] == "xav"), None)
