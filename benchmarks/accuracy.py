@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
@@ -33,7 +34,7 @@ from benchmarks import output_file
 from benchmarks.throughput import flops_per_image
 from cifar_jax.configs import RECIPES
 from cifar_jax.configs.default import EXECUTION_FIELDS, Config
-from cifar_jax.environment import describe_command
+from cifar_jax.environment import describe_command, describe_environment
 from cifar_jax.errors import UserError, command, parse_arguments
 from cifar_jax.input_pipeline import load_dataset, scale_images
 from cifar_jax.interop import pytorch
@@ -321,7 +322,7 @@ def run_ablation(arguments: Arguments, recipe: str) -> dict[str, Any]:
     return {
         "recipe": recipe,
         "dataset": config.dataset,
-        **(origin(all_runs) if all_runs else {}),
+        **(origin(all_runs) if all_runs else describe_environment(jax.local_devices())),
         "holdout": HOLDOUT,
         "dtype": config.dtype,
         "num_epochs": config.num_epochs,

@@ -114,7 +114,7 @@ def create_workload(model: str, batch_size: int, dtype: str) -> tuple[str, Workl
     if model == "lenet5" and batch_size != 4:
         changes |= LARGE_BATCH
     config = dataclasses.replace(RECIPES[recipe], **changes)
-    # LeNet-5's original has none.
+    # LeNet-5's original has no augmentation, and neither has crops or cutout.
     added: dict[str, Any] = {"crop_padding": 3, "random_flip": True} if model == "lenet5" else {}
     off: dict[str, Any] = {"rotation_degrees": 0.0, "shift_fraction": 0.0, "random_flip": False}
     return recipe, Workload(dataclasses.replace(config, **off), dataclasses.replace(config, **added))

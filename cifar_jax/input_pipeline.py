@@ -190,7 +190,8 @@ def _read_official(path: Path) -> Arrays:
     """Five training batches and the test batch, Python's or binary, in an archive or unpacked, to NHWC arrays."""
     archive = _read_archive(path) if path.is_file() else None
     present = lambda name: (path / name).is_file() if archive is None else name in archive
-    suffix, read_batch = ("", _read_pickle) if any(map(present, _BATCHES)) else (".bin", _read_binary)
+    binary = any(present(f"{name}.bin") for name in _BATCHES) and not any(map(present, _BATCHES))
+    suffix, read_batch = (".bin", _read_binary) if binary else ("", _read_pickle)
     names = [f"{name}{suffix}" for name in _BATCHES]
     members = {name: _read_file(path / name) for name in names} if archive is None else archive
     if missing := [name for name in names if name not in members]:

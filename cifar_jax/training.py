@@ -314,7 +314,7 @@ def compiler_options(config: Config, batch_size: int, devices: Sequence[jax.Devi
 
 
 def prepare_cpu() -> None:
-    """What every command does first, so that the CPU is used well: see use_cpu_cores and keep_memory.
+    """What commands do after reading their flags, so that the CPU is used well: see use_cpu_cores and keep_memory.
 
     Raises: UserError if JAX has no device.
     """

@@ -492,6 +492,8 @@ def run(prog: str, packages: Sequence[str], checks_of: Callable[[Arguments, Data
         if out is not None and (out.is_dir() or not os.access(out.parent, os.W_OK)):
             raise UserError(f"--out {out}: can't be written: name a file")
         prepare_cpu()
+        if not arguments.weights:
+            raise UserError("there are no weight files in cifar_jax/pretrained: name some with --weights")
         for path in arguments.weights:
             load_weights(path)  # a bad file is refused now and not after the other checks
         dataset = load_dataset(arguments.dataset, arguments.data_dir)

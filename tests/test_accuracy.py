@@ -174,6 +174,9 @@ def test_a_variant_that_diverges_does_not_stop_the_ablation(quick_recipe, tmp_pa
     content = json.loads((tmp_path / "ablation_lenet5_reference.json").read_text())["variants"]
     assert content["the recipe"]["holdout_accuracy"]["n"] == 1
     assert content["wild"]["holdout_accuracy"] is content["wild"]["train_accuracy"] is None
+    del variants["the recipe"]  # nor does it where nothing else is left
+    assert run_command(accuracy.main, *flags, "--out", tmp_path)[0] == 0
+    assert "jax" in json.loads((tmp_path / "ablation_lenet5_reference.json").read_text())["versions"]
 
 
 def test_a_shorter_training_has_fewer_epochs_of_each_image_size(tmp_path):

@@ -225,6 +225,9 @@ def test_a_missing_batch_is_named(small_batches, tmp_path):
     pack(tmp_path / "b" / "cifar-10-python.tar.gz", folder)
     with pytest.raises(UserError, match=r"cifar-10-python.tar.gz: lacks test_batch"):
         load_dataset("cifar10", tmp_path / "b")
+    (tmp_path / "cifar-100-python").mkdir()
+    with pytest.raises(UserError, match=r"cifar-100-python.tar.gz: lacks data_batch_1:"):
+        load_dataset("cifar10", pack(tmp_path / "cifar-100-python.tar.gz", tmp_path / "cifar-100-python"))
 
 
 def test_a_page_saved_under_the_archives_name_is_named(tmp_path):

@@ -80,7 +80,7 @@ def import_torch() -> Any:
 
 
 def params_from_pytorch(state_dict: Mapping[str, Any], model: str | None = None) -> Params:
-    """Flax params, float32 (or float64), from a state_dict; `model` is guessed from the number of tensors if None.
+    """Flax params, float32 (or float64), from a state_dict of tensors; `model` is guessed from their number if None.
 
     The notebook's state_dict has fullyc1.weight once more under the key `xav`, which is passed over.
     Raises: UserError naming a tensor that is missing, too many, misshapen, not of floating point or not finite.
@@ -103,7 +103,7 @@ def params_from_pytorch(state_dict: Mapping[str, Any], model: str | None = None)
 
 
 def params_to_pytorch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The state_dict of `create_model`'s network, as arrays. The inverse of `params_from_pytorch`."""
+    """The state_dict of `create_model`'s network, as arrays. The inverse of `params_from_pytorch`, of tensors."""
     layers, model = layers_from_params(params)
     state_dict: dict[str, np.ndarray] = {}
     for name, (kernel, bias) in zip(NAMES[model], layers):
