@@ -415,12 +415,13 @@ def create_train_steps(config: Config, devices: Sequence[jax.Device], steps_per_
     history are donated. Steps start … start+count of the epoch are run; count is at most steps_per_call.
     """
     train_step = create_train_step(config, image_size)
-    size = config.batch_size // len(devices)
+    per_device_batch_size = config.batch_size // len(devices)
 
     def train_steps(state, history, images, labels, order, start, count, device):  # type: ignore[no-untyped-def]
         def one(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
             state, history = carry
-            batch = take_batch(images, labels, order, i * config.batch_size + device * size, size)
+            first = i * config.batch_size + device * per_device_batch_size
+            batch = take_batch(images, labels, order, first, per_device_batch_size)
             steps_per_epoch = -(-order.shape[0] // config.batch_size)
             share = create_averaging_share(config, steps_per_epoch)(state.step + 1)
             batch |= {"epoch": state.step // steps_per_epoch, "averaging_share": share}
@@ -444,11 +445,11 @@ def create_eval_steps(
 
     def eval_steps(history, state, images, labels, start, count, device):  # type: ignore[no-untyped-def]
         order = jnp.arange(labels.shape[0], dtype=jnp.int32)
-        size = eval_batch_size(config, labels.shape[0], devices) // len(devices)
+        per_device_batch_size = eval_batch_size(config, labels.shape[0], devices) // len(devices)
 
         def one(i: jax.Array, history: Metrics) -> Metrics:
-            first = (i * len(devices) + device) * size
-            batch = take_batch(images, labels, order, first, size) | {"start": first}
+            first = (i * len(devices) + device) * per_device_batch_size
+            batch = take_batch(images, labels, order, first, per_device_batch_size) | {"start": first}
             return _record(history, i, eval_step(state, batch))
 
         return _repeat(one, start, count, history, steps_per_call)

@@ -119,7 +119,7 @@ def keras2_architecture(final_relu, filters=(96, 96, 96, 192, 192, 192, 192, 192
 
 
 @pytest.mark.parametrize("final_relu", [False, True])
-def test_the_originals_pair_of_json_and_h5(tmp_path, all_cnn, final_relu):
+def test_the_originals_pair_of_json_and_h5(tmp_path, all_cnn, final_relu, capsys):
     write_keras2(tmp_path / "w.h5", all_cnn, full_model=False, as_bytes=True)
     architecture = tmp_path / "model.json"
     for document in (keras2_architecture(final_relu), keras2_architecture(final_relu)["config"]["layers"]):
@@ -127,9 +127,13 @@ def test_the_originals_pair_of_json_and_h5(tmp_path, all_cnn, final_relu):
             document = {"class_name": "Sequential", "config": document}
         architecture.write_text(json.dumps(document))
         assert load_weights(tmp_path / "w.h5", architecture=architecture).final_relu is final_relu
+        assert "ReLU" not in capsys.readouterr().err
     full = tmp_path / "full.h5"
     write_keras2(full, all_cnn, full_model=True, as_bytes=False, architecture=keras2_architecture(final_relu))
     assert load_weights(full).final_relu is final_relu
+    assert "ReLU" not in capsys.readouterr().err
+    assert not load_weights(tmp_path / "w.h5").final_relu
+    assert "w.h5: does not say whether its last layer has a ReLU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

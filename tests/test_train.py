@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -635,3 +636,11 @@ def test_a_damaged_config_is_named(content, tiny_config):
     (folder / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"config.json: not a config of this program"):
         train_and_evaluate(tiny_config)
+
+
+def test_an_epoch_against_stored_numbers(tiny_config, no_figures):
+    """Initial weights, order, augmentation, dropout and steps together: without it random streams change unnoticed."""
+    summary = train_and_evaluate(dataclasses.replace(tiny_config, num_epochs=1))
+    losses = read_batch_loss(Path(tiny_config.workdir))
+    np.testing.assert_allclose(losses, [2.305818, 2.236435, 2.414595, 2.252416, 2.297911, 2.2568], rtol=1e-4)
+    assert summary["test_loss"] == pytest.approx(2.2915, rel=1e-4)

@@ -82,10 +82,11 @@ def load_weights(
         raise UserError(f"{path}: there is no such file")
     path.open("rb").close()  # else a file that may not be read would seem damaged
     try:
-        scaling, final_relu, config = None, False, None
+        scaling, final_relu, config = None, None, None
         if path.name.endswith(".safetensors"):
             params, metadata = _read_safetensors(path)
-            scaling, final_relu = metadata.get("input_scaling"), metadata.get("final_relu") == "True"
+            scaling = metadata.get("input_scaling")
+            final_relu = {"True": True, "False": False}.get(str(metadata.get("final_relu")))
             if scaling not in (None, *get_args(InputScaling)):
                 raise UserError(f"its metadata have an unknown input_scaling {scaling!r}")
         elif path.name.endswith((".pth", ".pt")):
@@ -115,8 +116,10 @@ def load_weights(
     chosen = input_scaling or cast("InputScaling | None", scaling) or original
     if not input_scaling and not scaling:
         print(f"{path}: does not say how pixels are scaled: {original}, as in {found}'s original", file=sys.stderr)
+    if final_relu is None and found == "all_cnn":
+        print(f"{path}: does not say whether its last layer has a ReLU: none (or --architecture)", file=sys.stderr)
     params = jax.tree.map(lambda array: array.astype(np.float32), params)
-    return Weights(cast(ModelName, found), params, chosen, final_relu)
+    return Weights(cast(ModelName, found), params, chosen, bool(final_relu))
 
 
 def save_weights(path: Path, weights: Weights) -> None:
