@@ -108,18 +108,24 @@ def check_augmentation(images: np.ndarray) -> list[Check]:
         rotation_range=config.rotation_degrees, width_shift_range=config.shift_fraction,
         height_shift_range=config.shift_fraction, horizontal_flip=True,
     )  # fmt: skip
-    inputs = parity.scaled(images, "all_cnn")
     np.random.seed(0)
-    drawn = [generator.get_random_transform(inputs.shape[1:]) for _ in range(2000)]
-    theirs = np.stack([generator.apply_transform(image, draw) for image, draw in zip(inputs, drawn)])
-    angle, shift_y, shift_x = (np.array([draw[name] for draw in drawn], np.float32) for name in ("theta", "tx", "ty"))
+    drawn = [generator.get_random_transform(images.shape[1:]) for _ in range(2000)]
+    angle, shift_y, shift_x = (np.array([draw[name] for draw in drawn]) for name in ("theta", "tx", "ty"))
     angle = np.deg2rad(angle)
-    count = len(inputs)
-    ours = np.asarray(jax.jit(jax.vmap(augmentation.affine))(inputs, angle[:count], shift_y[:count], shift_x[:count]))
     flip = np.array([draw["flip_horizontal"] for draw in drawn], bool)
-    ours = np.where(flip[:count, None, None, None], ours[:, :, ::-1], ours)
-    error = parity.difference(ours, theirs)
-    result = [Check(f"augmentation of {count} images", error, 2e-5, "float32 coordinates: floor 2.4e-6; 0 in float64")]
+    count, result = len(images), []
+    for dtype, tolerance, reason in (
+        ("float32", 2e-5, "float32 coordinates: floor 2.4e-6"),
+        ("float64", 1e-12, "the same formula: float64 rounding alone"),
+    ):
+        inputs = parity.scaled(images, "all_cnn").astype(dtype)
+        theirs = np.stack([generator.apply_transform(image, draw) for image, draw in zip(inputs, drawn)])
+        parameters = (values[:count].astype(dtype) for values in (angle, shift_y, shift_x))
+        with jax.enable_x64(dtype == "float64"):
+            ours = np.asarray(jax.jit(jax.vmap(augmentation.affine))(inputs, *parameters))
+        ours = np.where(flip[:count, None, None, None], ours[:, :, ::-1], ours)
+        error = parity.difference(ours, theirs)
+        result.append(Check(f"augmentation of {count} images, {dtype}", error, tolerance, reason))
     keys = jax.random.split(jax.random.key(0), len(drawn))
     draw_affine = lambda key: augmentation.draw_affine(key, config.rotation_degrees, config.shift_fraction)
     our_draws = [np.asarray(values) for values in jax.jit(jax.vmap(draw_affine))(keys)]
