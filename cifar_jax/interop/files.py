@@ -117,7 +117,7 @@ def load_weights(
     if not input_scaling and not scaling:
         print(f"{path}: does not say how pixels are scaled: {original}, as in {found}'s original", file=sys.stderr)
     if final_relu is None and found == "all_cnn":
-        print(f"{path}: does not say whether its last layer has a ReLU: none (or --architecture)", file=sys.stderr)
+        print(f"{path}: does not say whether its last layer has a ReLU: none, or use --architecture", file=sys.stderr)
     params = jax.tree.map(lambda array: array.astype(np.float32), params)
     return Weights(cast(ModelName, found), params, chosen, bool(final_relu))
 
