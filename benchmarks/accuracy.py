@@ -115,7 +115,10 @@ def train_in_pytorch(config: Config) -> dict[str, Any]:
 
 
 def train_in_jax(config: Config) -> dict[str, Any]:
-    """train_and_evaluate, but a dead training is a UserError: a mean of the seeds that are left would be too good."""
+    """train_and_evaluate, but a diverged training is a UserError: a mean of the seeds that are left would be too good.
+
+    One that is stuck at the loss of guessing goes on, with a warning, and counts in the mean.
+    """
     try:
         return train_and_evaluate(config)
     except DeadTraining as dead:
@@ -380,6 +383,8 @@ def main() -> int:
     if len(set(arguments.seeds)) < max(1, len(arguments.seeds)):
         raise UserError(f"--seeds {' '.join(map(str, arguments.seeds))}: name one or more, each once")
     mode, name = asked[0], getattr(arguments, asked[0])
+    if mode != "parity" and arguments.frameworks != tuple(TRAINERS):
+        raise UserError(f"--frameworks goes with --parity: --{mode} trains in JAX alone")
     kind = {"recipe": "accuracy"}.get(mode, mode)
     try:
         for seed in arguments.seeds:  # now, not after hours of training

@@ -263,6 +263,7 @@ def test_time_and_cost():
             "--dtype bfloat16: --parity compares in the notebook's float32",
         ),
         (("--parity", "lenet5", "--frameworks", "jax", "jax"), "--frameworks jax jax: name one or more, each once"),
+        (("--recipe", "lenet5", "--frameworks", "pytorch"), "--frameworks goes with --parity: --recipe trains in JAX"),
         (("--parity", "lenet5", "--frameworks"), "--frameworks : name one or more, each once"),
         (("--recipe", "lenet5", "--name", "a/b"), "a/b.json: name another --out, and as --name a file's"),
         (("--ablation", "lenet5", "--seeds", "0", "4294967296"), "--seeds 4294967296: must be from 0 to 4294967295"),

@@ -3,12 +3,14 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import types
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -405,6 +407,32 @@ def test_dead_training_is_said_or_restarted(tiny_config, monkeypatch, capsys):
     assert evaluate.load_run(train.Path(config.workdir) / "restart1", "latest", "bfloat16")[0].dtype == "bfloat16"
 
 
+def test_a_dead_training_is_found_by_its_losses(tiny_config, monkeypatch, capsys):
+    """Forced: with weights of zero all logits are equal, and the rate is too small to leave that.
+
+    Its 15 flat steps are more than two epochs of 6. The next seed has a large bias, so not the loss of guessing.
+    """
+    create = train.create_train_state
+
+    def create_equal_logits(config, *arguments):
+        state = create(config, *arguments)
+        bias = jnp.arange(10.0) * config.seed
+        equal = jax.tree.map(lambda leaf: bias if leaf.shape == (10,) else jnp.zeros_like(leaf), state.params)
+        return state.replace(params=equal)
+
+    monkeypatch.setattr(train, "create_train_state", create_equal_logits)
+    monkeypatch.setattr(train, "DEAD_STEPS", 15)
+    config = dataclasses.replace(tiny_config, learning_rate=1e-12)
+    train_and_evaluate(config)
+    assert re.findall(r"warning: training is dead in epoch (\d)", capsys.readouterr().err) == ["3"]
+
+    config = dataclasses.replace(config, workdir=f"{config.workdir}-restarted", auto_restart=True)
+    assert train_and_evaluate(config)["config"]["seed"] == 1
+    assert "training is dead in epoch 3 (loss flat at that of guessing)" in capsys.readouterr().err
+    assert [row.epoch for row in read_metrics(train.Path(config.workdir))] == [1, 2]
+    assert len(read_metrics(train.Path(config.workdir) / "restart1")) == 3
+
+
 def test_restarts_end(tiny_config, monkeypatch, capsys):
     def diverge(config, devices):
         raise train.DeadTraining("training diverged in epoch 1", config)
@@ -423,6 +451,12 @@ def test_restarts_end(tiny_config, monkeypatch, capsys):
         ([], False),
         ([2.302] * 500 + [2.0] * 100, False),
         (np.linspace(6, 1, 500), False),
+        ([2.2] * 500, False),
+        ([2.297] * 500, False),
+        ([2.299] * 500, True),
+        ([2.4] * 500, True),
+        ([2.405] * 500, False),
+        ([2.302] * 400 + [np.nan] * 100, False),
     ],
 )
 def test_is_dead(losses, dead):
