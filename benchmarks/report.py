@@ -25,7 +25,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 # The notebook's log: test accuracy in percent by epoch.
 NOTEBOOK_LOG = (39.51, 48.87, 52.37, 56.81, 60.08, 60.89, 62.53, 66.1, 67.48, 67.8, 68.2, 69.47, 70.12, 70.54, 70.2)
+NOTEBOOK_LABEL = "the notebook's log (dropout on)"
 KERAS_CURVE = {1: 31, 2: 46, 15: 80, 55: 88, 200: 89.9}  # read off the original's plotted curve, in percent
+KERAS_LABEL = "the original's curve"
 ORIGINALS = {"lenet5": "70.20 with dropout on (74 claimed)", "all_cnn": "89.9"}  # the last epoch's
 NETWORKS = {"lenet5": "LeNet-5", "all_cnn": "All-CNN"}
 FRAMEWORKS = {"jax": "cifar_jax", "pytorch": "PyTorch"}
@@ -94,7 +96,7 @@ def lenet5_reference() -> str:
     if len(result["metrics"]) != len(NOTEBOOK_LOG):
         epochs = f"{len(result['metrics'])} epochs, and the notebook's log {len(NOTEBOOK_LOG)}"
         raise UserError(f"{RESULTS / 'lenet5_reference.json'}: has {epochs}: take it from a whole run")
-    columns = ["epoch", "the notebook's log (dropout on)", "PyTorch, seed 0 (see parity)", "cifar_jax", "train"]
+    columns = ["epoch", NOTEBOOK_LABEL, "PyTorch, seed 0 (see parity)", "cifar_jax", "train"]
     rows = [
         [str(row["epoch"]), f"{log:.2f}", percent(again), percent(row["test_accuracy"]), percent(row["train_accuracy"])]
         for row, log, again in zip(result["metrics"], NOTEBOOK_LOG, pytorch, strict=True)
@@ -112,7 +114,7 @@ def all_cnn_reference() -> str:
         [str(epoch), f"{KERAS_CURVE[epoch]}", *(percent(run["metrics"][epoch - 1]["test_accuracy"]) for run in results)]
         for epoch in (1, 2)
     ]
-    columns = ["epoch", "the original's curve", *(f"cifar_jax, seed {r['config']['seed']}" for r in results)]
+    columns = ["epoch", KERAS_LABEL, *(f"cifar_jax, seed {r['config']['seed']}" for r in results)]
     return f"{table(columns, rows)}\n\n" + "\n\n".join(conditions(result) for result in results)
 
 
@@ -168,11 +170,13 @@ def draw_accuracy(path: Path) -> None:
 
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     charts = dict(zip(("lenet5", "all_cnn"), figure.subplots(1, 2)))
-    originals = {"lenet5": dict(enumerate(NOTEBOOK_LOG, 1)), "all_cnn": KERAS_CURVE}
-    tested = {"lenet5": ", tested with dropout on", "all_cnn": ""}
+    originals = {
+        "lenet5": (NOTEBOOK_LABEL, dict(enumerate(NOTEBOOK_LOG, 1))),
+        "all_cnn": (KERAS_LABEL, KERAS_CURVE),
+    }
     for model, axes in charts.items():
-        curve = originals[model]
-        axes.plot(list(curve), list(curve.values()), "k.--", lw=1, label=f"the original{tested[model]}")
+        label, curve = originals[model]
+        axes.plot(list(curve), list(curve.values()), "k.--", lw=1, label=label)
         axes.set(xlabel="epoch", ylabel="test accuracy, %", xscale="log", title=model)
         axes.grid(alpha=0.3)
     for number, result in enumerate(map(load, result_names("accuracy_"))):
@@ -364,7 +368,7 @@ def draw_parity_lenet5(path: Path) -> None:
         for number, run in enumerate(curves[name]):
             label = f"{FRAMEWORKS[name]}, {len(curves[name])} seeds" if number == 0 else None
             axes.plot(range(1, len(run) + 1), [100 * value for value in run], color=color, lw=1, label=label)
-    axes.plot(range(1, 16), NOTEBOOK_LOG, "k--", lw=1, label="the notebook's log (dropout on)")
+    axes.plot(range(1, 16), NOTEBOOK_LOG, "k--", lw=1, label=NOTEBOOK_LABEL)
     axes.set(xlabel="epoch", ylabel="test accuracy, %", title="LeNet-5, reference recipe")
     axes.grid(alpha=0.3)
     axes.legend()
