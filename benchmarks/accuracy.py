@@ -32,15 +32,17 @@ import scipy.stats
 
 from benchmarks import output_file
 from benchmarks.throughput import flops_per_image
+from cifar_jax.batches import scale_images
+from cifar_jax.cli import command, parse_arguments
 from cifar_jax.configs import RECIPES
-from cifar_jax.configs.default import EXECUTION_FIELDS, Config
+from cifar_jax.configs.base import EXECUTION_FIELDS, Config
+from cifar_jax.datasets import load_dataset
 from cifar_jax.environment import describe_command, describe_environment
-from cifar_jax.errors import UserError, command, parse_arguments
-from cifar_jax.input_pipeline import load_dataset, scale_images
-from cifar_jax.interop import pytorch
-from cifar_jax.metrics import write_atomically, write_json
+from cifar_jax.errors import UserError
+from cifar_jax.host import prepare_cpu
+from cifar_jax.io import write_atomically, write_json
 from cifar_jax.train import DeadTraining, Interrupted, train_and_evaluate
-from cifar_jax.training import prepare_cpu
+from cifar_jax.weights import pytorch
 
 
 def train_in_pytorch(config: Config) -> dict[str, Any]:

@@ -17,21 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cifar_jax.configs.default import Config
+from cifar_jax.configs.base import Config
 from cifar_jax.environment import PACKAGES, describe_environment
-from cifar_jax.training import (
-    check_devices,
-    cpu_cores,
-    create_eval_steps,
-    create_history,
-    create_train_state,
-    create_train_steps,
-    default_steps_per_call,
-    keep_memory,
-    replicate,
-    select_devices,
-    use_cpu_cores,
-)
+from cifar_jax.host import check_devices, cpu_cores, keep_memory, use_cpu_cores
+from cifar_jax.parallel import default_steps_per_call, replicate, select_devices
+from cifar_jax.train_step import create_eval_steps, create_history, create_train_state, create_train_steps
 
 Phase = Literal["training", "training_augmented", "inference"]
 Family = Literal["jax", "pytorch", "pytorch-compile", "pytorch-cudagraphs", "keras"]

@@ -19,24 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import output_file
-from cifar_jax.augmentation import create_augment
+from cifar_jax.augment import create_augment
+from cifar_jax.batches import augmentation_keys, epoch_order, scale_images
+from cifar_jax.cli import command, parse_arguments
 from cifar_jax.configs import RECIPES
-from cifar_jax.configs.default import Config
+from cifar_jax.configs.base import Config
+from cifar_jax.datasets import Dataset, load_dataset
 from cifar_jax.environment import PACKAGES, describe_command, describe_environment
-from cifar_jax.errors import UserError, command, parse_arguments
-from cifar_jax.input_pipeline import Dataset, epoch_order, load_dataset, scale_images
-from cifar_jax.interop import pytorch
-from cifar_jax.metrics import write_json
-from cifar_jax.training import (
-    augmentation_keys,
-    check_devices,
-    create_history,
-    create_schedule,
-    create_train_state,
-    create_train_steps,
-    replicate,
-    select_devices,
-)
+from cifar_jax.errors import UserError
+from cifar_jax.host import check_devices
+from cifar_jax.io import write_json
+from cifar_jax.optimizer import create_schedule
+from cifar_jax.parallel import replicate, select_devices
+from cifar_jax.train_step import create_history, create_train_state, create_train_steps
+from cifar_jax.weights import pytorch
 
 
 def losses_in_jax(config: Config, dataset: Dataset, num_steps: int) -> list[float]:

@@ -28,22 +28,16 @@ import numpy as np
 
 from benchmarks import output_file
 from benchmarks.throughput import create_workload
-from cifar_jax import ops, training
+from cifar_jax import host, ops, train_step
+from cifar_jax.cli import command, parse_arguments
 from cifar_jax.configs import RECIPES
-from cifar_jax.configs.default import Config
+from cifar_jax.configs.base import Config
 from cifar_jax.environment import describe_command, describe_environment
-from cifar_jax.errors import UserError, command, parse_arguments
-from cifar_jax.metrics import write_json
-from cifar_jax.training import (
-    check_devices,
-    create_history,
-    create_train_state,
-    create_train_steps,
-    keep_memory,
-    replicate,
-    select_devices,
-    use_cpu_cores,
-)
+from cifar_jax.errors import UserError
+from cifar_jax.host import check_devices, keep_memory, use_cpu_cores
+from cifar_jax.io import write_json
+from cifar_jax.parallel import replicate, select_devices
+from cifar_jax.train_step import create_history, create_train_state, create_train_steps
 
 # name: (config, steps of a round)
 WORKLOADS = {
@@ -77,7 +71,7 @@ def only(parts: tuple[str, ...]) -> Iterator[None]:
     channels = ops._CHANNELS if "few channels" in parts else 1
     pays = ops.winograd_pays if "winograd" in parts else lambda kernel, size: False
     large_kernel = ops._LARGE_KERNEL if "large" in parts else sys.maxsize
-    options = training.compiler_options if "memory" in parts else lambda *_: {}
+    options = host.compiler_options if "memory" in parts else lambda *_: {}
     unpadded = ops.unpadded_convolution if "row" in parts else functools.partial(ops.lax_convolution, padding="VALID")
     with (
         mock.patch.object(ops, "on_cpu", return_value="gradient" in parts),  # decides the convolution
@@ -85,7 +79,7 @@ def only(parts: tuple[str, ...]) -> Iterator[None]:
         mock.patch.object(ops, "bernoulli_mask", mask),
         mock.patch.object(ops, "_CHANNELS", channels),
         mock.patch.object(ops, "_LARGE_KERNEL", large_kernel),
-        mock.patch.object(training, "compiler_options", options),
+        mock.patch.object(train_step, "compiler_options", options),
         mock.patch.object(ops, "winograd_pays", pays),
         mock.patch.object(ops, "unpadded_convolution", unpadded),
     ):

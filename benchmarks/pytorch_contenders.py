@@ -15,21 +15,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.contenders import ORDER_STEPS, Contender, Workload, best_rate, max_rss
-from cifar_jax.configs.default import Config
-from cifar_jax.input_pipeline import SCALINGS
-from cifar_jax.interop import keras as interop_keras
-from cifar_jax.interop import pytorch as interop_pytorch
-from cifar_jax.training import cpu_cores
+from cifar_jax.batches import SCALINGS
+from cifar_jax.configs.base import Config
+from cifar_jax.host import cpu_cores
+from cifar_jax.weights import keras as interop_keras
+from cifar_jax.weights import pytorch as interop_pytorch
 
 
 def scaling(input_scaling: str) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, shift), float32 [3, 1, 1] or [1, 1, 1]: image · scale + shift is input_pipeline.scale_images."""
+    """(scale, shift), float32 [3, 1, 1] or [1, 1, 1]: image · scale + shift is datasets.scale_images."""
     mean, std = (np.reshape(values, (-1, 1, 1)) for values in SCALINGS[input_scaling])
     return np.float32(1 / (255 * std)), np.float32(-mean / std)
 
 
 def affine(images: Tensor, angle: Tensor, shift_y: Tensor, shift_x: Tensor) -> Tensor:
-    """cifar_jax.augmentation.affine of a batch.
+    """cifar_jax.augment.affine of a batch.
 
     Args: images float [N, C, S, S]; angle [N] in radians; shifts [N] in pixels. Returns: [N, C, S, S].
     """

@@ -31,12 +31,13 @@ import jax.numpy as jnp
 
 from benchmarks import output_file
 from benchmarks.contenders import FAMILIES, PHASES, Family, Phase, Workload, serve
+from cifar_jax.cli import command, parse_arguments
 from cifar_jax.configs import RECIPES
 from cifar_jax.environment import describe_command
-from cifar_jax.errors import UserError, command, parse_arguments
-from cifar_jax.interop.layers import expected_shapes
-from cifar_jax.metrics import write_json
+from cifar_jax.errors import UserError
+from cifar_jax.io import write_json
 from cifar_jax.models import MODELS
+from cifar_jax.weights.params import expected_shapes
 
 BATCH_SIZES = {"lenet5": (4, 128), "all_cnn": (64,)}
 # LeNet-5's usual training with larger batches, as every framework can do it.

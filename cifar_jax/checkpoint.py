@@ -12,8 +12,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from cifar_jax.errors import UserError
-from cifar_jax.metrics import write_json
-from cifar_jax.training import Metrics, TrainState
+from cifar_jax.io import write_json
+from cifar_jax.train_step import Metrics, TrainState
 
 
 class Progress(NamedTuple):

@@ -18,10 +18,11 @@ import jax
 import numpy as np
 import tyro
 
-from cifar_jax.errors import UserError, command, parse_arguments
+from cifar_jax.cli import command, parse_arguments
+from cifar_jax.errors import UserError
 from cifar_jax.evaluate import WeightFileFlags, load_run
-from cifar_jax.interop.files import Weights, load_weights, save_weights
-from cifar_jax.training import check_devices
+from cifar_jax.host import check_devices
+from cifar_jax.weights.files import Weights, load_weights, save_weights
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,23 +20,17 @@ import optax
 import tyro
 
 from cifar_jax.checkpoint import Checkpoints, Progress
+from cifar_jax.cli import command, parse_arguments
 from cifar_jax.configs import RECIPES
-from cifar_jax.configs.default import Config, InputScaling, ModelName
+from cifar_jax.configs.base import Config, InputScaling, ModelName
+from cifar_jax.datasets import load_dataset
 from cifar_jax.environment import describe_environment
-from cifar_jax.errors import UserError, command, parse_arguments
-from cifar_jax.input_pipeline import load_dataset
-from cifar_jax.interop.files import Weights, load_weights
+from cifar_jax.errors import UserError
+from cifar_jax.host import prepare_cpu
+from cifar_jax.parallel import default_steps_per_call, replicate
 from cifar_jax.pretrained import pretrained_path
-from cifar_jax.training import (
-    TrainState,
-    create_eval_steps,
-    create_history,
-    create_train_state,
-    default_steps_per_call,
-    eval_batch_size,
-    prepare_cpu,
-    replicate,
-)
+from cifar_jax.train_step import TrainState, create_eval_steps, create_history, create_train_state, eval_batch_size
+from cifar_jax.weights.files import Weights, load_weights
 
 
 class Evaluator:

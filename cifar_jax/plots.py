@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from cifar_jax.errors import UserError, command
+from cifar_jax.cli import command
+from cifar_jax.errors import UserError
 from cifar_jax.metrics import read_batch_loss, read_metrics
 
 RUNNING_MEAN_STEPS = 500

@@ -15,11 +15,13 @@ import PIL.Image
 import PIL.ImageOps
 import tyro
 
-from cifar_jax.errors import UserError, command, parse_arguments
+from cifar_jax.batches import scale_images
+from cifar_jax.cli import command, parse_arguments
+from cifar_jax.datasets import CLASS_NAMES
+from cifar_jax.errors import UserError
 from cifar_jax.evaluate import WeightFileFlags, load_file, load_run
-from cifar_jax.input_pipeline import CLASS_NAMES, scale_images
+from cifar_jax.host import prepare_cpu
 from cifar_jax.pretrained import pretrained_path
-from cifar_jax.training import prepare_cpu
 
 DEFAULT = "all_cnn"  # the most accurate of the released networks
 BATCH_SIZE = 256

@@ -23,25 +23,21 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from cifar_jax.batches import epoch_order
 from cifar_jax.checkpoint import Checkpoints, Progress
+from cifar_jax.cli import command, parse_arguments
 from cifar_jax.configs import DESCRIPTIONS, RECIPES
-from cifar_jax.configs.default import EXECUTION_FIELDS, Config
+from cifar_jax.configs.base import EXECUTION_FIELDS, Config
+from cifar_jax.datasets import Dataset, hold_out, load_dataset
 from cifar_jax.environment import describe_environment
-from cifar_jax.errors import UserError, command, parse_arguments
+from cifar_jax.errors import UserError
 from cifar_jax.evaluate import Evaluator, read_config
-from cifar_jax.input_pipeline import Dataset, epoch_order, hold_out, load_dataset
-from cifar_jax.metrics import EpochMetrics, MetricsWriter, write_json
-from cifar_jax.training import (
-    create_history,
-    create_schedule,
-    create_train_state,
-    create_train_steps,
-    default_steps_per_call,
-    prepare_cpu,
-    replicate,
-    select_devices,
-    swa_steps,
-)
+from cifar_jax.host import prepare_cpu
+from cifar_jax.io import write_json
+from cifar_jax.metrics import EpochMetrics, MetricsWriter
+from cifar_jax.optimizer import create_schedule, swa_steps
+from cifar_jax.parallel import default_steps_per_call, replicate, select_devices
+from cifar_jax.train_step import create_history, create_train_state, create_train_steps
 
 DEFAULT_RECIPE = "lenet5"
 MAX_RESTARTS = 3

@@ -22,29 +22,23 @@ import numpy as np
 import tyro
 
 from cifar_jax import ops
+from cifar_jax.batches import scale_images, split_seed
+from cifar_jax.cli import command, parse_arguments
 from cifar_jax.configs import RECIPES
-from cifar_jax.configs.default import Config
+from cifar_jax.configs.base import Config
+from cifar_jax.datasets import Dataset, load_dataset
 from cifar_jax.environment import PACKAGES, describe_command, describe_environment
-from cifar_jax.errors import UserError, command, parse_arguments
+from cifar_jax.errors import UserError
 from cifar_jax.evaluate import Evaluator, load_file
-from cifar_jax.input_pipeline import Dataset, load_dataset, scale_images, split_seed
-from cifar_jax.interop.files import load_weights
-from cifar_jax.interop.layers import Params, expected_shapes, layers_from_params
-from cifar_jax.metrics import write_json
+from cifar_jax.host import compiler_options, prepare_cpu
+from cifar_jax.io import write_json
 from cifar_jax.models import MODELS
+from cifar_jax.optimizer import create_tx
+from cifar_jax.parallel import dividing_count, parallelize, replicate
 from cifar_jax.pretrained import pretrained_names, pretrained_path
-from cifar_jax.training import (
-    TrainState,
-    compiler_options,
-    create_train_state,
-    create_train_step,
-    create_tx,
-    cross_entropy,
-    dividing_count,
-    parallelize,
-    prepare_cpu,
-    replicate,
-)
+from cifar_jax.train_step import TrainState, create_train_state, create_train_step, cross_entropy
+from cifar_jax.weights.files import load_weights
+from cifar_jax.weights.params import Params, expected_shapes, layers_from_params
 
 
 def not_installed(error: ImportError) -> NoReturn:

@@ -19,12 +19,12 @@ import numpy as np
 import parity
 from parity import Arguments, Check, torch
 
-from cifar_jax import augmentation
+from cifar_jax import augment
 from cifar_jax.configs import RECIPES
-from cifar_jax.configs.default import Config
-from cifar_jax.input_pipeline import Dataset
-from cifar_jax.interop import keras as interop_keras
-from cifar_jax.interop.layers import Params
+from cifar_jax.configs.base import Config
+from cifar_jax.datasets import Dataset
+from cifar_jax.weights import keras as interop_keras
+from cifar_jax.weights.params import Params
 
 try:
     import keras
@@ -38,7 +38,7 @@ dtypes.BIT64_TO_BIT32_DTYPE["float64"] = "float64"
 
 
 class KerasReference:
-    """parity.Reference of cifar_jax.interop.keras."""
+    """parity.Reference of cifar_jax.weights.keras."""
 
     def __init__(
         self, model: str, params: Params | None = None, dtype: str = "float32", final_relu: bool = False
@@ -122,18 +122,18 @@ def check_augmentation(images: np.ndarray) -> list[Check]:
         theirs = np.stack([generator.apply_transform(image, draw) for image, draw in zip(inputs, drawn)])
         parameters = (values[:count].astype(dtype) for values in (angle, shift_y, shift_x))
         with jax.enable_x64(dtype == "float64"):
-            ours = np.asarray(jax.jit(jax.vmap(augmentation.affine))(inputs, *parameters))
+            ours = np.asarray(jax.jit(jax.vmap(augment.affine))(inputs, *parameters))
         ours = np.where(flip[:count, None, None, None], ours[:, :, ::-1], ours)
         error = parity.difference(ours, theirs)
         result.append(Check(f"augmentation of {count} images, {dtype}", error, tolerance, reason))
     keys = jax.random.split(jax.random.key(0), len(drawn))
-    draw_affine = lambda key: augmentation.draw_affine(key, config.rotation_degrees, config.shift_fraction)
+    draw_affine = lambda key: augment.draw_affine(key, config.rotation_degrees, config.shift_fraction)
     our_draws = [np.asarray(values) for values in jax.jit(jax.vmap(draw_affine))(keys)]
     names = ("angle", "height shift", "width shift")
     for name, a, b in zip(names, our_draws, (angle, shift_y, shift_x)):
         result += parity.distribution_checks(f"augmentation: {name}", a, b)
     marked = np.arange(2, dtype=np.float32).reshape(1, 2, 1)
-    flips = np.asarray(jax.vmap(lambda key: augmentation.random_flip(key, marked))(keys))[:, 0, 0, 0]
+    flips = np.asarray(jax.vmap(lambda key: augment.random_flip(key, marked))(keys))[:, 0, 0, 0]
     spread = 5 * float(np.sqrt(0.5 / len(drawn)))
     result.append(Check("augmentation: share of flips", abs(flips.mean() - flip.mean()), spread, "five deviations"))
     return result

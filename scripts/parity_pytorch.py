@@ -14,15 +14,15 @@ import parity
 from parity import Arguments, Check, torch
 
 from cifar_jax.configs import RECIPES
-from cifar_jax.configs.default import Config
-from cifar_jax.input_pipeline import Dataset
-from cifar_jax.interop import pytorch
-from cifar_jax.interop.files import load_weights
-from cifar_jax.interop.layers import Params
+from cifar_jax.configs.base import Config
+from cifar_jax.datasets import Dataset
+from cifar_jax.weights import pytorch
+from cifar_jax.weights.files import load_weights
+from cifar_jax.weights.params import Params
 
 
 class PyTorchReference:
-    """parity.Reference of cifar_jax.interop.pytorch."""
+    """parity.Reference of cifar_jax.weights.pytorch."""
 
     def __init__(
         self, model: str, params: Params | None = None, dtype: str = "float32", final_relu: bool = False

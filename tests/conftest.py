@@ -27,9 +27,9 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from cifar_jax import evaluate, input_pipeline, ops, plots, train
-from cifar_jax.configs.default import Config
-from cifar_jax.input_pipeline import Dataset, load_dataset
+from cifar_jax import datasets, evaluate, ops, plots, train
+from cifar_jax.configs.base import Config
+from cifar_jax.datasets import Dataset, load_dataset
 
 TFDS_DATA_DIR = os.environ.get("TFDS_DATA_DIR", "")
 
@@ -135,7 +135,7 @@ def run_command(monkeypatch, capsys):
 @pytest.fixture
 def small_batches(monkeypatch):
     """CIFAR-10's layouts with 20 images a batch: (train images, train labels, test images, test labels)."""
-    monkeypatch.setattr(input_pipeline, "IMAGES_PER_BATCH", 20)
+    monkeypatch.setattr(datasets, "IMAGES_PER_BATCH", 20)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (120, 32, 32, 3), dtype=np.uint8)
     labels = rng.integers(0, 10, 120, dtype=np.int32)

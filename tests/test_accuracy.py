@@ -7,12 +7,12 @@ import scipy.stats
 import torch
 
 from benchmarks import accuracy, throughput
+from cifar_jax.batches import epoch_order
 from cifar_jax.checkpoint import Progress
 from cifar_jax.configs import RECIPES
 from cifar_jax.errors import UserError
-from cifar_jax.input_pipeline import epoch_order
 from cifar_jax.train import DeadTraining, Interrupted, train_and_evaluate
-from cifar_jax.training import create_train_state
+from cifar_jax.train_step import create_train_state
 
 pytestmark = pytest.mark.usefixtures("direct_convolutions", "no_figures")
 

@@ -6,7 +6,8 @@ import pytest
 
 from cifar_jax.checkpoint import Checkpoints, Progress
 from cifar_jax.errors import UserError
-from cifar_jax.training import create_history, create_train_state, replicate
+from cifar_jax.parallel import replicate
+from cifar_jax.train_step import create_history, create_train_state
 
 
 @pytest.fixture

@@ -6,9 +6,11 @@ import pytest
 
 from cifar_jax import evaluate, train
 from cifar_jax.checkpoint import Checkpoints, Progress
-from cifar_jax.metrics import read_metrics, write_json
+from cifar_jax.io import write_json
+from cifar_jax.metrics import read_metrics
+from cifar_jax.parallel import replicate
 from cifar_jax.train import train_and_evaluate
-from cifar_jax.training import create_history, create_train_state, replicate
+from cifar_jax.train_step import create_history, create_train_state
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from benchmarks import early_training, kernels
-from cifar_jax import training
+from cifar_jax import parallel
 from cifar_jax.configs import RECIPES
 
 
@@ -86,7 +86,7 @@ def test_a_platform_that_is_not_there_is_one_line(tmp_path, run_command, monkeyp
     def absent():
         raise AssertionError
 
-    monkeypatch.setattr(training.jax, "local_devices", absent)
+    monkeypatch.setattr(parallel.jax, "local_devices", absent)
     for main in (kernels.main, early_training.main):
         status, _, error = run_command(main, "--out", tmp_path)
         assert (status, error.count("\n")) == (2, 1)

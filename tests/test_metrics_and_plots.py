@@ -6,7 +6,8 @@ import pytest
 
 from cifar_jax import plots
 from cifar_jax.errors import UserError
-from cifar_jax.metrics import EpochMetrics, MetricsWriter, read_batch_loss, read_metrics, write_atomically
+from cifar_jax.io import write_atomically
+from cifar_jax.metrics import EpochMetrics, MetricsWriter, read_batch_loss, read_metrics
 
 ROW = EpochMetrics(1, 1.5, 0.25, 1.25, 0.5, 0.01, 2.0, 100.0)
 
@@ -77,7 +78,7 @@ def test_plots_imports_nothing_of_training():
     nodes = list(ast.walk(ast.parse(Path(plots.__file__).read_text())))
     modules = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
     modules += [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
-    assert {name for name in modules if "cifar_jax" in name} == {"cifar_jax.errors", "cifar_jax.metrics"}
+    assert {name for name in modules if "cifar_jax" in name} == {"cifar_jax.cli", "cifar_jax.errors", "cifar_jax.metrics"}
 
 
 def test_plots_command(tmp_path, run_command):

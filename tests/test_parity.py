@@ -17,11 +17,11 @@ import parity_keras
 import parity_pytorch
 import pytest
 
-from cifar_jax import augmentation, models
+from cifar_jax import augment, models
 from cifar_jax.configs import RECIPES
-from cifar_jax.interop import pytorch as interop_pytorch
-from cifar_jax.interop.files import Weights, save_weights
 from cifar_jax.models import MODELS
+from cifar_jax.weights import pytorch as interop_pytorch
+from cifar_jax.weights.files import Weights, save_weights
 
 SCRIPTS = {"parity_pytorch": parity_pytorch, "parity_keras": parity_keras}
 
@@ -168,15 +168,15 @@ def test_truncated_initialisers_are_seen(monkeypatch):
 def test_swapped_shift_axes_are_seen(monkeypatch, batch):
     images, _ = batch
     assert not failed(parity_keras.check_augmentation(images))
-    affine = augmentation.affine
-    monkeypatch.setattr(augmentation, "affine", lambda image, angle, y, x: affine(image, angle, x, y))
+    affine = augment.affine
+    monkeypatch.setattr(augment, "affine", lambda image, angle, y, x: affine(image, angle, x, y))
     assert failed(parity_keras.check_augmentation(images)) == [
         "augmentation of 12 images, float32",
         "augmentation of 12 images, float64",
     ]
     monkeypatch.undo()
-    draw = augmentation.draw_affine
-    monkeypatch.setattr(augmentation, "draw_affine", lambda key, degrees, shift: draw(key, degrees, 1.1 * shift))
+    draw = augment.draw_affine
+    monkeypatch.setattr(augment, "draw_affine", lambda key, degrees, shift: draw(key, degrees, 1.1 * shift))
     names = failed(parity_keras.check_augmentation(images))
     assert {name.split(",")[0] for name in names} == {"augmentation: height shift", "augmentation: width shift"}
 
@@ -256,7 +256,7 @@ def test_other_biases_and_flips_are_seen(monkeypatch, batch):
     names = failed(parity.check_initial(parity_pytorch.PyTorchReference, "lenet5", 4))
     assert any("bias" in name and "bounds" in name for name in names)
     monkeypatch.undo()
-    monkeypatch.setattr(augmentation, "random_flip", lambda key, image: image)
+    monkeypatch.setattr(augment, "random_flip", lambda key, image: image)
     assert failed(parity_keras.check_augmentation(batch[0])) == ["augmentation: share of flips"]
 
 

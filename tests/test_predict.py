@@ -8,11 +8,11 @@ import PIL.Image
 import pytest
 
 from cifar_jax import load_pretrained, predict
+from cifar_jax.batches import scale_images
 from cifar_jax.evaluate import load_run
-from cifar_jax.input_pipeline import scale_images
-from cifar_jax.interop.files import load_weights, save_weights
 from cifar_jax.pretrained import pretrained_path
 from cifar_jax.train import train_and_evaluate
+from cifar_jax.weights.files import load_weights, save_weights
 
 
 @pytest.fixture

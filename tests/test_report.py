@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import report
 from cifar_jax.configs import RECIPES
-from cifar_jax.configs.default import EXECUTION_FIELDS, Config
+from cifar_jax.configs.base import EXECUTION_FIELDS, Config
 from cifar_jax.errors import UserError
 
 

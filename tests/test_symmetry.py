@@ -8,9 +8,11 @@ import pytest
 
 from cifar_jax.evaluate import load_run
 from cifar_jax.models import MODELS
+from cifar_jax.optimizer import create_tx
+from cifar_jax.parallel import AXIS
 from cifar_jax.symmetry import mirror, symmetric_part, symmetric_start
 from cifar_jax.train import train_and_evaluate
-from cifar_jax.training import AXIS, create_train_state, create_tx
+from cifar_jax.train_step import create_train_state
 
 pytestmark = pytest.mark.usefixtures("direct_convolutions", "no_figures")
 SIDES = {"lenet5": 32, "all_cnn": 31}  # of images whose pools leave nothing out

@@ -17,12 +17,12 @@ import torch
 
 from benchmarks import pytorch_contenders, report, throughput
 from benchmarks.contenders import FAMILIES, PHASES, Contender, JaxContender
-from cifar_jax import augmentation
+from cifar_jax import augment
+from cifar_jax.batches import scale_images
 from cifar_jax.configs import RECIPES
-from cifar_jax.input_pipeline import scale_images
-from cifar_jax.interop import pytorch as interop_pytorch
 from cifar_jax.models import MODELS
-from cifar_jax.training import cross_entropy
+from cifar_jax.train_step import cross_entropy
+from cifar_jax.weights import pytorch as interop_pytorch
 
 
 @pytest.fixture(autouse=True)
@@ -203,7 +203,7 @@ def nchw(images):
 def test_pytorchs_affine_is_the_packages(images):
     rng = np.random.default_rng(1)
     parameters = [rng.uniform(-bound, bound, 8).astype(np.float32) for bound in (math.radians(10), 3.2, 3.2)]
-    expected = jax.vmap(augmentation.affine)(images, *map(jnp.asarray, parameters))
+    expected = jax.vmap(augment.affine)(images, *map(jnp.asarray, parameters))
     result = pytorch_contenders.affine(nchw(images), *map(torch.from_numpy, parameters))
     np.testing.assert_allclose(result.numpy().transpose(0, 2, 3, 1), expected, atol=1e-4)
 

@@ -19,8 +19,9 @@ from cifar_jax.checkpoint import Checkpoints
 from cifar_jax.configs import RECIPES
 from cifar_jax.errors import UserError
 from cifar_jax.metrics import read_batch_loss, read_metrics
+from cifar_jax.parallel import replicate
 from cifar_jax.train import Interrupted, parse_config, train_and_evaluate
-from cifar_jax.training import create_train_state, replicate
+from cifar_jax.train_step import create_train_state
 
 pytestmark = pytest.mark.usefixtures("direct_convolutions", "no_figures")
 

@@ -3,7 +3,7 @@
 python -m cifar_jax.train all_cnn
 """
 
-from cifar_jax.configs.default import Config
+from cifar_jax.configs.base import Config
 
 CONFIG = Config(
     workdir="runs/all_cnn",

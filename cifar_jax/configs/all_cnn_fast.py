@@ -6,7 +6,7 @@ python -m cifar_jax.train all_cnn_fast
 benchmarks/results/accuracy_all_cnn_fast.json.
 """
 
-from cifar_jax.configs.default import Config
+from cifar_jax.configs.base import Config
 
 CONFIG = Config(
     workdir="runs/all_cnn_fast",

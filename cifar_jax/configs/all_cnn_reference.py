@@ -7,7 +7,7 @@ lr_t = 0.01 / (1 + 5e-5·t), t in steps; there is no L2. The original ended at 8
 here the whole recipe was not run, as it takes about 22 hours on 2 CPU cores.
 """
 
-from cifar_jax.configs.default import Config
+from cifar_jax.configs.base import Config
 
 CONFIG = Config(
     workdir="runs/all_cnn_reference",

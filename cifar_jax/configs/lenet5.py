@@ -6,7 +6,7 @@ python -m cifar_jax.train lenet5
 1.9 on one: benchmarks/results/accuracy_lenet5.json.
 """
 
-from cifar_jax.configs.default import Config
+from cifar_jax.configs.base import Config
 
 CONFIG = Config(
     workdir="runs/lenet5",

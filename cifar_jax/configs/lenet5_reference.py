@@ -8,7 +8,7 @@ Here it gives 71.63 ± 0.62 % (three seeds: benchmarks/results/parity_lenet5.jso
 other work beside it (lenet5_reference.json).
 """
 
-from cifar_jax.configs.default import Config
+from cifar_jax.configs.base import Config
 
 CONFIG = Config(
     workdir="runs/lenet5_reference",

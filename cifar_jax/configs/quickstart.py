@@ -5,7 +5,7 @@ python -m cifar_jax.train quickstart
 98.33 % of its 360 test images, in 8 seconds of training on 2 CPU cores: benchmarks/results/quickstart.json.
 """
 
-from cifar_jax.configs.default import Config
+from cifar_jax.configs.base import Config
 
 CONFIG = Config(
     workdir="runs/quickstart",

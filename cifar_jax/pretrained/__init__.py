@@ -10,9 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cifar_jax.batches import scale_images
 from cifar_jax.errors import UserError
-from cifar_jax.input_pipeline import scale_images
-from cifar_jax.interop.files import load_weights
+from cifar_jax.weights.files import load_weights
 
 
 def pretrained_names() -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import accuracy
 from cifar_jax import convert, evaluate, predict, train
-from cifar_jax.errors import command
+from cifar_jax.cli import command
 from cifar_jax.pretrained import pretrained_path
 
 

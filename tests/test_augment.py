@@ -7,7 +7,7 @@ import pytest
 import scipy.ndimage
 from PIL import Image, ImageEnhance, ImageOps
 
-from cifar_jax import augmentation
+from cifar_jax import augment
 from cifar_jax.configs import RECIPES
 
 
@@ -18,17 +18,17 @@ def image():
 
 def test_affine_whole_pixel_shifts(image):
     """A shift by +2 samples two rows further down, the edge row repeated; likewise for columns."""
-    down = augmentation.affine(image, jnp.float32(0), jnp.float32(2), jnp.float32(0))
+    down = augment.affine(image, jnp.float32(0), jnp.float32(2), jnp.float32(0))
     np.testing.assert_allclose(down[:-2], image[2:], atol=1e-5)
     np.testing.assert_allclose(down[-2:], np.stack([image[-1]] * 2), atol=1e-5)
-    left = augmentation.affine(image, jnp.float32(0), jnp.float32(0), jnp.float32(-3))
+    left = augment.affine(image, jnp.float32(0), jnp.float32(0), jnp.float32(-3))
     np.testing.assert_allclose(left[:, 3:], image[:, :-3], atol=1e-5)
     np.testing.assert_allclose(left[:, :3], np.stack([image[:, 0]] * 3, axis=1), atol=1e-5)
 
 
 def test_affine_quarter_turn(image):
     """A quarter turn about (16.5, 16.5) takes pixel (i, j) from (33 - j, i)."""
-    turned = augmentation.affine(image, jnp.float32(np.pi / 2), jnp.float32(0), jnp.float32(0))
+    turned = augment.affine(image, jnp.float32(np.pi / 2), jnp.float32(0), jnp.float32(0))
     np.testing.assert_allclose(turned[5, 10], image[23, 5], atol=1e-4)
     np.testing.assert_allclose(turned[20, 7], image[26, 20], atol=1e-4)
 
@@ -45,7 +45,7 @@ def test_affine_is_keras_preprocessings(image):
             channel, matrix[:2, :2], matrix[:2, 2], order=1, mode="nearest"
         )
         expected = np.stack([warp(np.asarray(image)[..., i]) for i in range(3)], axis=-1)
-        actual = augmentation.affine(image, *map(jnp.float32, (angle, shift_y, shift_x)))
+        actual = augment.affine(image, *map(jnp.float32, (angle, shift_y, shift_x)))
         np.testing.assert_allclose(actual, expected, atol=5e-6)
 
 
@@ -54,13 +54,13 @@ def test_random_affine_draws():
     rows, columns = jnp.meshgrid(jnp.arange(32.0), jnp.arange(32.0), indexing="ij")
     keys = jax.random.split(jax.random.key(0), 2000)
     grid = jnp.stack([rows, columns], axis=-1)
-    warped = jax.vmap(lambda key: augmentation.random_affine(key, grid, 0.0, 0.1))(keys)
+    warped = jax.vmap(lambda key: augment.random_affine(key, grid, 0.0, 0.1))(keys)
     shifts = np.asarray(warped[:, 16, 16] - 16.0)
     assert np.abs(shifts).max() <= 3.2 + 1e-4
     assert (np.abs(shifts).max(axis=0) > 3.15).all()
     np.testing.assert_allclose(shifts.mean(axis=0), 0, atol=0.15)
     assert abs(np.corrcoef(shifts.T)[0, 1]) < 0.1
-    turned = jax.vmap(lambda key: augmentation.random_affine(key, grid, 10.0, 0.0))(keys)
+    turned = jax.vmap(lambda key: augment.random_affine(key, grid, 10.0, 0.0))(keys)
     angles = np.rad2deg(np.arctan2(*np.moveaxis(np.asarray(turned[:, 20, 16] - turned[:, 12, 16]), -1, 0)[::-1]))
     assert 9.9 < np.abs(angles).max() <= 10.001
     np.testing.assert_allclose(angles.std(), 10 / np.sqrt(3), rtol=0.05)
@@ -68,7 +68,7 @@ def test_random_affine_draws():
 
 def test_random_flip(image):
     keys = jax.random.split(jax.random.key(0), 400)
-    flipped, image = np.asarray(jax.vmap(augmentation.random_flip, (0, None))(keys, image)), np.asarray(image)
+    flipped, image = np.asarray(jax.vmap(augment.random_flip, (0, None))(keys, image)), np.asarray(image)
     is_flipped = (flipped == image[:, ::-1]).all(axis=(1, 2, 3))
     assert ((flipped == image).all(axis=(1, 2, 3)) ^ is_flipped).all()
     assert 160 < is_flipped.sum() < 240
@@ -78,13 +78,13 @@ def test_random_crop_is_a_reflected_shift(image):
     padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="reflect")
     shifts = {padded[y : y + 32, x : x + 32].tobytes(): (y, x) for y in range(5) for x in range(5)}
     keys = jax.random.split(jax.random.key(0), 300)
-    crops = np.asarray(jax.vmap(lambda key: augmentation.random_crop(key, image, 2))(keys))
+    crops = np.asarray(jax.vmap(lambda key: augment.random_crop(key, image, 2))(keys))
     assert {shifts[crop.tobytes()] for crop in crops} == set(shifts.values())
 
 
 def test_cutout():
     keys = jax.random.split(jax.random.key(0), 500)
-    holes = np.asarray(jax.vmap(lambda key: augmentation.cutout(key, jnp.ones((32, 32, 3)), 8))(keys)) == 0
+    holes = np.asarray(jax.vmap(lambda key: augment.cutout(key, jnp.ones((32, 32, 3)), 8))(keys)) == 0
     assert (holes == holes[..., :1]).all()
     sizes = holes[..., 0].sum(axis=(1, 2))
     assert sizes.max() == 64
@@ -97,26 +97,26 @@ def test_cutout():
 
 def test_a_recipe_without_augmentation_changes_nothing(image):
     keys, images = jax.random.split(jax.random.key(0), 4), jnp.stack([image] * 4)
-    np.testing.assert_array_equal(augmentation.create_augment(RECIPES["lenet5_reference"])(keys, images), images)
-    changed = augmentation.create_augment(RECIPES["all_cnn_reference"])(keys, images)
+    np.testing.assert_array_equal(augment.create_augment(RECIPES["lenet5_reference"])(keys, images), images)
+    changed = augment.create_augment(RECIPES["all_cnn_reference"])(keys, images)
     assert (np.abs(changed - images).max(axis=(1, 2, 3)) > 0.1).all()
     assert np.abs(changed[0] - changed[1]).max() > 0.1
 
 
 def test_mixup_weighs_pixels_and_labels_alike():
     images = jnp.arange(4.0).reshape(4, 1, 1, 1) * jnp.ones((4, 8, 8, 3))
-    mixed, share = augmentation.mix(jax.random.key(0), images, images[::-1], 0.4, 0.0)
+    mixed, share = augment.mix(jax.random.key(0), images, images[::-1], 0.4, 0.0)
     own, other = np.arange(4.0), np.arange(4.0)[::-1]
     expected = share * own + (1 - share) * other
     np.testing.assert_allclose(mixed, expected.reshape(4, 1, 1, 1) * np.ones((4, 8, 8, 3)), rtol=1e-5)
     many = jnp.zeros((4000, 1, 1, 1))
-    shares = augmentation.mix(jax.random.key(1), many, many, 0.4, 0.0)[1]
+    shares = augment.mix(jax.random.key(1), many, many, 0.4, 0.0)[1]
     np.testing.assert_allclose([shares.mean(), shares.var()], [0.5, 0.25 / 1.8], atol=0.01)  # Beta(0.4, 0.4)
 
 
 def test_cutmix_pastes_a_rectangle_of_the_other_image():
     images = jnp.concatenate([jnp.zeros((200, 16, 16, 3)), jnp.ones((200, 16, 16, 3))])
-    mixed, share = augmentation.mix(jax.random.key(0), images, images[::-1], 0.0, 1.0)
+    mixed, share = augment.mix(jax.random.key(0), images, images[::-1], 0.0, 1.0)
     pasted = np.asarray(mixed != images)
     assert (pasted == pasted[..., :1]).all()
     pasted = pasted[..., 0]
@@ -131,7 +131,7 @@ def test_trivial_augment_is_one_of_its_operations():
     """Of many draws on one image each is the identity, a warp, or what Pillow (or its formula) makes of it."""
     image = np.asarray(jax.random.randint(jax.random.key(0), (32, 32, 3), 20, 220), np.uint8)
     keys = jax.random.split(jax.random.key(1), 600)
-    results = np.asarray(jax.jit(jax.vmap(augmentation.trivial_augment, (0, None)))(keys, image))
+    results = np.asarray(jax.jit(jax.vmap(augment.trivial_augment, (0, None)))(keys, image))
     assert results.dtype == np.float32
     assert 0 <= results.min() < results.max() <= 255
     strengths = np.linspace(0, 1, 201)
@@ -166,7 +166,7 @@ def test_trivial_augment_is_one_of_its_operations():
 def test_trivial_augment_leaves_most_of_a_constant_image():
     """As Pillow's autocontrast does; brightness, solarize and posterize change it."""
     keys = jax.random.split(jax.random.key(1), 600)
-    results = jax.jit(jax.vmap(augmentation.trivial_augment, (0, None)))(keys, jnp.full((8, 8, 3), 100, jnp.uint8))
+    results = jax.jit(jax.vmap(augment.trivial_augment, (0, None)))(keys, jnp.full((8, 8, 3), 100, jnp.uint8))
     assert (results == 0).all((1, 2, 3)).mean() < 0.01
     assert jnp.isclose(results, 100, atol=0.01).all((1, 2, 3)).mean() > 10 / 13
 
@@ -175,7 +175,7 @@ def test_trivial_augment_shifts_turns_and_shears():
     """The warps on a picture of coordinates, which they return but at the edges: straight lines within their bounds."""
     rows, columns = np.meshgrid(np.arange(32.0) * 4, np.arange(32.0) * 4, indexing="ij")
     grid = np.stack([rows, columns, np.zeros((32, 32))], -1).astype(np.float32)
-    augment = jax.vmap(lambda key: augmentation.trivial_augment(key, grid))
+    augment = jax.vmap(lambda key: augment.trivial_augment(key, grid))
     results = np.asarray(augment(jax.random.split(jax.random.key(0), 1500)))[..., :2] / 4
     a = results[:, 17, 16] - results[:, 15, 16]  # the derivative down
     b = results[:, 16, 17] - results[:, 16, 15]
@@ -197,7 +197,7 @@ def test_trivial_augment_shifts_turns_and_shears():
 
 
 def test_alternating_flip_mirrors_a_random_half_and_then_the_other():
-    mirrored = jax.jit(augmentation.is_mirrored)
+    mirrored = jax.jit(augment.is_mirrored)
     key, indices = jax.random.key(0), jnp.arange(1000)
     epochs = [np.asarray(mirrored(key, indices, jnp.int32(epoch))) for epoch in range(4)]
     assert 450 < epochs[0].sum() < 550
@@ -252,7 +252,7 @@ def test_each_field_augments_by_itself(field, value, is_so):
     image = jnp.stack([columns, rows, rows + 0.1], -1)
     keys = jax.random.split(jax.random.key(0), 16)
     config = dataclasses.replace(RECIPES["lenet5_reference"], **{field: value})
-    images = np.asarray(augmentation.create_augment(config)(keys, jnp.stack([image] * 16)))
+    images = np.asarray(augment.create_augment(config)(keys, jnp.stack([image] * 16)))
     image = np.asarray(image)
     assert (np.abs(images - image).max((1, 2, 3)) > 0.01).sum() > 4
     kinds = (is_a_turn, is_a_shift, is_a_crop, is_a_flip, is_a_hole)

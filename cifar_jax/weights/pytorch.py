@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cifar_jax.errors import UserError
-from cifar_jax.interop.layers import Params, layers_from_params, params_from_tensors
+from cifar_jax.weights.params import Params, layers_from_params, params_from_tensors
 
 NAMES = {
     "all_cnn": tuple(f"conv{i}" for i in range(1, 10)),

@@ -21,8 +21,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cifar_jax.errors import UserError
@@ -31,19 +29,13 @@ CLASS_NAMES = {
     "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
     "digits": tuple("0123456789"),
 }
-CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # of the training set's pixels, by channel, in [0, 1]
-CIFAR10_STD = (0.2470, 0.2435, 0.2616)
-# What is subtracted from pixels in [0, 1], and then divided by, for each input_scaling.
-SCALINGS = {"unit": ((0.0,), (1.0,)), "symmetric": ((0.5,), (0.5,)), "standardized": (CIFAR10_MEAN, CIFAR10_STD)}
 ARCHIVE_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 ARCHIVE_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
-
 _BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 IMAGES_PER_BATCH = 10_000  # of which the training set has five, the test set one
 _RECORD = 1 + 3 * 32 * 32  # the binary layout: a label byte, then the red, green and blue planes
 _PICKLE_SIZE_LIMIT = 64 * 2**20  # the official pickles have 31 MB, the unpacked archives 186 MB
 _ARCHIVE_SIZE_LIMIT = 256 * 2**20
-
 Arrays = dict[str, np.ndarray]
 _ARRAY_NAMES = ("train_images", "train_labels", "test_images", "test_labels")
 
@@ -140,9 +132,6 @@ def _find_layout(folder: Path, itself: bool) -> tuple[Callable[[Path], Arrays], 
         if any((place / f"{name}{suffix}").is_file() for name in _BATCHES for suffix in ("", ".bin")):
             return _read_official, place
     return next(((_read_official, folder / name) for name in archives if (folder / name).is_file()), None)
-
-
-# --- readers: each returns the four arrays, or raises UserError naming the file ---
 
 
 def _read_tfds(folder: Path) -> Arrays:
@@ -330,9 +319,6 @@ def _load_digits() -> Dataset:
     )
 
 
-# --- download and cache ---
-
-
 def _cache_dir() -> Path:
     if folder := os.environ.get("CIFAR_JAX_CACHE"):
         return Path(folder)
@@ -410,38 +396,3 @@ def _save_arrays(entry: Path, arrays: Arrays) -> None:
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-# --- on the device ---
-
-
-def scale_images(images: jax.Array, input_scaling: str) -> jax.Array:
-    """uint8 [N, H, W, 3] → float32, scaled as the recipe's `input_scaling` says."""
-    mean, std = (jnp.asarray(values, jnp.float32).reshape(1, 1, 1, -1) for values in SCALINGS[input_scaling])
-    return (images.astype(jnp.float32) / 255 - mean) / std
-
-
-def split_seed(seed: int) -> jax.Array:
-    """A run's three independent keys: of the initial parameters, of the training steps, of the epochs' orders."""
-    return jax.random.split(jax.random.key(seed), 3)
-
-
-def epoch_order(seed: int, epoch: int, num_images: int) -> jax.Array:
-    """The order of the training images in an epoch: int32 [num_images], a function of seed and epoch alone."""
-    _, _, order_key = split_seed(seed)
-    return jax.random.permutation(jax.random.fold_in(order_key, epoch), num_images)
-
-
-def take_batch(
-    images: jax.Array, labels: jax.Array, order: jax.Array, start: jax.Array, size: int
-) -> dict[str, jax.Array]:
-    """Positions start … start+size of an order as a batch; those past the end are masked copies of the last.
-
-    Args: images uint8 [N, 32, 32, 3]; labels int32 [N]; order int32 [N]; start int32 scalar.
-    Returns: {'image': uint8 [size, 32, 32, 3], 'label': int32 [size], 'index': int32 [size], its place in the dataset,
-    'mask': float32 [size], 1 for real examples}.
-    """
-    positions = start + jnp.arange(size, dtype=jnp.int32)
-    indices = order[jnp.minimum(positions, order.shape[0] - 1)]
-    mask = (positions < order.shape[0]).astype(jnp.float32)
-    return {"image": images[indices], "label": labels[indices], "index": indices, "mask": mask}

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from cifar_jax.errors import UserError
-from cifar_jax.interop import keras as interop_keras
-from cifar_jax.interop import pytorch as interop_pytorch
-from cifar_jax.interop.layers import expected_shapes, guess_model, layers_from_params
 from cifar_jax.models import MODELS
+from cifar_jax.weights import keras as interop_keras
+from cifar_jax.weights import pytorch as interop_pytorch
+from cifar_jax.weights.params import expected_shapes, guess_model, layers_from_params
 
 
 @pytest.fixture(scope="module", params=list(MODELS))

@@ -13,11 +13,11 @@ import torch
 
 from cifar_jax import convert, evaluate
 from cifar_jax.errors import UserError
-from cifar_jax.interop import files, keras, pytorch
-from cifar_jax.interop.files import Weights, load_weights, save_weights
-from cifar_jax.interop.layers import expected_shapes, layers_from_params
 from cifar_jax.models import MODELS
 from cifar_jax.train import train_and_evaluate
+from cifar_jax.weights import files, keras, pytorch
+from cifar_jax.weights.files import Weights, load_weights, save_weights
+from cifar_jax.weights.params import expected_shapes, layers_from_params
 
 KINDS = ("safetensors", "pth", "pt", "h5", "hdf5", "weights.h5", "keras")
 keras_api = keras.import_keras()

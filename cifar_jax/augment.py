@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 
-from cifar_jax.configs.default import Config
+from cifar_jax.configs.base import Config
 
 
 def affine(image: jax.Array, angle: jax.Array, shift_y: jax.Array, shift_x: jax.Array) -> jax.Array:

@@ -8,21 +8,14 @@ import numpy as np
 import optax
 import pytest
 
-from cifar_jax import training
+from cifar_jax import host, optimizer, parallel, train_step
+from cifar_jax.batches import epoch_order, scale_images
 from cifar_jax.configs import RECIPES
 from cifar_jax.errors import UserError
 from cifar_jax.evaluate import Evaluator
-from cifar_jax.input_pipeline import epoch_order, scale_images
-from cifar_jax.training import (
-    create_history,
-    create_schedule,
-    create_train_state,
-    create_train_steps,
-    create_tx,
-    cross_entropy,
-    replicate,
-    select_devices,
-)
+from cifar_jax.optimizer import create_schedule, create_tx
+from cifar_jax.parallel import replicate, select_devices
+from cifar_jax.train_step import create_history, create_train_state, create_train_steps, cross_entropy
 
 pytestmark = pytest.mark.usefixtures("direct_convolutions")
 
@@ -263,7 +256,7 @@ def test_the_partial_batch_is_averaged_over_its_own_images(tiny_dataset, tiny_co
 
 def test_the_partial_batch_is_mixed_with_its_own_images(tiny_dataset, tiny_config, monkeypatch):
     """With shares of 0 each image is another of its batch: the same batch, in another order."""
-    monkeypatch.setattr(training, "mix", lambda key, images, others, *_: (others, jnp.zeros(len(images))))
+    monkeypatch.setattr(train_step, "mix", lambda key, images, others, *_: (others, jnp.zeros(len(images))))
     config = dataclasses.replace(tiny_config, dropout_rates=(0.0, 0.0), crop_padding=0, random_flip=False)
     images, labels = tiny_dataset.train_images[:18], tiny_dataset.train_labels[:18]
     dataset = dataclasses.replace(tiny_dataset, train_images=images, train_labels=labels)
@@ -358,17 +351,17 @@ def test_cycles_follow_the_schedule():
     rates = [float(create_schedule(config, 6)(step)) for step in range(18)]  # two cycles of 4 steps, from step 10
     falls = [0.1 * (1 - i / 8) for i in range(8)]
     assert rates == pytest.approx([0, 0.05, *falls, *[0.03 * (1 - i / 4) for i in range(4)] * 2])
-    share = training.create_averaging_share(dataclasses.replace(config, ema_decay=0.5), 6)
+    share = optimizer.create_averaging_share(dataclasses.replace(config, ema_decay=0.5), 6)
     shares = [float(share(step)) for step in range(1, 19)]
     assert shares[:10] == pytest.approx([1 - min(0.5, step / (step + 10)) for step in range(1, 11)])
     assert shares[10:] == pytest.approx([0, 0, 0, 1 / 2, 0, 0, 0, 1 / 3])
-    assert training.swa_steps(RECIPES["all_cnn_fast"], 196) == (22 * 196, 2 * 196)  # whole epochs
-    assert training.swa_steps(RECIPES["all_cnn_fast"], 176) == (22 * 176, 2 * 176)  # with 5,000 images held out
-    assert training.swa_steps(RECIPES["lenet5"], 196) == (160 * 196, 8 * 196)
+    assert optimizer.swa_steps(RECIPES["all_cnn_fast"], 196) == (22 * 196, 2 * 196)  # whole epochs
+    assert optimizer.swa_steps(RECIPES["all_cnn_fast"], 176) == (22 * 176, 2 * 176)  # with 5,000 images held out
+    assert optimizer.swa_steps(RECIPES["lenet5"], 196) == (160 * 196, 8 * 196)
     too_short = dataclasses.replace(config, swa_fraction=0.1)  # 0.9 steps a cycle: none
-    assert training.swa_steps(too_short, 6) == (18, 0)
+    assert optimizer.swa_steps(too_short, 6) == (18, 0)
     assert float(create_schedule(too_short, 6)(17)) == pytest.approx(0.1 / 14)
-    assert float(training.create_averaging_share(too_short, 6)(18)) == 1
+    assert float(optimizer.create_averaging_share(too_short, 6)(18)) == 1
 
 
 def test_the_average_and_the_ends_of_cycles_are_averaged(tiny_dataset, tiny_config):
@@ -412,8 +405,8 @@ def test_evaluation_with_dropout(tiny_dataset, tiny_config):
 
 def test_the_step_is_traced_once(tiny_dataset, tiny_config, monkeypatch):
     traces = []
-    original = training.cross_entropy
-    monkeypatch.setattr(training, "cross_entropy", lambda *args: traces.append(1) or original(*args))
+    original = train_step.cross_entropy
+    monkeypatch.setattr(train_step, "cross_entropy", lambda *args: traces.append(1) or original(*args))
     train_epoch(tiny_config, tiny_dataset)
     assert len(traces) == 1
 
@@ -428,19 +421,19 @@ def test_select_devices(tiny_config):
 def test_freed_memory_is_kept_where_the_library_can(monkeypatch):
     calls = []
     library = types.SimpleNamespace(mallopt=lambda *arguments: calls.append(arguments))
-    monkeypatch.setattr(training.ctypes, "CDLL", lambda name: library)
-    training.keep_memory()
+    monkeypatch.setattr(host.ctypes, "CDLL", lambda name: library)
+    host.keep_memory()
     assert calls == [(-4, 0), (-1, -1), (-2, 2**28)]  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
-    monkeypatch.setattr(training.ctypes, "CDLL", lambda name: object())
-    training.keep_memory()
+    monkeypatch.setattr(host.ctypes, "CDLL", lambda name: object())
+    host.keep_memory()
 
 
 @pytest.mark.parametrize(("batch_size", "num_devices", "limited"), [(256, 1, True), (512, 1, False), (512, 2, True)])
 def test_temporary_arrays_come_in_blocks_that_are_kept(tiny_config, batch_size, num_devices, limited):
     """On the CPU alone, and only where no array is larger: XLA would warn of it."""
-    options = training.compiler_options(tiny_config, batch_size, jax.local_devices()[:num_devices])
+    options = host.compiler_options(tiny_config, batch_size, jax.local_devices()[:num_devices])
     assert options == ({"xla_multiheap_size_constraint_per_heap": 60 * 2**20} if limited else {})
-    assert not training.compiler_options(tiny_config, batch_size, [types.SimpleNamespace(platform="gpu")] * num_devices)
+    assert not host.compiler_options(tiny_config, batch_size, [types.SimpleNamespace(platform="gpu")] * num_devices)
 
 
 @pytest.mark.parametrize(("batch_size", "count"), [(4, 1), (16, 1), (31, 1), (32, 2), (50, 2), (64, 4), (129, 3)])
@@ -452,8 +445,8 @@ def test_cpu_cores_share_large_batches_alone(tiny_config, batch_size, count):
 def test_steps_a_call():
     """A loop makes All-CNN's convolutions on the CPU several times slower; elsewhere it saves the dispatch."""
     cpu, gpu = ([types.SimpleNamespace(platform=platform)] for platform in ("cpu", "gpu"))
-    assert [training.default_steps_per_call(model, cpu) for model in ("all_cnn", "lenet5")] == [1, 16]
-    assert training.default_steps_per_call("all_cnn", gpu) == 1000
+    assert [parallel.default_steps_per_call(model, cpu) for model in ("all_cnn", "lenet5")] == [1, 16]
+    assert parallel.default_steps_per_call("all_cnn", gpu) == 1000
 
 
 def test_every_core_becomes_a_device_unless_the_user_says_otherwise(monkeypatch):
@@ -461,14 +454,14 @@ def test_every_core_becomes_a_device_unless_the_user_says_otherwise(monkeypatch)
     monkeypatch.setattr(jax.config, "update", lambda *arguments: updates.append(arguments))
     for name in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(training.os, "sched_getaffinity", lambda _: {0, 2, 5}, raising=False)
-    training.use_cpu_cores()
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda _: {0, 2, 5}, raising=False)
+    host.use_cpu_cores()
     assert updates == [("jax_num_cpu_devices", 3)]
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
-    training.use_cpu_cores()
+    host.use_cpu_cores()
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
-    training.use_cpu_cores()
+    host.use_cpu_cores()
     assert len(updates) == 1
 
 
@@ -512,7 +505,7 @@ def test_sam_steps_by_the_gradient_up_the_slope(num_devices, tiny_dataset, tiny_
 def test_trivial_augment_works_on_the_images_before_they_are_scaled(tiny_dataset, tiny_config, monkeypatch):
     """With the operation replaced by one that turns every image white, the loss is that of white images."""
     config = dataclasses.replace(tiny_config, trivial_augment=True, dropout_rates=(0.0, 0.0), crop_padding=0)
-    monkeypatch.setattr(training, "trivial_augment", lambda key, image: jnp.full(image.shape, 255.0))
+    monkeypatch.setattr(train_step, "trivial_augment", lambda key, image: jnp.full(image.shape, 255.0))
     losses = train_epoch(config, tiny_dataset)[1]["loss"]
     white = dataclasses.replace(tiny_dataset, train_images=np.full_like(tiny_dataset.train_images, 255))
     expected = train_epoch(dataclasses.replace(config, trivial_augment=False), white)[1]["loss"]
@@ -531,7 +524,7 @@ def test_lsuv_scales_by_the_images_of_the_recipe(tiny_dataset, tiny_config):
 
 def test_alternating_flip_goes_by_the_image_and_the_epoch(tiny_dataset, tiny_config, monkeypatch):
     """With one rule for all, mirrored in odd epochs, the losses are those of the images as they are, or mirrored."""
-    monkeypatch.setattr(training, "is_mirrored", lambda _, index, epoch: jnp.full(index.shape, epoch % 2 == 1))
+    monkeypatch.setattr(train_step, "is_mirrored", lambda _, index, epoch: jnp.full(index.shape, epoch % 2 == 1))
     plain = dataclasses.replace(tiny_config, random_flip=False, dropout_rates=(0.0, 0.0), crop_padding=0)
     turned = dataclasses.replace(tiny_dataset, train_images=tiny_dataset.train_images[:, :, ::-1])
     steps = math.ceil(len(tiny_dataset.train_images) / plain.batch_size)
@@ -552,10 +545,10 @@ def test_a_platform_that_is_not_there(monkeypatch):
         raise AssertionError
 
     monkeypatch.setattr(jax, "local_devices", absent)
-    monkeypatch.setattr(training, "keep_memory", lambda: None)
+    monkeypatch.setattr(train_step, "keep_memory", lambda: None)
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     with pytest.raises(UserError, match="unset JAX_PLATFORMS=cuda"):
-        training.prepare_cpu()
+        host.prepare_cpu()
 
 
 def first_step(config, dataset, logits, mask=None, image_size=32, epoch=0, index=None):
@@ -573,12 +566,12 @@ def first_step(config, dataset, logits, mask=None, image_size=32, epoch=0, index
     batch |= {"mask": np.ones(size, np.float32) if mask is None else mask, "epoch": np.int32(epoch)}
     batch |= {"index": np.arange(size, dtype=np.int32) if index is None else index}
     state = create_train_state(config, 1).replace(apply_fn=apply_fn, step=jnp.int32(epoch))
-    on_one_device = lambda step: jax.vmap(step, (None, 0), axis_name=training.AXIS)
+    on_one_device = lambda step: jax.vmap(step, (None, 0), axis_name=parallel.AXIS)
     batch = jax.tree.map(lambda x: x[None], batch)
-    _, metrics = on_one_device(training.create_train_step(config, image_size))(state, batch)
+    _, metrics = on_one_device(train_step.create_train_step(config, image_size))(state, batch)
     jax.effects_barrier()
     (images,) = {array.tobytes(): array for array in seen}.values()  # the loss and its gradient are of the same
-    evaluated = on_one_device(training.create_eval_step(config))(state, batch)
+    evaluated = on_one_device(train_step.create_eval_step(config))(state, batch)
     return images, *({name: value[0] for name, value in result.items()} for result in (metrics, evaluated))
 
 

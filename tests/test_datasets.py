@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cifar_jax import input_pipeline
+from cifar_jax import datasets
+from cifar_jax.batches import epoch_order, scale_images, take_batch
+from cifar_jax.datasets import load_dataset
 from cifar_jax.errors import UserError
-from cifar_jax.input_pipeline import epoch_order, load_dataset, scale_images, take_batch
 
 
 def planes(images):
@@ -103,12 +104,12 @@ def test_official_layouts(layout, small_batches, tmp_path):
 
 @pytest.mark.parametrize("place", [".", "data", ".keras/datasets", ".keras/datasets/cifar-10-batches-py-target"])
 def test_where_torchvision_and_keras_leave_it(place, small_batches):
-    write_python(input_pipeline.Path.home() / place / "cifar-10-batches-py", small_batches)
+    write_python(datasets.Path.home() / place / "cifar-10-batches-py", small_batches)
     assert_loads(small_batches)
 
 
 def test_data_dir_comes_first_and_an_empty_one_is_said(small_batches, tmp_path, capsys):
-    write_binary(input_pipeline.Path("data/cifar-10-batches-bin"), small_batches)
+    write_binary(datasets.Path("data/cifar-10-batches-bin"), small_batches)
     assert "data/cifar-10-batches-bin" in assert_loads(small_batches, tmp_path).source
     assert f"no CIFAR-10 in --data-dir {tmp_path}" in capsys.readouterr().err
     write_python(tmp_path / "cifar-10-batches-py", small_batches)
@@ -116,8 +117,8 @@ def test_data_dir_comes_first_and_an_empty_one_is_said(small_batches, tmp_path, 
 
 
 def test_an_empty_data_dir_that_is_searched_anyway_is_said_once(small_batches, capsys):
-    input_pipeline.Path("data").mkdir()
-    write_python(input_pipeline.Path.home() / ".keras/datasets/cifar-10-batches-py", small_batches)
+    datasets.Path("data").mkdir()
+    write_python(datasets.Path.home() / ".keras/datasets/cifar-10-batches-py", small_batches)
     assert_loads(small_batches, "data")
     assert capsys.readouterr().err.count("no CIFAR-10 in --data-dir data") == 1
 
@@ -126,7 +127,7 @@ def test_decoded_once_then_memory_mapped(small_batches, tmp_path, monkeypatch):
     folder = write_python(tmp_path / "cifar-10-batches-py", small_batches)
     assert_loads(small_batches, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(input_pipeline, "_read_pickle", None)  # nothing may be decoded again
+        patch.setattr(datasets, "_read_pickle", None)  # nothing may be decoded again
         assert isinstance(assert_loads(small_batches, tmp_path).train_images, np.memmap)
     # A changed file is decoded again, and so is a damaged cache entry.
     write_binary(tmp_path / "new", small_batches)
@@ -134,7 +135,7 @@ def test_decoded_once_then_memory_mapped(small_batches, tmp_path, monkeypatch):
     write_python(folder, (255 - small_batches[0], *small_batches[1:]))
     assert_loads((255 - small_batches[0], *small_batches[1:]), tmp_path)
     for size in (1000, 0):
-        for array in input_pipeline._cache_dir().rglob("train_images.npy"):
+        for array in datasets._cache_dir().rglob("train_images.npy"):
             array.write_bytes(array.read_bytes()[:size])
         assert_loads((255 - small_batches[0], *small_batches[1:]), tmp_path)
 
@@ -146,7 +147,7 @@ def test_a_shared_cache_can_be_read_by_others(small_batches, tmp_path):
         assert_loads(small_batches, tmp_path)
     finally:
         os.umask(previous)
-    (entry,) = input_pipeline._cache_dir().iterdir()
+    (entry,) = datasets._cache_dir().iterdir()
     assert entry.stat().st_mode & 0o777 == 0o755
 
 
@@ -157,13 +158,13 @@ def test_a_named_cache_needs_no_pooch(small_batches, tmp_path, monkeypatch):
 
 
 def test_another_process_was_faster(small_batches, tmp_path, monkeypatch, capsys):
-    rename = input_pipeline.Path.rename
+    rename = datasets.Path.rename
 
     def late(partial, entry):
         shutil.copytree(partial, entry)
         rename(partial, entry)
 
-    monkeypatch.setattr(input_pipeline.Path, "rename", late)
+    monkeypatch.setattr(datasets.Path, "rename", late)
     write_python(tmp_path / "cifar-10-batches-py", small_batches)
     assert_loads(small_batches, tmp_path)
     assert capsys.readouterr().err == ""
@@ -203,7 +204,7 @@ def test_every_changed_bit_of_an_archive_is_noticed(layout, small_batches, tmp_p
 
 
 def test_a_bomb_is_not_unpacked(tmp_path, monkeypatch):
-    monkeypatch.setattr(input_pipeline, "_ARCHIVE_SIZE_LIMIT", 10**6)
+    monkeypatch.setattr(datasets, "_ARCHIVE_SIZE_LIMIT", 10**6)
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(gzip.compress(bytes(2 * 10**6)))
     with pytest.raises(UserError, match="unpacks to more than 1000000 bytes"):
         load_dataset("cifar10", tmp_path)
@@ -211,8 +212,8 @@ def test_a_bomb_is_not_unpacked(tmp_path, monkeypatch):
 
 def test_files_that_only_share_a_batchs_name_are_passed_over(small_batches):
     for name in ("test_batch", "data_batch_1.bin"):
-        input_pipeline.Path(name).touch()  # in the current folder, which nobody named
-    write_python(input_pipeline.Path("data/cifar-10-batches-py"), small_batches)
+        datasets.Path(name).touch()  # in the current folder, which nobody named
+    write_python(datasets.Path("data/cifar-10-batches-py"), small_batches)
     assert_loads(small_batches)
 
 
@@ -285,10 +286,10 @@ def test_a_pickle_of_a_single_pixel(small_batches, tmp_path):
 
 
 def test_a_pickle_can_neither_change_the_reader_nor_fake_pixels():
-    load = lambda data: input_pipeline._ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
+    load = lambda data: datasets._ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
     # BUILD with a slot state: setattr(_codecs.encode, "__name__", "pwned").
     load(b"\x80\x02c_codecs\nencode\nN}X\x08\x00\x00\x00__name__X\x05\x00\x00\x00pwneds\x86b.")
-    assert input_pipeline._latin1.__name__ == "_latin1"
+    assert datasets._latin1.__name__ == "_latin1"
     # The number 3 in the place of an array's 3 bytes.
     state = b"(K\x01K\x03\x85cnumpy\ndtype\nX\x02\x00\x00\x00u1\x85R\x89%stb."
     array = b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n)R" + state
@@ -323,10 +324,10 @@ def server(tmp_path, monkeypatch, small_batches):
         thread = threading.Thread(target=http_server.serve_forever)
         thread.start()
         url = f"http://127.0.0.1:{http_server.server_address[1]}/{archive.name}"
-        monkeypatch.setattr(input_pipeline, "ARCHIVE_URL", url)
+        monkeypatch.setattr(datasets, "ARCHIVE_URL", url)
         import pooch
 
-        monkeypatch.setattr(input_pipeline, "ARCHIVE_SHA256", pooch.file_hash(str(archive)))
+        monkeypatch.setattr(datasets, "ARCHIVE_SHA256", pooch.file_hash(str(archive)))
         yield served
         http_server.shutdown()
         thread.join()
@@ -357,7 +358,7 @@ def test_no_network(monkeypatch, run_command):
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         closed_port = listener.getsockname()[1]
-    monkeypatch.setattr(input_pipeline, "ARCHIVE_URL", f"http://127.0.0.1:{closed_port}/cifar-10-python.tar.gz")
+    monkeypatch.setattr(datasets, "ARCHIVE_URL", f"http://127.0.0.1:{closed_port}/cifar-10-python.tar.gz")
     status, _, error = run_command(train.main, "lenet5")
     assert status == 2
     lines = [line for line in error.splitlines() if not line.startswith("Downloading data from")]
@@ -374,7 +375,7 @@ def test_real_cifar10_through_tfds(cifar10):
     checksum = hashlib.sha256(cifar10.train_labels.tobytes()).hexdigest()
     assert checksum == "b07e5384160a1c4227bd86f44485da4098551522af44c9347f9d53790532be24"
     values = np.arange(256) / 255
-    for channel, mean, std in zip(range(3), input_pipeline.CIFAR10_MEAN, input_pipeline.CIFAR10_STD):
+    for channel, mean, std in zip(range(3), datasets.CIFAR10_MEAN, datasets.CIFAR10_STD):
         share = np.bincount(cifar10.train_images[..., channel].ravel(), minlength=256) / 50_000 / 1024
         np.testing.assert_allclose(share @ values, mean, atol=1e-4)
         np.testing.assert_allclose(np.sqrt(share @ values**2 - (share @ values) ** 2), std, atol=1e-4)
@@ -383,7 +384,7 @@ def test_real_cifar10_through_tfds(cifar10):
 def test_a_damaged_tfds_shard_is_named(cifar10_dir, tmp_path):
     folder = tmp_path / "cifar10" / "3.0.2"
     folder.mkdir(parents=True)
-    for file in (input_pipeline.Path(cifar10_dir) / "cifar10" / "3.0.2").iterdir():
+    for file in (datasets.Path(cifar10_dir) / "cifar10" / "3.0.2").iterdir():
         (folder / file.name).symlink_to(file)
     shard = sorted(folder.glob("cifar10-train.array_record-*"))[-1]
     data = shard.read_bytes()
@@ -399,7 +400,7 @@ def test_tfds_by_a_relative_path_or_a_link(cifar10_dir, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(tensorflow_datasets, "data_source", lambda *_, data_dir, **__: asked.append(data_dir))
     (tmp_path / "cifar10").mkdir()
-    (tmp_path / "linked").symlink_to(input_pipeline.Path(cifar10_dir) / "cifar10" / "3.0.2")
+    (tmp_path / "linked").symlink_to(datasets.Path(cifar10_dir) / "cifar10" / "3.0.2")
     (tmp_path / "cifar10" / "3.0.2").symlink_to(tmp_path / "linked")
     for folder, data_dir in [(".", "."), ("cifar10", "."), ("cifar10", "3.0.2")]:
         monkeypatch.chdir(tmp_path / folder)
@@ -425,7 +426,7 @@ def test_a_tfrecord_copy_is_passed_over(small_batches, tmp_path, monkeypatch, ca
     (folder / "dataset_info.json").write_text("{}")
     (folder / "cifar10-train.tfrecord-00000-of-00001").touch()
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    write_python(input_pipeline.Path("data/cifar-10-batches-py"), small_batches)
+    write_python(datasets.Path("data/cifar-10-batches-py"), small_batches)
     assert_loads(small_batches)
     assert "file_format='array_record'" in capsys.readouterr().err
 
@@ -487,5 +488,5 @@ def test_batches_cover_the_order_once_whatever_the_number_of_devices(num_devices
 
 def test_the_restricted_unpickler_still_reads_what_numpy_writes():
     data = pickle.dumps({"data": np.arange(6, dtype=np.uint8).reshape(2, 3), "labels": [1, 2]}, protocol=2)
-    batch = input_pipeline._ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
+    batch = datasets._ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
     np.testing.assert_array_equal(batch["data"].array, [[0, 1, 2], [3, 4, 5]])

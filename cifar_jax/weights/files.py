@@ -36,13 +36,13 @@ import safetensors.numpy
 from flax import traverse_util
 
 from cifar_jax.configs import RECIPES
-from cifar_jax.configs.default import InputScaling, ModelName
+from cifar_jax.configs.base import InputScaling, ModelName
 from cifar_jax.errors import UserError
-from cifar_jax.interop import keras as interop_keras
-from cifar_jax.interop import pytorch as interop_pytorch
-from cifar_jax.interop.layers import Params, expected_shapes, layers_from_params
-from cifar_jax.metrics import write_atomically
+from cifar_jax.io import write_atomically
 from cifar_jax.models import MODELS
+from cifar_jax.weights import keras as interop_keras
+from cifar_jax.weights import pytorch as interop_pytorch
+from cifar_jax.weights.params import Params, expected_shapes, layers_from_params
 
 MAX_BYTES = 2**26  # of the weights in a .keras archive: with an optimizer's state about 20 MB
 MAX_VALUES = 2**22  # of one tensor: the largest has 331,776

@@ -1,0 +1,62 @@
+"""The LeNet-5 variant."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cifar_jax import ops
+from cifar_jax.models.initializers import KERNELS, Initializer, pytorch_bias
+
+
+class LeNet5(nn.Module):
+    """LeNet-5 variant of the PyTorch notebook: 395,006 parameters. After LeCun et al., 1998.
+
+    Attributes:
+      dropout_rates: after the first and after the second convolution's ReLU, before the pools.
+      initializer: 'original'; 'he' or 'lsuv': he_normal or orthogonal kernels and zero biases (see unit_variance).
+      dtype: of the computation, float32 or bfloat16.
+    """
+
+    LAYERS: ClassVar[tuple[str, ...]] = ("Conv_0", "Conv_1", "Dense_0", "Dense_1", "Dense_2")
+    INPUT_SCALING: ClassVar[str] = "symmetric"
+    RESIZABLE: ClassVar[bool] = False  # the first dense layer's inputs are those of 32×32 pixels
+    CPU_STEPS_PER_CALL: ClassVar[int] = 16  # hides the dispatch; in the forms of ops/cpu.py a loop costs nothing
+
+    num_classes: int = 10
+    dropout_rates: tuple[float, ...] = (0.2, 0.2)
+    initializer: str = "original"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        """float [N, 32, 32, 3], in the original in [-1, 1] → logits float32 [N, 10]; train turns dropout on."""
+        # PyTorch's default kernel, kaiming_uniform_(a=sqrt(5)), is U(±1/sqrt(fan_in)): a variance of 1/(3·fan_in).
+        pytorch_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        # The notebook's xavier_normal_ for fc1. JAX's glorot_normal truncates at two deviations: not the same.
+        xavier_normal = nn.initializers.variance_scaling(1.0, "fan_avg", "normal")
+
+        def bias_init(fan_in: int) -> Initializer:
+            return nn.initializers.zeros if self.initializer in KERNELS else pytorch_bias(fan_in)
+
+        def conv(x: jax.Array, features: int) -> jax.Array:
+            kernel = KERNELS.get(self.initializer, pytorch_kernel)
+            return ops.Conv(features, 5, "VALID", kernel, bias_init(5 * 5 * x.shape[-1]), self.dtype)(x)
+
+        def dense(x: jax.Array, features: int, original: Initializer = pytorch_kernel) -> jax.Array:
+            kernel = KERNELS.get(self.initializer, original)
+            return nn.Dense(features, kernel_init=kernel, bias_init=bias_init(x.shape[-1]), dtype=self.dtype)(x)
+
+        first, second = (partial(ops.Dropout(rate), train=train) for rate in self.dropout_rates)
+        x = images.astype(self.dtype)
+        x = ops.max_pool(first(nn.relu(conv(x, 32))), window=2, stride=2)
+        x = ops.max_pool(second(nn.relu(conv(x, 64))), window=2, stride=2)
+        x = x.reshape(x.shape[0], -1)  # NHWC; PyTorch flattens NCHW, which matters when weights move
+        x = nn.relu(dense(x, 200, xavier_normal))
+        x = nn.relu(dense(x, 100))
+        return dense(x, self.num_classes).astype(np.promote_types(self.dtype, np.float32))

@@ -1,0 +1,102 @@
+"""The recipe's optimizer: learning rates, averages of weights, SGD, Keras' SGD, Muon, SAM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cifar_jax.configs.base import Config
+from cifar_jax.parallel import AXIS
+from cifar_jax.symmetry import symmetric_gradients
+
+
+def swa_steps(config: Config, steps_per_epoch: int) -> tuple[int, int]:
+    """The step at which the cycles of stochastic weight averaging begin, and the steps of each; the latter 0: none."""
+    total_steps = config.num_epochs * steps_per_epoch
+    cycle_steps = int(config.swa_fraction * total_steps / config.swa_cycles)
+    return total_steps - config.swa_cycles * cycle_steps, cycle_steps
+
+
+def create_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
+    """Learning rate by step, float32."""
+    start, cycle_steps = swa_steps(config, steps_per_epoch)
+    rate, warmup = config.learning_rate, min(round(config.warmup_fraction * start), start - 1)
+    corners = jnp.array([0, max(warmup, 1), start], jnp.float32)
+    rates = jnp.array([0 if warmup else rate, rate, 0], jnp.float32)
+    schedule = {
+        "constant": optax.constant_schedule(rate),
+        "inverse_time": lambda step: rate / (1.0 + config.lr_decay * step),  # Keras 2's SGD(decay=…), optimizers.py
+        "cosine": optax.warmup_cosine_decay_schedule(0.0, rate, warmup, start),
+        "one_cycle": lambda step: jnp.interp(step, corners, rates),
+    }[config.schedule]
+    if cycle_steps:
+        cycle = optax.linear_schedule(config.swa_learning_rate, 0.0, cycle_steps)
+        starts = [start + number * cycle_steps for number in range(config.swa_cycles)]
+        schedule = optax.join_schedules([schedule, *[cycle] * config.swa_cycles], starts)
+    return lambda step: schedule(jnp.asarray(step, jnp.float32))  # optax mixes the step's type with float32
+
+
+def create_averaging_share(config: Config, steps_per_epoch: int) -> Callable[[jax.Array | int], jax.Array]:
+    """The share of the parameters in their average, float32, by the number of steps taken, int32.
+
+    It is an exponential moving average until the cycles of stochastic weight averaging; then the mean of what it was
+    and of the parameters at the end of each cycle.
+    """
+    start, cycle_steps = swa_steps(config, steps_per_epoch)
+
+    def share(step: jax.Array | int) -> jax.Array:
+        taken = jnp.asarray(step, jnp.float32)
+        moving = 1 - jnp.minimum(config.ema_decay, taken / (taken + 10))  # at first it forgets the initial parameters
+        if cycle_steps == 0:
+            return moving
+        ended = jnp.where((step - start) % cycle_steps == 0, 1 / (1 + (taken - start) / cycle_steps), 0.0)
+        return jnp.where(step <= start, moving, ended)
+
+    return share
+
+
+def create_tx(config: Config, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
+    """The recipe's optimizer. With sam_rho its update takes grad_fn(params, _), under the axis AXIS.
+
+    Keras keeps the rate inside the velocity, v ← μv − lr_t·g; PyTorch (and optax.sgd) outside, p ← p − lr_t·v. With
+    a changing rate they are not the same optimizer.
+    """
+    schedule = create_schedule(config, steps_per_epoch)
+    symmetric = [symmetric_gradients()] if config.mirror_symmetry else []
+    clip = [optax.clip_by_global_norm(config.gradient_clip)] if config.gradient_clip else []
+    first = [*symmetric, *clip]
+    if config.optimizer == "muon":
+        tx = optax.chain(*first, _create_muon(config, schedule))
+    else:
+        trace = optax.trace(config.momentum, config.nesterov)
+        rate = optax.scale_by_learning_rate(schedule)
+        parts = [rate, trace] if config.optimizer == "keras_sgd" else [trace, rate]
+        decay = [optax.add_decayed_weights(config.weight_decay)] if config.weight_decay else []
+        tx = optax.chain(*first, *decay, *parts)
+    if config.sam_rho:
+        climb = optax.chain(*symmetric, optax.contrib.normalize(), optax.sgd(config.sam_rho))
+        tx = optax.contrib.sam(tx, climb, opaque_mode=True, batch_axis_name=AXIS)
+    return optax.with_extra_args_support(tx)
+
+
+def _create_muon(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Muon for all kernels but the last layer's, as matrices [inputs, outputs]; Adam for the rest."""
+
+    def dimension_numbers(params: Any) -> Any:
+        matrix = lambda x: optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), (x.ndim - 1,))
+        adams = lambda path, x: x.ndim == 1 or path[0].key == max(params)  # names sort in the order of the layers
+        return jax.tree_util.tree_map_with_path(lambda path, x: None if adams(path, x) else matrix(x), params)
+
+    return optax.contrib.muon(
+        schedule,
+        beta=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        adam_weight_decay=config.weight_decay,
+        muon_weight_dimension_numbers=dimension_numbers,
+        consistent_rms=0.2,
+    )
