@@ -20,8 +20,8 @@ import tyro
 
 from cifar_jax.cli import command, parse_arguments
 from cifar_jax.errors import UserError
-from cifar_jax.evaluate import WeightFileFlags, load_run
 from cifar_jax.host import check_devices
+from cifar_jax.sources import WeightFileFlags, load_run
 from cifar_jax.weights.files import Weights, load_weights, save_weights
 
 

@@ -1,4 +1,4 @@
-"""The recipe's optimizer: learning rates, averages of weights, SGD, Keras' SGD, Muon, SAM."""
+"""A recipe's optimizer: schedule of the learning rate, average of the parameters, SGD, Keras' SGD, Muon, SAM."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import optax
 
 from cifar_jax.configs.base import Config
+from cifar_jax.models import get_model
 from cifar_jax.parallel import AXIS
 from cifar_jax.symmetry import symmetric_gradients
 
 
 def swa_steps(config: Config, steps_per_epoch: int) -> tuple[int, int]:
-    """The step at which the cycles of stochastic weight averaging begin, and the steps of each; the latter 0: none."""
+    """The step at which the cycles of stochastic weight averaging begin, and the steps of each (0: there are none)."""
     total_steps = config.num_epochs * steps_per_epoch
     cycle_steps = int(config.swa_fraction * total_steps / config.swa_cycles)
     return total_steps - config.swa_cycles * cycle_steps, cycle_steps
@@ -66,11 +67,12 @@ def create_tx(config: Config, steps_per_epoch: int) -> optax.GradientTransformat
     a changing rate they are not the same optimizer.
     """
     schedule = create_schedule(config, steps_per_epoch)
-    symmetric = [symmetric_gradients()] if config.mirror_symmetry else []
+    layers = get_model(config.model).LAYERS
+    symmetric = [symmetric_gradients(layers)] if config.mirror_symmetry else []
     clip = [optax.clip_by_global_norm(config.gradient_clip)] if config.gradient_clip else []
     first = [*symmetric, *clip]
     if config.optimizer == "muon":
-        tx = optax.chain(*first, _create_muon(config, schedule))
+        tx = optax.chain(*first, _create_muon(config, schedule, last_layer=layers[-1]))
     else:
         trace = optax.trace(config.momentum, config.nesterov)
         rate = optax.scale_by_learning_rate(schedule)
@@ -83,12 +85,12 @@ def create_tx(config: Config, steps_per_epoch: int) -> optax.GradientTransformat
     return optax.with_extra_args_support(tx)
 
 
-def _create_muon(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Muon for all kernels but the last layer's, as matrices [inputs, outputs]; Adam for the rest."""
+def _create_muon(config: Config, schedule: optax.Schedule, last_layer: str) -> optax.GradientTransformation:
+    """Muon for all kernels except the last layer's, as matrices [inputs, outputs]; Adam for the rest."""
 
     def dimension_numbers(params: Any) -> Any:
         matrix = lambda x: optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), (x.ndim - 1,))
-        adams = lambda path, x: x.ndim == 1 or path[0].key == max(params)  # names sort in the order of the layers
+        adams = lambda path, x: x.ndim == 1 or path[0].key == last_layer
         return jax.tree_util.tree_map_with_path(lambda path, x: None if adams(path, x) else matrix(x), params)
 
     return optax.contrib.muon(

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
+from cifar_jax.datasets import DATASETS
 from cifar_jax.errors import UserError
+from cifar_jax.models import MODELS, get_model
 
-ModelName = Literal["all_cnn", "lenet5"]
+if TYPE_CHECKING:
+    ModelName: TypeAlias = str
+    DatasetName: TypeAlias = str
+else:  # the registries' names: what a flag may be
+    ModelName = Literal[tuple(MODELS)]
+    DatasetName = Literal[tuple(DATASETS)]
 InputScaling = Literal["unit", "symmetric", "standardized"]
 
 
@@ -31,10 +38,10 @@ class Config:
     learning_rate: float
     """Peak learning rate."""
 
-    dataset: Literal["cifar10", "digits"] = "cifar10"
-    """CIFAR-10, or scikit-learn's embedded handwritten digits scaled to 32×32×3."""
+    dataset: DatasetName = "cifar10"
+    """CIFAR-10, CIFAR-100 (fine labels), or scikit-learn's embedded handwritten digits scaled to 32×32×3."""
     data_dir: str | None = None
-    """Where to look for CIFAR-10 first, and where to download it to."""
+    """Where to look for the dataset first, and where to download it to."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; parameters stay float32."""
     seed: int = 0
@@ -43,7 +50,7 @@ class Config:
     holdout: int = 0
     """Training images that are held out and tested on in place of the test set: to choose settings by."""
     auto_restart: bool = False
-    """Start again with half the rate and the next seed, up to three times, if training is dead or diverges."""
+    """Start again with half the rate and the next seed, up to three times, if training stalls or diverges."""
 
     initializer: Literal["original", "he", "lsuv"] = "original"
     """Kernels and biases as the original program draws them, or he_normal kernels and zero biases, or orthogonal ones
@@ -131,7 +138,8 @@ class Config:
                 check(type(value) is int or (value is None and kind is not int), field, "a whole number")
             elif get_origin(kind) is Literal:
                 check(value in get_args(kind), field, f"one of {', '.join(get_args(kind))}")
-        places = {"all_cnn": 3, "lenet5": 2}[self.model]
+        model = get_model(self.model)
+        places = len(model().dropout_rates)
         for field in ("batch_size", "num_epochs", "eval_batch_size", "swa_cycles", "num_devices", "steps_per_call"):
             check(getattr(self, field) is None or getattr(self, field) >= 1, field, "1 or more")
         check(0 <= self.seed < 2**32, "seed", "from 0 to 4294967295")
@@ -150,8 +158,8 @@ class Config:
         for field in ("mixup_alpha", "cutmix_alpha"):
             check(getattr(self, field) == 0 or getattr(self, field) >= 0.001, field, "0, or 0.001 or more")
         check(self.mixup_alpha == 0 or self.cutmix_alpha == 0, "mixup_alpha", "0 with --cutmix-alpha")
-        resizes = not self.image_sizes or self.model == "all_cnn"
-        check(resizes, "image_sizes", "empty for lenet5, which has dense layers")
+        resizes = not self.image_sizes or model.RESIZABLE
+        check(resizes, "image_sizes", f"empty for {self.model}, which takes 32×32 pixels alone")
         check(not (self.alternating_flip and self.random_flip), "alternating_flip", "False with --random-flip")
         sizes_fit = all(14 <= size <= 32 and epochs >= 1 for size, epochs in self.image_sizes)
         check(sizes_fit, "image_sizes", "pairs of a size from 14 to 32 and a number of epochs")

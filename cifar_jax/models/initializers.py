@@ -19,11 +19,11 @@ def pytorch_bias(fan_in: int) -> Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def unit_variance(model: nn.Module, params: Any, images: jax.Array) -> Any:
+def unit_variance(model: Any, params: Any, images: jax.Array) -> Any:
     """Kernels divided, from the first layer to the last, by the deviation of their outputs: LSUV (arXiv:1511.06422).
 
-    The paper repeats each division until the variance is 1; with zero biases one does it. Args: images as the model
-    takes them. Returns: parameters like `params`, with which each layer's outputs have unit variance.
+    The paper repeats each division until the variance is 1; with zero biases one does it. Args: model: a network;
+    images as it takes them. Returns: parameters like `params`, with which each layer's outputs have unit variance.
     """
 
     @jax.jit
@@ -31,7 +31,7 @@ def unit_variance(model: nn.Module, params: Any, images: jax.Array) -> Any:
         _, variables = model.apply({"params": params}, images, capture_intermediates=True)
         return {name: variables["intermediates"][name]["__call__"][0].std() for name in params}
 
-    for name in sorted(params):  # Conv_0, Conv_1, …, Dense_0, …: in the order of the layers
+    for name in model.LAYERS:
         scale = 1 / deviations(params)[name]
         params = params | {name: params[name] | {"kernel": params[name]["kernel"] * scale}}
     return params
