@@ -25,16 +25,18 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> jax.Array:
 
 
 def take_batch(
-    images: jax.Array, labels: jax.Array, order: jax.Array, start: jax.Array, size: int
+    images: jax.Array, labels: jax.Array, order: jax.Array, start: jax.Array, size: int, wrap: bool = False
 ) -> dict[str, jax.Array]:
-    """Positions start … start+size of an order as a batch. Positions past the end are masked copies of the last one.
+    """Positions start … start+size of an order as a batch. Positions past the end are masked.
 
-    Args: images uint8 [N, 32, 32, 3]; labels int32 [N]; order int32 [N]; start int32 scalar.
+    Args: images uint8 [N, 32, 32, 3]; labels int32 [N]; order int32 [N]; start int32 scalar; wrap: the masked ones are
+    the order's first images, so that a batch's statistics are of different images, else copies of the last one.
     Returns: {'image': uint8 [size, 32, 32, 3], 'label': int32 [size], 'index': int32 [size], its place in the dataset,
     'mask': float32 [size], 1 for real examples}.
     """
     positions = start + jnp.arange(size, dtype=jnp.int32)
-    indices = order[jnp.minimum(positions, order.shape[0] - 1)]
+    last = order.shape[0] - 1
+    indices = order[positions % order.shape[0] if wrap else jnp.minimum(positions, last)]
     mask = (positions < order.shape[0]).astype(jnp.float32)
     return {"image": images[indices], "label": labels[indices], "index": indices, "mask": mask}
 

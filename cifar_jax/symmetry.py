@@ -24,10 +24,12 @@ def mirror(params: Any, layers: Sequence[str]) -> Any:
     """
     mirrored, inputs = {}, None  # of the layer: channels of the one before, none for the image's colours
     for name in layers:
-        kernel, bias = params[name]["kernel"], params[name]["bias"]
+        layer = dict(params[name])
+        kernel = layer["kernel"]
         outputs = kernel.shape[-1]
         if name != layers[-1]:  # the classes stay
-            kernel, bias = kernel[..., ::-1], bias[::-1]
+            layer = {part: values[..., ::-1] for part, values in layer.items()}
+            kernel = layer["kernel"]
         if inputs is not None:
             kernel = kernel.reshape(*kernel.shape[:-2], -1, inputs, outputs)[..., ::-1, :]
             if kernel.ndim == 3:  # dense; the first one's inputs are rows, columns and channels
@@ -35,7 +37,7 @@ def mirror(params: Any, layers: Sequence[str]) -> Any:
                 kernel = kernel.reshape(side, side, inputs, outputs)[:, ::-1]
         if name.startswith("Conv"):
             kernel = kernel[:, ::-1]
-        mirrored[name] = {"kernel": kernel.reshape(params[name]["kernel"].shape), "bias": bias}
+        mirrored[name] = layer | {"kernel": kernel.reshape(params[name]["kernel"].shape)}
         inputs = outputs
     return mirrored
 

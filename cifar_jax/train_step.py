@@ -16,6 +16,7 @@ from cifar_jax.batches import pixel_statistics, scale_images, split_seed
 from cifar_jax.configs.base import Config
 from cifar_jax.datasets import DATASETS
 from cifar_jax.models import get_model, unit_variance
+from cifar_jax.normalization import Moments, Statistics, add_scales, apply_normalized
 from cifar_jax.optimizer import create_tx
 from cifar_jax.parallel import AXIS
 from cifar_jax.symmetry import symmetric_start
@@ -28,16 +29,23 @@ class TrainState(train_state.TrainState):
     """Flax's TrainState (step, params, tx, opt_state) with two more fields.
 
     rng is the key from which every step's randomness is folded. ema_params is the average of the parameters, None if
-    the recipe has none: an exponential moving average at first, see `optimizer.create_averaging_share`.
+    the recipe has none: an exponential moving average at first, see `optimizer.create_averaging_share`. folded_params
+    are the plain network's, None without normalisation; `trainer.Trainer.fold` computes them after an epoch.
     """
 
     rng: jax.Array
     ema_params: Any = None
+    folded_params: Any = None
+
+    @property
+    def averaged_params(self) -> Any:
+        """The average if there is one, else the parameters."""
+        return self.params if self.ema_params is None else self.ema_params
 
     @property
     def eval_params(self) -> Any:
-        """What is evaluated and released: the average if there is one, else the parameters."""
-        return self.params if self.ema_params is None else self.ema_params
+        """What is evaluated and released: parameters of the plain network."""
+        return self.averaged_params if self.folded_params is None else self.folded_params
 
 
 def create_model(config: Config, **fields: Any) -> Any:
@@ -67,10 +75,15 @@ def create_train_state(config: Config, steps_per_epoch: int, images: Any = None)
     if config.initializer == "lsuv" and images is not None:
         scaled = scale_images(jnp.asarray(images), *pixel_statistics(config.input_scaling, config.dataset))
         params = unit_variance(model, params, scaled)
+    folded_params = None
+    if config.normalization == "batch":
+        folded_params = jax.tree.map(jnp.copy, params)
+        params = add_scales(model, params)
     tx = create_tx(config, steps_per_epoch)
     averages = config.ema_decay > 0 or config.swa_fraction > 0
     ema_params = jax.tree.map(jnp.copy, params) if averages else None
-    state = TrainState.create(apply_fn=model.apply, params=params, tx=tx, rng=rng, ema_params=ema_params)
+    fields = {"rng": rng, "ema_params": ema_params, "folded_params": folded_params}
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=tx, **fields)
     return state.replace(step=jnp.zeros((), jnp.int32))  # create's Python 0 would compile the step twice
 
 
@@ -97,6 +110,7 @@ def create_train_step(
     'loss' float32, the mean over its examples (the recipe's loss, dropout on), 'correct' int32, 'count' int32.
     """
     transform = create_input_transform(config, image_size)
+    model, normalized = create_model(config), config.normalization == "batch"
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         device, num_devices = lax.axis_index(AXIS), lax.axis_size(AXIS)
@@ -106,7 +120,12 @@ def create_train_step(
 
         def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
             rngs = {"dropout": jax.random.fold_in(dropout_rng, device)}
-            logits = state.apply_fn({"params": params}, images, train=True, rngs=rngs)
+            if normalized:
+                logits, _ = apply_normalized(
+                    model, params, images, symmetric=config.mirror_symmetry, train=True, rngs=rngs
+                )
+            else:
+                logits = state.apply_fn({"params": params}, images, train=True, rngs=rngs)
             losses = cross_entropy(logits, batch["label"], config.label_smoothing)
             if mixture is not None:
                 others = cross_entropy(logits, batch["label"][mixture.partner], config.label_smoothing)
@@ -131,6 +150,20 @@ def create_train_step(
         return state, metrics
 
     return train_step
+
+
+def create_statistics_step(config: Config) -> Callable[[Any, Batch], Statistics]:
+    """statistics_step(params, batch) → means over the devices of the hidden layers' moments, without dropout."""
+    model, pixels = create_model(config), pixel_statistics(config.input_scaling, config.dataset)
+
+    def statistics_step(params: Any, batch: Batch) -> Statistics:
+        images = scale_images(batch["image"], *pixels)
+        _, found = apply_normalized(model, params, images, symmetric=config.mirror_symmetry)
+        mean = {name: lax.pmean(moments.mean, AXIS) for name, moments in found.items()}
+        spread = lambda moments, mean: moments.variance + (moments.mean - mean) ** 2
+        return {name: Moments(mean[name], lax.pmean(spread(found[name], mean[name]), AXIS)) for name in found}
+
+    return statistics_step
 
 
 def create_eval_step(

@@ -13,10 +13,19 @@ import numpy as np
 from cifar_jax.batches import epoch_order, take_batch
 from cifar_jax.configs.base import Config
 from cifar_jax.host import compiler_options
+from cifar_jax.normalization import fold, merge
 from cifar_jax.optimizer import create_averaging_share
 from cifar_jax.parallel import default_steps_per_call, parallelize, repeat, replicate
-from cifar_jax.train_step import Metrics, TrainState, create_eval_step, create_train_state, create_train_step
+from cifar_jax.train_step import (
+    Metrics,
+    TrainState,
+    create_eval_step,
+    create_statistics_step,
+    create_train_state,
+    create_train_step,
+)
 
+FOLD_IMAGES = 2500  # whose statistics are folded
 MAX_PENDING_CALLS = 2  # calls that run ahead of the device: JAX would allow 32, and a signal must be heard
 
 
@@ -58,6 +67,7 @@ class Trainer:
         self._data = replicate((images, labels), devices)
         self._num_images = len(labels)
         self._compiled: dict[int, Callable[..., Any]] = {}
+        self._statistics: Callable[..., Any] | None = None
 
     def clear_history(self) -> None:
         """Begins an epoch's metrics anew."""
@@ -117,18 +127,44 @@ class Trainer:
         mean = float((loss.astype(np.float64) * count).sum() / total)
         return {"loss": mean, "accuracy": float(correct.sum() / total), "batch_loss": loss}
 
+    def fold(self) -> None:
+        """With normalisation, computes state.folded_params from the (averaged) parameters and some training images."""
+        if self.config.normalization == "none":
+            return
+        params, statistics = self.state.averaged_params, []
+        count = min(FOLD_IMAGES, self._num_images) // len(self.devices)
+        size = min(self.config.eval_batch_size // len(self.devices), count)
+        if self._statistics is None:
+            step = self._create_statistics_step(size)
+            self._statistics = step(params, *self._data, np.int32(0))
+        for start in range(0, count - size + 1, size):
+            statistics.append(self._statistics(params, *self._data, np.int32(start * len(self.devices))))
+        self.state = self.state.replace(folded_params=jax.jit(fold)(params, jax.jit(merge)(statistics)))
+
+    def _create_statistics_step(self, size: int) -> Any:
+        """Compiler (see `parallelize`): (params, images, labels, start) → statistics of `size` images a device."""
+        statistics_step = create_statistics_step(self.config)
+
+        def step(params, images, labels, start, device):  # type: ignore[no-untyped-def]
+            order = jnp.arange(labels.shape[0], dtype=jnp.int32)
+            return statistics_step(params, take_batch(images, labels, order, start + device * size, size))
+
+        options = compiler_options(self.config.model, size * len(self.devices), self.devices)
+        return parallelize(step, self.devices, (), options)
+
     def _create_train_steps(self, image_size: int) -> Any:
         """Compiler (see `parallelize`): (state, history, images, labels, order, start, count) → (state, history, loss
         of the last step). state and history are donated."""
         config, train_step = self.config, create_train_step(self.config, image_size)
         per_device_batch_size = config.batch_size // len(self.devices)
         share = create_averaging_share(config, self.steps_per_epoch)
+        wrap = config.normalization == "batch"
 
         def train_steps(state, history, images, labels, order, start, count, device):  # type: ignore[no-untyped-def]
             def one(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
                 state, history = carry
                 first = i * config.batch_size + device * per_device_batch_size
-                batch = take_batch(images, labels, order, first, per_device_batch_size)
+                batch = take_batch(images, labels, order, first, per_device_batch_size, wrap=wrap)
                 epoch = jnp.asarray(state.step // self.steps_per_epoch)
                 batch |= {"epoch": epoch, "averaging_share": share(state.step + 1)}
                 state, metrics = train_step(state, batch)

@@ -55,7 +55,7 @@ class Run:
         self.steps_per_epoch = _check_fit(config, len(self.dataset.train_labels), len(devices))
         self.checkpoints = Checkpoints(self.workdir)
         self.trainer = Trainer(config, self.dataset.train_images, self.dataset.train_labels, devices)
-        self.num_parameters = sum(leaf.size for leaf in jax.tree.leaves(self.trainer.state.params))
+        self.num_parameters = sum(leaf.size for leaf in jax.tree.leaves(self.trainer.state.eval_params))
         self.progress, self.log = Progress(), RunLog()
 
     def train(self) -> dict[str, Any]:
@@ -155,6 +155,7 @@ class Run:
         with progress_bar(description, self.steps_per_epoch, start) as bar:
             step = self.trainer.run_epoch(epoch, start, self.stop, bar.update)
         seconds = earlier_seconds + time.perf_counter() - started
+        self.trainer.fold()
         test = evaluator(self.trainer.state, self.stop) if step == self.steps_per_epoch else None
         state, trained = self.trainer.state, self.trainer.epoch_metrics()
         tested_loss = test["loss"] if test else 0.0

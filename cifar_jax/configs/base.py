@@ -55,6 +55,9 @@ class Config:
     initializer: Literal["original", "he", "lsuv"] = "original"
     """Kernels and biases as the original program draws them, or he_normal kernels and zero biases, or orthogonal ones
     scaled so that each layer's outputs for 256 training images have unit variance (LSUV, arXiv:1511.06422)."""
+    normalization: Literal["none", "batch"] = "none"
+    """batch: hidden outputs are normalised over each device's share of the batch while training, and the normalisation
+    is folded into kernels and biases for evaluation (see normalization.py)."""
     mirror_symmetry: bool = False
     """Weights that compute the same for an image and its mirror image: half of the units have the other half's kernels,
     mirrored (see symmetry.py). lenet5 then gains nothing by flips."""
