@@ -17,7 +17,7 @@ import tyro
 
 from cifar_jax.batches import scale_images
 from cifar_jax.cli import command, parse_arguments
-from cifar_jax.datasets import CLASS_NAMES
+from cifar_jax.datasets import get_dataset
 from cifar_jax.errors import UserError
 from cifar_jax.evaluate import WeightFileFlags, load_file, load_run
 from cifar_jax.host import prepare_cpu
@@ -98,7 +98,7 @@ def main() -> int:
     probabilities = np.concatenate(parts)
     if not np.isfinite(probabilities).all():
         raise UserError("some probabilities are not finite: the weights are too large")
-    names, results = CLASS_NAMES[config.dataset], []
+    names, results = get_dataset(config.dataset).class_names, []
     for path, row in zip(arguments.images, probabilities.tolist()):
         ranked = sorted(zip(names, row), key=lambda pair: -pair[1])[: arguments.top]
         results.append({"image": str(path), "probabilities": dict(ranked)})
