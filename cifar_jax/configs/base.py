@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from cifar_jax.datasets import DATASETS
 from cifar_jax.errors import UserError
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 else:  # the registries' names: what a flag may be
     ModelName = Literal[tuple(MODELS)]
     DatasetName = Literal[tuple(DATASETS)]
+REGISTRIES: dict[str, Mapping[str, Any]] = {"model": MODELS, "dataset": DATASETS}
 InputScaling = Literal["unit", "symmetric", "standardized"]
 
 
@@ -149,6 +151,8 @@ class Config:
                 check(type(value) is bool, field, "true or false")
             elif kind in (int, int | None):
                 check(type(value) is int or (value is None and kind is not int), field, "a whole number")
+            elif field in REGISTRIES:
+                check(value in REGISTRIES[field], field, f"one of {', '.join(REGISTRIES[field])}")
             elif get_origin(kind) is Literal:
                 check(value in get_args(kind), field, f"one of {', '.join(get_args(kind))}")
         model = get_model(self.model)
