@@ -63,6 +63,8 @@ class Run:
         config = self.config
         resumes = self._restore()
         self._introduce()
+        if config.auto_restart and is_stalled(self.log.batch_loss, self.num_classes):
+            raise self._stalled(self.progress.epoch)  # it went on, as it was begun without --auto-restart
         if (summary := self._complete(resumes)) is not None:
             return summary
         self._prepare(resumes)
@@ -116,8 +118,6 @@ class Run:
     def _prepare(self, resumes: bool) -> None:
         """Checks that the run can go on here, and writes what identifies it."""
         config = self.config
-        if config.auto_restart and is_stalled(self.log.batch_loss, self.num_classes):
-            raise self._stalled(self.progress.epoch)  # it went on, as it was begun without --auto-restart
         if resumes:
             epoch, step, _ = self.progress
             began = read_config(self.workdir).num_devices
