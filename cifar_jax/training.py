@@ -50,6 +50,8 @@ class Run:
         self.config, self.devices, self.stop = config, devices, stop
         self.workdir = Path(config.workdir)
         self.dataset = hold_out(dataset or load_dataset(config.dataset, config.data_dir), config.holdout)
+        if stop():
+            raise Interrupted(Progress(), 0)
         self.num_classes = len(self.dataset.class_names)
         self.tested = "held-out" if config.holdout else "test"
         self.steps_per_epoch = _check_fit(config, len(self.dataset.train_labels), len(devices))
@@ -141,6 +143,8 @@ class Run:
         """Compiles everything first; then trains to the last epoch, or until it is stopped."""
         config, trainer, epoch = self.config, self.trainer, self.progress.epoch
         for image_size in {config.image_size(later) for later in range(epoch, config.num_epochs)}:
+            if self.stop():
+                return
             trainer.compile(image_size, trainer.order(epoch))
         images, labels = self.dataset.test_images, self.dataset.test_labels
         evaluator = Evaluator(config, trainer.state, images, labels, self.devices)
