@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
+import itertools
 import logging
 import re
 import shutil
@@ -50,6 +52,7 @@ class DamagedCheckpoint(UserError):
 
 _CHECKSUMS = "sha256.json"
 _MARGIN = 1.2  # room on the disk for a checkpoint, in sizes of its arrays
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ITEMS = ("state", "history", "batch_loss", "progress")
 
 
@@ -71,6 +74,11 @@ def _verify(folder: Path) -> None:
     wrong = next((name for name in saved if saved[name] != actual.get(name)), None)
     if wrong is not None:
         raise DamagedCheckpoint(f"{folder / wrong}: damaged or missing")
+
+
+def _padded(losses: np.ndarray) -> np.ndarray:
+    """With one number more, as Orbax saves no empty array."""
+    return np.append(losses, np.float32(0))
 
 
 def _accuracy(metrics: dict[str, float]) -> float:
@@ -128,7 +136,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             history=ocp.args.StandardSave(history),
-            batch_loss=ocp.args.StandardSave({"batch_loss": log.batch_loss}),
+            batch_loss=ocp.args.StandardSave({"batch_loss": _padded(log.batch_loss)}),
             progress=ocp.args.JsonSave({**progress._asdict(), "rows": rows, "num_losses": len(log.batch_loss)}),
         )
         metrics = None if test_accuracy is None else {"test_accuracy": test_accuracy}
@@ -137,12 +145,15 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             needed = _MARGIN * sum(leaf.nbytes for leaf in jax.tree.leaves((state, history, log.batch_loss)))
             if shutil.disk_usage(self.directory).free < needed:
-                raise OSError(f"it needs {needed / 2**20:.0f} MiB and the disk is full")
+                raise OSError(errno.ENOSPC, f"it needs {needed / 2**20:.0f} MiB, which the disk lacks")
             with _quiet():
                 self._manager.save(number, args=items, metrics=metrics)
                 write_json(folder / _CHECKSUMS, _checksums(folder))
-        except Exception as error:  # a full disk is an OSError or TensorStore's ValueError
-            raise UserError(f"{self.directory}: can't save ({error}): make room, then start again to resume") from error
+        except Exception as error:
+            full = getattr(error, "errno", None) in _FULL or "ENOSPC" in str(error)  # the latter is TensorStore's
+            advice = "make room" if full else "see that it can be written"
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{self.directory}: can't save ({reason}): {advice}, then start again to resume") from error
         self._numbers.append(number)
 
     def restore_run(self, state: TrainState, history: Metrics) -> Restored | None:
@@ -158,11 +169,9 @@ class Checkpoints:
                 failures.append(error)
                 continue
             for failure, damaged in zip(failures, reversed(self._numbers)):
-                with contextlib.suppress(OSError):  # kept, but no longer counted as a checkpoint
-                    (self.directory / str(damaged)).rename(self.directory / f"damaged-{damaged}")
-                progress = restored.progress
-                where = f"{progress.epoch} epochs and {progress.step} steps"
-                _warn(f"{failure}: kept as damaged-{damaged}; resuming from the checkpoint before it, after {where}")
+                aside = self._set_aside(damaged)
+                where = f"{restored.progress.epoch} epochs and {restored.progress.step} steps"
+                _warn(f"{failure}: kept as {aside}; resuming from the checkpoint before it, after {where}")
             if failures:
                 self._manager.reload()
                 self._numbers, self._best = sorted(self._manager.all_steps()), self._manager.best_step()
@@ -171,9 +180,18 @@ class Checkpoints:
             raise UserError(f"{failures[0]}, and no other checkpoint is whole: name another --workdir")
         return None
 
+    def _set_aside(self, number: int) -> str:
+        """Renames a checkpoint, so that it is kept and no longer counted as one. Returns: its folder's name."""
+        folder, names = self.directory / str(number), (f"damaged-{number}{'+' * again}" for again in itertools.count())
+        free = next(name for name in names if not (self.directory / name).exists())
+        with contextlib.suppress(OSError):
+            folder.rename(self.directory / free)
+            return free
+        return folder.name
+
     def _restore_run(self, number: int, state: TrainState, history: Metrics) -> Restored:
         log = self._restore(number, progress=ocp.args.JsonRestore()).progress
-        batch_loss = {"batch_loss": np.zeros(log["num_losses"], np.float32)}
+        batch_loss = {"batch_loss": _padded(np.zeros(log["num_losses"], np.float32))}
         items = self._restore(
             number,
             state=ocp.args.StandardRestore(state),
@@ -181,7 +199,7 @@ class Checkpoints:
             batch_loss=ocp.args.StandardRestore(batch_loss),
         )
         rows = [EpochMetrics(**row) for row in log["rows"]]
-        losses = np.asarray(items.batch_loss["batch_loss"])
+        losses = np.asarray(items.batch_loss["batch_loss"])[:-1]
         return Restored(items.state, items.history, _progress(log), RunLog(rows, losses))
 
     def restore_state(self, which: Literal["best", "latest"], state: TrainState) -> tuple[TrainState, Progress]:
