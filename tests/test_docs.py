@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,6 +22,8 @@ import pytest
 
 from benchmarks.report.results import ROOT
 from cifar_jax.configs import DESCRIPTIONS, RECIPES
+from cifar_jax.datasets import DATASETS, DatasetInfo
+from cifar_jax.errors import UserError
 from cifar_jax.pretrained import pretrained_path
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -50,7 +53,7 @@ class Elsewhere:
     text: str
 
 
-TINY = "--dataset digits --batch-size 30 --eval-batch-size 30 --num-epochs 1 --num-devices 1 --steps-per-call 1"
+TINY = "--batch-size 30 --eval-batch-size 30 --num-epochs 1 --num-devices 1 --steps-per-call 1"
 INSTALLED = Elsewhere(".ci/run", "-e '.[test]'")
 TESTED = Elsewhere(".ci/run", "\npytest\n")
 ACCURACY = Stops("--out photo.jpg", "tests/test_accuracy.py")
@@ -167,9 +170,22 @@ def execute(run_command):
     return run
 
 
+class TinyInfo(DatasetInfo):
+    """An entry of the registry that is read from no file: the data of its class."""
+
+    def load(self, data_dir=None):
+        if data_dir is not None and not Path(data_dir).exists():
+            raise UserError(f"--data-dir {data_dir}: there is no such folder")
+        return dataclasses.replace(self.data, info=self)
+
+
 @pytest.fixture
-def reader(tmp_path, monkeypatch, use_tiny_dataset, direct_convolutions, no_figures):
+def reader(tmp_path, monkeypatch, tiny_dataset, direct_convolutions):
     """Works in a folder with a photo, on tiny data, as a reader of the pages does."""
+    monkeypatch.setattr(TinyInfo, "data", tiny_dataset, raising=False)
+    for name in ("cifar10", "digits"):
+        fields = {field.name: getattr(DATASETS[name], field.name) for field in dataclasses.fields(DatasetInfo)}
+        monkeypatch.setitem(DATASETS, name, TinyInfo(**fields))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
