@@ -65,13 +65,14 @@ COMMANDS = {
     "pip install -e '.[parity]'": INSTALLED,  # a part of test
     "pytest": TESTED,
     "pytest -m 'not slow'": TESTED,
-    "pytest tests/test_models.py": TESTED,
+    "pytest tests/test_extending.py": TESTED,
     "pytest tests/test_datasets.py": TESTED,
     "ruff check .": Elsewhere(".ci/run", "\nruff check .\n"),
     "ruff format .": Elsewhere(".ci/run", "\nruff format --check .\n"),
     "mypy": Elsewhere(".ci/run", "\nmypy\n"),
     "mkdocs build --strict": Elsewhere(".ci/run", "\nmkdocs build --strict"),
     "python -m benchmarks.report --check": Run(),
+    "cifar-jax --help": Run(),
     "python -m cifar_jax.train quickstart": Run(TINY),
     "python -m cifar_jax.train quickstart --workdir runs/first --num-epochs 3": Run(TINY),
     "python -m cifar_jax.train lenet5 --help": Run(),
@@ -151,9 +152,11 @@ def with_flags(words, flags):
 
 @pytest.fixture
 def execute(run_command):
-    """Runs `python -m MODULE …` or `python FILE …` in this process: words → (exit status, output)."""
+    """Runs `python -m MODULE …`, `python FILE …` or `cifar-jax …` in this process: words → (exit status, output)."""
 
     def run(words):
+        if words[0] == "cifar-jax":
+            words = ["python", "-m", "cifar_jax", *words[1:]]
         if words[:2] == ["python", "-m"]:
             module, arguments = words[2], words[3:]
             try:
@@ -253,6 +256,14 @@ def test_files_and_extras_that_pages_name_are_there():
             assert set(names.split(",")) <= set(extras), page
         for path in re.findall(r"`((?:tests|scripts|benchmarks|cifar_jax|docs)/[\w./]+)`", text):
             assert (ROOT / path).exists() or path.endswith("/mine.py"), (page, path)
+
+
+def test_the_layout_has_every_module():
+    layout = re.search(r"## Layout\n.*?```\n(.*?)```", (ROOT / "docs/design.md").read_text(), re.DOTALL)[1]
+    listed = re.findall(r"^  (\S+)", layout.partition("benchmarks/")[0], re.MULTILINE)
+    package = [path for path in (ROOT / "cifar_jax").iterdir() if not path.name.startswith("__")]
+    modules = {path.name for path in package if path.suffix == ".py"}
+    assert set(listed) == modules | {f"{path.name}/" for path in package if path.is_dir()}
 
 
 def test_the_tables_of_recipes_have_all_recipes():
