@@ -238,7 +238,14 @@ def test_the_commands_of_a_page_run(page, reader, execute, monkeypatch):
             assert (ROOT / how.tests).exists(), command
 
 
-@pytest.mark.parametrize("page", PAGES)
+SNIPPETS = [
+    pytest.param(page, marks=pytest.mark.slow if page == "docs/training.md" else ())
+    for page in PAGES
+    if blocks(page, "python")
+]
+
+
+@pytest.mark.parametrize("page", SNIPPETS)
 def test_the_snippets_of_a_page_run(page, reader):
     for number, code in enumerate(blocks(page, "python")):
         if ">>>" in code:
