@@ -56,7 +56,7 @@ def test_another_process_was_faster(small_batches, tmp_path, cache, monkeypatch,
     monkeypatch.setattr(Path, "rename", late)
     write_python(tmp_path / "cifar-10-batches-py", small_batches)
     assert_loads(small_batches, tmp_path)
-    assert capsys.readouterr().err == ""
+    assert "can't" not in capsys.readouterr().err
     assert len(os.listdir(cache)) == 1
 
 

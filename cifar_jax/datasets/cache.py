@@ -7,6 +7,7 @@ mtime in ns. The checksums are computed again only when a file has another size 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -54,10 +55,10 @@ def cached(info: Cifar, cache: Path | None, files: Iterable[Path], decode: Calla
 
 
 def _key(files: Iterable[Path]) -> str:
-    stamp = hashlib.sha256()
+    stamp, real_path = hashlib.sha256(), functools.cache(os.path.realpath)
     for file in files:
         status = file.stat()
-        stamp.update(f"{os.path.realpath(file)} {status.st_size} {status.st_mtime_ns}\n".encode())
+        stamp.update(f"{real_path(file.parent)}/{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return stamp.hexdigest()[:16]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from cifar_jax.datasets.cifar import PIXELS, Cifar, OfficialFiles
 from cifar_jax.datasets.info import SPLITS, Arrays
-from cifar_jax.datasets.layout import Layout, read_regular
+from cifar_jax.datasets.layout import Layout, read_regular, starts_with
 from cifar_jax.datasets.pickles import read_batch
 from cifar_jax.errors import UserError
 
@@ -22,7 +22,7 @@ _BLOCK = 512  # of a tar archive
 def find(info: Cifar, folder: Path, named: bool) -> Path | None:
     """The folder or archive; `named` if the user named `folder`: it may also be the unpacked folder itself."""
     kinds = info.python, info.binary
-    if named and os.path.isfile(folder):
+    if named and os.path.isfile(folder) and not any(starts_with(folder, magic) for magic in (b"PK\3\4", b"PAR1")):
         return folder
     for place in (folder, folder / info.keras_folder):
         for unpacked in [place / kind.folder for kind in kinds] + ([place] if named else []):
