@@ -39,7 +39,8 @@ def read(info: Cifar, path: Path) -> Arrays:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{path}: not {info.title} as a .npz file ({str(error)[:200]}): write it anew") from error
+        reason = str(error)[:200] or type(error).__name__
+        raise UserError(f"{path}: not {info.title} as a .npz file ({reason}): write it anew") from error
     return arrays
 
 

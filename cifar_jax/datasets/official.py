@@ -41,7 +41,9 @@ def read(info: Cifar, path: Path) -> Arrays:
         present: Callable[[str], bool] = members.__contains__
     else:
         present = lambda name: os.path.isfile(path / name)
-    kind = next((kind for kind in (info.python, info.binary) if any(map(present, kind.names))), info.python)
+    kind = next((kind for kind in (info.python, info.binary) if any(map(present, kind.names))), None)
+    if kind is None:
+        raise UserError(f"{path}: holds no file of {info.title}, as {info.python.names[0]}: name its archive or folder")
     if missing := [name for name in kind.names if not present(name)]:
         raise UserError(f"{path}: lacks {missing[0]}, so it is not all of {info.title}: {info.advice}")
     arrays: Arrays = {}
@@ -84,7 +86,8 @@ def _read_batch(
     try:
         return read_batch(data, info.label_key, count)
     except Exception as error:  # a hostile or cut pickle can raise anything
-        raise UserError(f"{path}: not a batch of {info.title} ({str(error)[:200]}): {info.advice}") from error
+        reason = str(error)[:200] or type(error).__name__
+        raise UserError(f"{path}: not a batch of {info.title} ({reason}): {info.advice}") from error
 
 
 def _size_limit(images: int) -> int:

@@ -22,15 +22,15 @@ THREADS = 2**27  # bytes for 64 of them
 STEP = 500  # records that are read at once
 
 
-def limit(files_size: int) -> None:
-    """From here on: 384 MiB and what the files need; 8 s of computation and 2 MB of files a second."""
+def limit(files_size: int, memory: int = 384 * 2**20, seconds: int = 8) -> None:
+    """From here on: so many bytes of memory and what the files need; so many seconds and one for 2 MB of files."""
     if os.path.exists("/proc/self/statm"):  # on Linux
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[5]) * resource.getpagesize()
-        memory = used + THREADS + 384 * 2**20 + 2 * files_size
-        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-    seconds = int(time.process_time() + 8 + files_size / 2e6)
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        total = used + THREADS + memory + 2 * files_size
+        resource.setrlimit(resource.RLIMIT_DATA, (total, total))
+    until = int(time.process_time() + seconds + files_size / 2e6)
+    resource.setrlimit(resource.RLIMIT_CPU, (until, until + 1))  # SIGXCPU, then SIGKILL
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 

@@ -80,7 +80,7 @@ def _receive(stream: IO[bytes], count: int) -> tuple[np.ndarray, np.ndarray, lis
 def _reason(status: int, errors: IO[bytes]) -> str:
     """Why the reader ended; empty if it says nothing."""
     if status == -signal.SIGXCPU:
-        return "it takes too long"
+        return "it takes too long for its size"
     if status < 0:
         return f"the library that reads it ended by {signal.Signals(-status).name}"
     errors.seek(0)
