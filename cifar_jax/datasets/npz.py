@@ -39,7 +39,7 @@ def read(info: Cifar, path: Path) -> Arrays:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can raise anything
-        reason = str(error)[:200] or type(error).__name__
+        reason = " ".join(str(error)[:200].split()) or type(error).__name__
         raise UserError(f"{path}: not {info.title} as a .npz file ({reason}): write it anew") from error
     return arrays
 

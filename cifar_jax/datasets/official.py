@@ -86,7 +86,7 @@ def _read_batch(
     try:
         return read_batch(data, info.label_key, count)
     except Exception as error:  # a hostile or cut pickle can raise anything
-        reason = str(error)[:200] or type(error).__name__
+        reason = " ".join(str(error)[:200].split()) or type(error).__name__
         raise UserError(f"{path}: not a batch of {info.title} ({reason}): {info.advice}") from error
 
 
