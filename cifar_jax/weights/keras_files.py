@@ -92,10 +92,21 @@ def write_keras(kind: str, params: Mapping[str, Any], model: str, final_relu: bo
     archive = io.BytesIO()
     metadata = {"keras_version": keras.WRITTEN_VERSION, "date_saved": "1980-01-01@00:00:00"}
     with zipfile.ZipFile(archive, "w") as members:
-        contents = [json.dumps(text).encode() for text in (metadata, architecture)] + [buffer.getvalue()]
+        contents = [json.dumps(text).encode() for text in (metadata, _with_modules(architecture))] + [buffer.getvalue()]
         for name, content in zip(("metadata.json", "config.json", "model.weights.h5"), contents):
             members.writestr(zipfile.ZipInfo(name), content)  # the same bytes whenever it is written
     return archive.getvalue()
+
+
+def _with_modules(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """The architecture as .keras wants it: it says in which module each class is."""
+    module = lambda name, parts: {"module": name, "registered_name": None} | parts
+    layers = []
+    for layer in architecture["config"]["layers"]:
+        fields = {name: module("keras.initializers", value) if name.endswith("_initializer") else value
+                  for name, value in layer["config"].items()}  # fmt: skip
+        layers.append(module("keras.layers", layer | {"config": fields}))
+    return module("keras", architecture | {"config": architecture["config"] | {"layers": layers}})
 
 
 def with_weights(architecture: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -119,6 +130,7 @@ def _write_by_attributes(file: Any, architecture: Mapping[str, Any], pairs: Mapp
 
 
 def _write_by_paths(file: Any, architecture: Mapping[str, Any], pairs: Mapping[str, Any]) -> None:
+    file.create_group("vars")  # the network's own; Keras 2 wants them
     counts: dict[str, int] = {}
     for layer in architecture["config"]["layers"][1:]:
         kind = keras.snake_case(layer["class_name"])
