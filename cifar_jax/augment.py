@@ -1,16 +1,19 @@
-"""Augmentation on the device: pure functions of (key, image), one float image [H, W, C] at a time, to be vmapped.
+"""What happens to a training batch on the device: its keys, scaling, augmentation, size and mixing.
 
-A key per image makes the draws independent of how a batch is divided over devices.
+Augmentations are pure functions of (key, image), one float image [H, W, C] at a time, to be vmapped. Each image has a
+key of its own, so the number of devices does not change the draws.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 
+from cifar_jax.batches import pixel_statistics, scale_images
 from cifar_jax.configs.base import Config
 
 
@@ -153,7 +156,7 @@ def mix(
 
 
 def create_augment(config: Config) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """The recipe's augmentation: (keys [N], float images [N, H, W, C]) → images."""
+    """The recipe's augmentation of scaled images: (keys [N], float images [N, H, W, C]) → images."""
 
     def augment_one(key: jax.Array, image: jax.Array) -> jax.Array:
         affine_key, crop_key, flip_key, cutout_key = jax.random.split(key, 4)
@@ -168,3 +171,55 @@ def create_augment(config: Config) -> Callable[[jax.Array, jax.Array], jax.Array
         return image
 
     return jax.vmap(augment_one)
+
+
+def step_keys(rng: jax.Array, step: jax.Array | int) -> jax.Array:
+    """The two keys of a training step: one for augmentation, one for dropout and mixing."""
+    return jax.random.split(jax.random.fold_in(rng, step))
+
+
+def augmentation_keys(rng: jax.Array, step: jax.Array | int, positions: jax.Array) -> jax.Array:
+    """One key for each image of a step, by its position in the global batch: the same for any number of devices."""
+    augment_rng, _ = step_keys(rng, step)
+    return jax.vmap(lambda i: jax.random.fold_in(augment_rng, i))(positions)
+
+
+class Mixture(NamedTuple):
+    """How a batch was mixed: each image's partner, int32 [N], and its own share, float32 [N]."""
+
+    partner: jax.Array
+    share: jax.Array
+
+
+def create_input_transform(config: Config, image_size: int) -> Callable[..., tuple[jax.Array, Mixture | None]]:
+    """(rng, step, device, batch) → (images, mixture): a device's share of a training batch as the network takes it.
+
+    Args: rng is the run's key; step and device int32 scalars; batch is `take_batch`'s, with 'epoch', int32 from 0.
+    Returns: float32 [n, image_size, image_size, 3]; the mixture is None for a recipe that does not mix.
+    """
+    augment = create_augment(config)
+    statistics = pixel_statistics(config.input_scaling, config.dataset)
+
+    def transform(
+        rng: jax.Array, step: jax.Array, device: jax.Array, batch: dict[str, jax.Array]
+    ) -> tuple[jax.Array, Mixture | None]:
+        images, size = batch["image"], batch["label"].shape[0]
+        keys = augmentation_keys(rng, step, device * size + jnp.arange(size, dtype=jnp.int32))
+        if config.trivial_augment:
+            images = jax.vmap(lambda key, image: trivial_augment(jax.random.fold_in(key, 4), image))(keys, images)
+        if config.alternating_flip:
+            mirrored = is_mirrored(rng, batch["index"], batch["epoch"])
+            images = jnp.where(mirrored.reshape(-1, 1, 1, 1), images[:, :, ::-1], images)
+        images = augment(keys, scale_images(images, *statistics))
+        if image_size != images.shape[1]:
+            images = jax.image.resize(images, (size, image_size, image_size, 3), "linear")  # antialiased
+        if not config.mixes:
+            return images, None
+        _, dropout_rng = step_keys(rng, step)
+        mix_rng = jax.random.fold_in(jax.random.fold_in(dropout_rng, device), 1)
+        place, real = jnp.arange(size), batch["mask"].sum().astype(jnp.int32)
+        partner = jnp.where(place < real, real - 1 - place, place)  # the reversed batch, without its padding
+        images, share = mix(mix_rng, images, images[partner], config.mixup_alpha, config.cutmix_alpha)
+        return images, Mixture(partner, share)
+
+    return transform

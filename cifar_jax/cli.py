@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake or machine can cause, and how a command reports it."""
+"""What every command shares: errors of one line, exit statuses, signals, flags."""
 
 from __future__ import annotations
 
@@ -11,22 +11,60 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
-
-import jax
 
 from cifar_jax.errors import UserError
 
 T = TypeVar("T")
 
 
+class Terminated(BaseException):
+    """SIGTERM reached a command. It is an exception so that files in the making are cleared away."""
+
+
+class StopSignals:
+    """While entered, Ctrl-C, SIGTERM and SIGHUP only set `received`, which a training reads at each stage.
+
+    A second signal interrupts at once. Outside the main thread, where Python delivers no signals, nothing happens.
+    SIGHUP stays ignored where it is (nohup).
+    """
+
+    received: int | None = None
+
+    def __enter__(self) -> StopSignals:
+        self._previous: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: object) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+        self.received = number
+        with contextlib.suppress(OSError, RuntimeError):  # no terminal; or this print came within another
+            print("\nstopping after this step, to save; once more to stop at once", file=sys.stderr)
+
+    def __call__(self) -> bool:
+        return self.received is not None
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
 def command(main: Callable[[], int]) -> Callable[[], int]:
     """Wraps a command's `main`: a UserError, or one of the system, becomes one line on stderr and exit status 2.
 
-    What it prints is seen at once, in a file or a pipe as well, with ? for what the output can't encode.
-    Ctrl-C, SIGTERM and a closed pipe end with the status that a shell gives them, 130, 143 and 141; SIGTERM as an
-    exception, so that files in the making are cleared away.
+    What it prints is seen at once, in a file or a pipe as well, with ? for what the output can't encode. Ctrl-C,
+    SIGTERM and a closed pipe end with the status that a shell gives them: 130, 143 and 141.
     """
 
     @functools.wraps(main)
@@ -35,35 +73,44 @@ def command(main: Callable[[], int]) -> Callable[[], int]:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(line_buffering=True, errors="replace")
-        previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        previous = signal.signal(signal.SIGTERM, _terminate)
         try:
             return main()
-        except UserError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            return 130
-        except OSError as error:
-            if error.filename is None:  # it may be stdout's: Python would write the rest again at exit, and complain
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            if isinstance(error, BrokenPipeError):  # the reader of our output (`| head`) left
-                return 128 + signal.SIGPIPE
-            if error.errno is None:  # no system's error: what a library calls one
+            return 128 + signal.SIGINT
+        except Terminated:
+            return 128 + signal.SIGTERM
+        except Exception as error:
+            line, status = describe_failure(error)
+            if line is None and status is None:
                 raise
-            place = f"{error.filename}: " if error.filename else ""
-            advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "name another place"
-            print(f"error: {' '.join(f'{place}{error.strerror}: {advice}'.split())}", file=sys.stderr)
-            return 2
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            print("error: out of memory: lower --batch-size or --eval-batch-size", file=sys.stderr)
-            return 2
+            if line:
+                print(f"error: {' '.join(line.split())}", file=sys.stderr)
+            return status or 2
         finally:
             signal.signal(signal.SIGTERM, previous)
 
     return wrapped
+
+
+def describe_failure(error: Exception) -> tuple[str | None, int | None]:
+    """(line, exit status) of an error that a command may end with; (None, None) for a bug, which is a traceback."""
+    if isinstance(error, UserError):
+        return str(error), 2
+    if isinstance(error, OSError):
+        if error.filename is None:  # it may be stdout's: Python would write the rest again at exit, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(error, BrokenPipeError):  # the reader of our output (`| head`) left
+            return None, 128 + signal.SIGPIPE
+        if error.errno is None:  # no system's error: what a library calls one
+            return None, None
+        place = f"{error.filename}: " if error.filename else ""
+        advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "name another place"
+        return f"{place}{error.strerror}: {advice}", 2
+    if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
+        return "out of memory: lower --batch-size or --eval-batch-size", 2
+    return None, None
 
 
 def parse_arguments(kind: type[T], **options: Any) -> T:

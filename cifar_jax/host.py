@@ -1,33 +1,35 @@
-"""The CPU at work: its cores as devices, memory that is kept, options of the compiler."""
+"""The CPU runtime: cores as devices, memory that the process keeps, options of the compiler."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from cifar_jax.configs.base import Config
 from cifar_jax.errors import UserError
+from cifar_jax.models import get_model
 
 # mallopt's parameters (malloc.h): free bytes that are given back, bytes asked for ahead, number of blocks mapped.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _HEAP_BYTES = 60 * 2**20  # below the 64 MiB of a heap of the C library
-_LARGEST_ARRAY = {"all_cnn": 34 * 36 * 96 * 4, "lenet5": 32 * 32 * 32 * 4}  # bytes of an image's largest, padded
 
 
 def cpu_cores() -> int:
-    """Those that this process may use."""
+    """Number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def use_cpu_cores() -> None:
     """Makes every core of the CPU a device. For commands, before anything asks JAX for its devices.
 
-    XLA runs parts of a step on one core; with its batch divided, LeNet-5's step at 128 is 1.5 times faster on two.
+    XLA runs parts of a step on one core. With its batch divided over two cores, LeNet-5's step at batch 128 is 1.5
+    times as fast.
     """
     unset = "JAX_NUM_CPU_DEVICES" not in os.environ and "device_count" not in os.environ.get("XLA_FLAGS", "")
     if unset:
@@ -49,17 +51,29 @@ def keep_memory() -> None:
         mallopt(_M_TOP_PAD, 2**28)
 
 
-def compiler_options(config: Config, batch_size: int, devices: Sequence[jax.Device]) -> dict[str, Any]:
-    """XLA's for a step: on the CPU its temporary arrays in blocks of _HEAP_BYTES, which `keep_memory` can keep.
+@functools.cache
+def _largest_activation(model: str) -> int:
+    """Bytes of the largest output of a layer for one image, in float32, padded for the next layer."""
+    network = get_model(model)()
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    outputs = lambda: network.init_with_output(jax.random.key(0), jnp.zeros(images.shape), capture_intermediates=True)
+    _, variables = jax.eval_shape(outputs)
+    layers = [variables["intermediates"][name]["__call__"][0] for name in network.LAYERS]
+    return max((x.shape[1] + 2) * (x.shape[2] + 4) * x.shape[3] * 4 if x.ndim == 4 else x.size * 4 for x in layers)
 
-    Not if a single array were larger: XLA warns of each.
+
+def compiler_options(model: str, batch_size: int, devices: Sequence[jax.Device]) -> dict[str, Any]:
+    """XLA's options for a step: on a CPU its temporary arrays come in blocks that `keep_memory` can keep.
+
+    Not if a single array is larger than a block, as XLA warns of each.
     """
-    fits = batch_size // len(devices) * _LARGEST_ARRAY[config.model] <= _HEAP_BYTES
-    return {"xla_multiheap_size_constraint_per_heap": _HEAP_BYTES} if devices[0].platform == "cpu" and fits else {}
+    if devices[0].platform != "cpu" or batch_size // len(devices) * _largest_activation(model) > _HEAP_BYTES:
+        return {}
+    return {"xla_multiheap_size_constraint_per_heap": _HEAP_BYTES}
 
 
-def prepare_cpu() -> None:
-    """What commands do after reading their flags, so that the CPU is used well: see use_cpu_cores and keep_memory.
+def prepare_host() -> None:
+    """What commands do after reading their flags: uses the CPU well (see use_cpu_cores, keep_memory), checks devices.
 
     Raises: UserError if JAX has no device.
     """
@@ -69,7 +83,7 @@ def prepare_cpu() -> None:
 
 
 def check_devices() -> None:
-    """Raises: UserError if JAX has no device, as JAX_PLATFORMS names one that is not there."""
+    """Raises: UserError if JAX has no device, because JAX_PLATFORMS names one that is not there."""
     try:
         jax.local_devices()
     except (RuntimeError, AssertionError) as error:

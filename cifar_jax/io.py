@@ -1,4 +1,4 @@
-"""Files that are written whole."""
+"""Files that are replaced whole, so that a crash or a reader never sees half of one."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from cifar_jax.errors import UserError
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces a file whole, so that a crash leaves the old one. Raises UserError if that is not possible."""
+    """Replaces a file, and syncs it first: after a crash the old or the new one is there.
+
+    Raises: UserError if that is not possible.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(data)
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -26,4 +32,19 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replaces a file by a JSON object, indented. Raises: UserError; ValueError for a number that is not finite."""
     write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises: OSError if it can't be opened; ValueError if it holds anything else, however deeply nested.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(content, dict):
+        raise ValueError("not a JSON object")
+    return content

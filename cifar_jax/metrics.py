@@ -1,4 +1,4 @@
-"""What a run writes about itself: metrics.csv, batch_loss.npy, a line per epoch, a progress bar, summary.json."""
+"""What a run logs: a row of metrics per epoch, and the loss of every step; metrics.csv and batch_loss.npy."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ import dataclasses
 import io
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from cifar_jax.errors import UserError
 from cifar_jax.io import write_atomically
 
+STALLED_STEPS = 500
+
 
 @dataclasses.dataclass(frozen=True)
 class EpochMetrics:
-    """A row of metrics.csv. Losses in nats, accuracies from 0 to 1; the training ones are means over the epoch while
-    it trained (dropout and augmentation on). `learning_rate` is the last step's. `seconds` and `images_per_second`
-    are of training alone, without compilation and evaluation."""
+    """A row of metrics.csv.
+
+    Losses are in nats, accuracies from 0 to 1. The training ones are means over the epoch while it trained, with
+    dropout and augmentation. `learning_rate` is the last step's. `seconds` and `images_per_second` are of training
+    alone, without compilation and evaluation.
+    """
 
     epoch: int
     train_loss: float
@@ -32,8 +35,46 @@ class EpochMetrics:
     images_per_second: float
 
 
+@dataclasses.dataclass
+class RunLog:
+    """The rows of the complete epochs, and the loss of each of their steps, float32 [steps].
+
+    Every checkpoint holds it. metrics.csv and batch_loss.npy are written from it, so they may be lost or damaged.
+    """
+
+    rows: list[EpochMetrics] = dataclasses.field(default_factory=list)
+    batch_loss: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.float32))
+
+    def add(self, row: EpochMetrics, batch_loss: np.ndarray) -> None:
+        """Adds an epoch. Args: batch_loss float32 [steps of the epoch]."""
+        self.rows.append(row)
+        self.batch_loss = np.concatenate([self.batch_loss, batch_loss])
+
+    def write(self, workdir: Path) -> None:
+        """Writes metrics.csv and batch_loss.npy. Raises: UserError if they can't be written."""
+        text = io.StringIO()
+        table = csv.DictWriter(text, [field.name for field in dataclasses.fields(EpochMetrics)], lineterminator="\n")
+        table.writeheader()
+        table.writerows(dataclasses.asdict(row) for row in self.rows)
+        write_atomically(workdir / "metrics.csv", text.getvalue().encode())
+        losses = io.BytesIO()
+        np.save(losses, self.batch_loss)
+        write_atomically(workdir / "batch_loss.npy", losses.getvalue())
+
+
+def is_stalled(batch_loss: np.ndarray, num_classes: int) -> bool:
+    """Whether the loss stayed at chance, ln(num_classes), for the last STALLED_STEPS steps.
+
+    Args: batch_loss float32 [steps] in nats, of a whole run.
+    """
+    if len(batch_loss) < STALLED_STEPS:
+        return False
+    excess = batch_loss[-STALLED_STEPS:].reshape(5, -1).mean(axis=1) - math.log(num_classes)
+    return bool(np.all((excess > -0.005) & (excess < 0.1)))  # in each part: a loss that falls through it is not flat
+
+
 def read_metrics(workdir: Path) -> list[EpochMetrics]:
-    """The rows of WORKDIR/metrics.csv; none if it is not there. Raises UserError if it is not such a file."""
+    """The rows of WORKDIR/metrics.csv, none if it is not there. Raises: UserError if it is not such a file."""
     path = workdir / "metrics.csv"
     if not path.exists():
         return []
@@ -47,57 +88,15 @@ def read_metrics(workdir: Path) -> list[EpochMetrics]:
         raise UserError(f"{path}: not a metrics.csv of this program ({error})") from error
 
 
-class MetricsWriter:
-    """Writes the epochs of a run. When it resumes, what lies behind the checkpoint (a crash came first) is dropped.
-
-    Raises UserError if the files lack what lies before it.
-    """
-
-    def __init__(self, workdir: Path, epoch: int, num_epochs: int, steps_per_epoch: int) -> None:
-        self._workdir, self._num_epochs, self._steps_per_epoch = workdir, num_epochs, steps_per_epoch
-        self.rows = [row for row in read_metrics(workdir) if row.epoch <= epoch]
-        self.batch_loss = read_batch_loss(workdir)[: epoch * steps_per_epoch]
-        if [row.epoch for row in self.rows] != list(range(1, epoch + 1)):
-            raise UserError(f"{workdir}/metrics.csv: lacks some of the run's epochs: name another --workdir")
-        if self.batch_loss.size != epoch * steps_per_epoch:
-            raise UserError(f"{workdir}/batch_loss.npy: lacks some of the run's steps: name another --workdir")
-
-    def write(self, row: EpochMetrics, batch_loss: np.ndarray) -> None:
-        """Adds an epoch: its row, and its batch losses float32 [steps]."""
-        self.rows.append(row)
-        self.batch_loss = np.concatenate([self.batch_loss, batch_loss])
-        text = io.StringIO()
-        table = csv.DictWriter(text, [field.name for field in dataclasses.fields(EpochMetrics)], lineterminator="\n")
-        table.writeheader()
-        table.writerows(dataclasses.asdict(row) for row in self.rows)
-        write_atomically(self._workdir / "metrics.csv", text.getvalue().encode())
-        losses = io.BytesIO()
-        np.save(losses, self.batch_loss)
-        write_atomically(self._workdir / "batch_loss.npy", losses.getvalue())
-
-    def print(self, row: EpochMetrics, tested: str) -> None:
-        """The epoch's line on stdout, above the progress bar; `tested` says on what."""
-        tqdm.write(
-            f"epoch {row.epoch:{len(str(self._num_epochs))}}/{self._num_epochs}"
-            f"  train loss {row.train_loss:.4f} accuracy {row.train_accuracy:7.2%}"
-            f"  {tested} loss {row.test_loss:.4f} accuracy {row.test_accuracy:7.2%}"
-            f"  lr {row.learning_rate:.3g}  {row.seconds:.1f} s  {row.images_per_second:,.0f} images/s"
-        )
-
-    def progress_bar(self, epoch: int, step: int) -> tqdm[Any]:
-        """A bar over an epoch's steps; nothing where the output is no terminal."""
-        description = f"epoch {epoch + 1}/{self._num_epochs}"
-        return tqdm(total=self._steps_per_epoch, initial=step, desc=description, unit="step", leave=False, disable=None)
-
-
 def read_batch_loss(workdir: Path) -> np.ndarray:
-    """The loss of every training step, float32 [steps]; empty if there are none."""
+    """The loss of every training step, float32 [steps], empty if the file is not there. Raises: UserError."""
+    path = workdir / "batch_loss.npy"
     try:
-        losses = np.load(workdir / "batch_loss.npy", allow_pickle=False)
-        if losses.ndim != 1 or losses.dtype != np.float32:
-            raise ValueError(f"{losses.dtype} {losses.shape}, not float32 [steps]")
+        losses = np.load(path, allow_pickle=False)
+        if not isinstance(losses, np.ndarray) or losses.ndim != 1 or losses.dtype != np.float32:
+            raise ValueError("not float32 [steps]")
         return losses
     except FileNotFoundError:
         return np.zeros(0, np.float32)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{workdir / 'batch_loss.npy'}: damaged ({error}): move it away") from error
+    except Exception as error:  # of a damaged header numpy's parser raises anything
+        raise UserError(f"{path}: damaged ({type(error).__name__}): resume the run to write it anew") from error

@@ -1,4 +1,10 @@
-"""Devices, and the only place that calls pmap."""
+"""Devices, and the only place that calls pmap.
+
+A step is a pure function of (state, batch) on one device. `parallelize` runs it on all local devices: the state and
+the dataset are replicated, each device takes its slice of every global batch, and gradients are averaged with pmean.
+pmap is in maintenance mode (JAX runs it as jit + shard_map); leaving it means changing this file alone. Beware: under
+shard_map gradients of replicated parameters arrive already summed, and here a forgotten pmean is silent.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +18,25 @@ from jax import lax
 
 from cifar_jax.configs.base import Config
 from cifar_jax.errors import UserError
+from cifar_jax.models import get_model
 
 AXIS = "devices"
 MIN_BATCH_OF_A_CORE = 16  # with fewer, the hand-over between cores costs more than the second core gains
+ACCELERATOR_STEPS_PER_CALL = 1000  # enough to hide the dispatch
 
 
 def dividing_count(batch_size: int, at_most: int) -> int:
-    """The largest number of devices that a batch divides over."""
+    """The largest number of devices, up to `at_most`, that a batch divides over."""
     return max(n for n in range(1, at_most + 1) if batch_size % n == 0)
 
 
 def select_devices(config: Config) -> list[jax.Device]:
-    """The local devices of a run: num_devices, else all; CPU cores only where each gets MIN_BATCH_OF_A_CORE images.
+    """The local devices of a run: config.num_devices, else all; CPU cores only where each gets MIN_BATCH_OF_A_CORE.
 
-    Raises: UserError if there are too few or the batch does not divide.
+    Raises: UserError if there are too few, if the batch does not divide, or if there are several processes.
     """
+    if jax.process_count() > 1:
+        raise UserError(f"training with {jax.process_count()} processes is not supported: start one process")
     devices = jax.local_devices()
     count = config.num_devices or len(devices)
     if config.num_devices is None and devices[0].platform == "cpu":
@@ -49,19 +59,14 @@ def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
 
 
 def default_steps_per_call(model: str, devices: Sequence[jax.Device]) -> int:
-    """Enough to hide the dispatch; 1 for All-CNN on the CPU, whose convolutions are several times slower in a loop.
-
-    LeNet-5's, in the forms of ops.py, are not.
-    """
-    if devices[0].platform == "cpu":
-        return {"all_cnn": 1, "lenet5": 16}[model]
-    return 1000
+    """How many steps one compiled call runs unless the recipe says so."""
+    return get_model(model).CPU_STEPS_PER_CALL if devices[0].platform == "cpu" else ACCELERATOR_STEPS_PER_CALL
 
 
 def parallelize(
     function: Callable[..., Any], devices: Sequence[jax.Device], donate: tuple[int, ...], options: dict[str, Any]
 ) -> Any:
-    """pmaps `function(*args, device_index)`; args are replicated, and so are the results; `options` are the compiler's.
+    """pmaps `function(*args, device_index)`. Arguments and results are replicated; `options` are the compiler's.
 
     Returns a compiler: called with example arguments it gives the compiled function, which can't compile again.
     """
@@ -79,5 +84,5 @@ def parallelize(
 
 
 def repeat(step: Callable[[Any, Any], Any], start: jax.Array, count: jax.Array, carry: Any, at_most: int) -> Any:
-    """`step(i, carry)` for i in start … start+count; without a loop if that is one step."""
+    """`step(i, carry)` for i in start … start+count; without a loop if `at_most` one step is run."""
     return step(start, carry) if at_most == 1 else lax.fori_loop(start, start + count, step, carry)

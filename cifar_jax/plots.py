@@ -6,18 +6,21 @@ accuracy.png and loss.png as the Keras program drew them, batch_loss.png as the 
 from __future__ import annotations
 
 import contextlib
-import json
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from cifar_jax.cli import command
 from cifar_jax.errors import UserError
+from cifar_jax.io import read_json
 from cifar_jax.metrics import read_batch_loss, read_metrics
 
 RUNNING_MEAN_STEPS = 500
+USAGE = "usage: python -m cifar_jax.plots RUN, with RUN the workdir of a training"
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -27,54 +30,63 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def plot_run(workdir: Path) -> None:
-    """Draws accuracy.png, loss.png and batch_loss.png into a run's folder. Raises UserError without a metrics.csv."""
+    """Draws accuracy.png, loss.png and batch_loss.png into a run's folder. Raises: UserError without a metrics.csv."""
     rows = read_metrics(workdir)
     if not rows:
         raise UserError(f"{workdir}: no metrics.csv with an epoch in it, so nothing to draw")
     epochs = [row.epoch for row in rows]
     for quantity in ("accuracy", "loss"):
-        axes = _axes(f"model {quantity}", "epoch", quantity)
-        axes.plot(epochs, [getattr(row, f"train_{quantity}") for row in rows], ".-", label="train")
-        axes.plot(epochs, [getattr(row, f"test_{quantity}") for row in rows], ".-", label=_tested_images(workdir))
-        axes.legend(loc="upper left")
-        _save(axes, workdir / f"{quantity}.png")
+        with _figure(workdir / f"{quantity}.png", f"model {quantity}", "epoch", quantity) as axes:
+            axes.plot(epochs, [getattr(row, f"train_{quantity}") for row in rows], ".-", label="train")
+            axes.plot(epochs, [getattr(row, f"test_{quantity}") for row in rows], ".-", label=_tested_images(workdir))
+            axes.legend(loc="upper left")
     losses = read_batch_loss(workdir)
     if losses.size:
         window = min(RUNNING_MEAN_STEPS, (losses.size + 1) // 2)
-        axes = _axes(f"batch loss, mean of {window} steps", "step", "loss")
-        means = running_mean(losses, window)
-        axes.plot(np.arange(window, window + means.size), means)
-        _save(axes, workdir / "batch_loss.png")
+        with _figure(workdir / "batch_loss.png", f"batch loss, mean of {window} steps", "step", "loss") as axes:
+            means = running_mean(losses, window)
+            axes.plot(np.arange(window, window + means.size), means)
 
 
 def _tested_images(workdir: Path) -> str:
     """What the run was tested on, by its config.json."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a metrics.csv alone can be drawn, too
-        if json.loads((workdir / "config.json").read_text())["holdout"]:
+    with contextlib.suppress(OSError, ValueError, KeyError):  # a metrics.csv alone can be drawn, too
+        if read_json(workdir / "config.json")["holdout"]:
             return "held-out"
     return "test"
 
 
-def _axes(title: str, xlabel: str, ylabel: str):  # type: ignore[no-untyped-def]
-    # Figure alone, without pyplot: no global state and no display.
-    axes = Figure(figsize=(6.4, 4.8), layout="constrained").subplots()
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    axes.grid(alpha=0.3)
-    return axes
-
-
-def _save(axes, path: Path) -> None:  # type: ignore[no-untyped-def]
+@contextlib.contextmanager
+def _figure(path: Path, title: str, xlabel: str, ylabel: str) -> Iterator[Any]:
+    """Axes to draw on, saved as a PNG at the end. Neither a display nor the user's settings matter."""
+    backend = os.environ.pop("MPLBACKEND", None)  # a notebook's names a module that may be missing here
     try:
-        axes.figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror}") from error
+        import matplotlib.style
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    with matplotlib.style.context("default"):
+        figure = Figure(figsize=(6.4, 4.8), dpi=120, layout="constrained")
+        axes = figure.subplots()
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        axes.grid(alpha=0.3)
+        yield axes
+        try:
+            FigureCanvasAgg(figure).print_png(path)
+        except OSError as error:
+            raise UserError(f"can't write {path}: {error.strerror}") from error
 
 
 @command
 def main() -> int:
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(f"{USAGE}\nDraws accuracy.png, loss.png and batch_loss.png of a run anew, into its folder.")
+        return 0
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        raise UserError("usage: python -m cifar_jax.plots RUN, with RUN the workdir of a training")
-    plot_run(Path(sys.argv[1]))
+        raise UserError(USAGE)
+    plot_run(Path(sys.argv[1]).expanduser())
     return 0
 
 

@@ -15,13 +15,11 @@ import PIL.Image
 import PIL.ImageOps
 import tyro
 
-from cifar_jax.batches import scale_images
+from cifar_jax.batches import pixel_statistics, scale_images
 from cifar_jax.cli import command, parse_arguments
-from cifar_jax.datasets import CLASS_NAMES
 from cifar_jax.errors import UserError
-from cifar_jax.evaluate import WeightFileFlags, load_file, load_run
-from cifar_jax.host import prepare_cpu
-from cifar_jax.pretrained import pretrained_path
+from cifar_jax.host import prepare_host
+from cifar_jax.sources import Source, SourceFlags, load_source
 
 DEFAULT = "all_cnn"  # the most accurate of the released networks
 BATCH_SIZE = 256
@@ -32,6 +30,9 @@ def load_image(path: Path) -> np.ndarray:
 
     Raises: UserError if it is not an image that Pillow can read; PermissionError.
     """
+    path = path.expanduser()
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder: name the image files in it")
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
     try:
@@ -55,51 +56,46 @@ class Arguments:
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE …")]
     """Files of any kind that Pillow reads."""
-    pretrained: str | None = None
-    """A released network, by the name of its model card; None: all_cnn, unless a run or a file is named."""
-    workdir: Path | None = None
-    """A run's folder: its latest checkpoint."""
-    weights: Path | None = None
-    """A weight file, trained on CIFAR-10: see cifar_jax.evaluate."""
-    weight_file: tyro.conf.OmitArgPrefixes[WeightFileFlags] = dataclasses.field(default_factory=WeightFileFlags)
+    source: tyro.conf.OmitArgPrefixes[SourceFlags] = dataclasses.field(default_factory=SourceFlags)
     top: int = 3
     """How many classes to tell of each image."""
     json: bool = False
     """Print JSON."""
 
 
-@command
-def main() -> int:
-    flags = (tyro.conf.FlagCreatePairsOff,)
-    arguments = parse_arguments(Arguments, prog="python -m cifar_jax.predict", config=flags)
-    prepare_cpu()
-    if not arguments.images:
-        raise UserError("name one image file or more")
-    if [arguments.pretrained, arguments.workdir, arguments.weights].count(None) < 2:
-        raise UserError("name only one of --pretrained, --workdir and --weights")
-    if arguments.weights is None:
-        arguments.weight_file.refuse(without="--weights")
-    if not 1 <= arguments.top <= 10:
-        raise UserError(f"--top {arguments.top}: there are 10 classes")
-    images = np.stack([load_image(path) for path in arguments.images])
-    if arguments.workdir is not None:
-        config, state, _ = load_run(arguments.workdir, "latest")
-    else:
-        path = arguments.weights or pretrained_path(arguments.pretrained or DEFAULT)
-        weights = arguments.weight_file.load(path)
-        config, state = load_file(weights, "float32")
+def predict(source: Source, images: np.ndarray) -> np.ndarray:
+    """Probabilities of the classes. Args: images uint8 [N, 32, 32, 3]. Returns: float32 [N, num_classes].
+
+    Raises: UserError if they are not finite.
+    """
+    state, statistics = source.state, pixel_statistics(source.config.input_scaling, source.config.dataset)
 
     @jax.jit
     def classify(images: jax.Array) -> jax.Array:
-        logits = state.apply_fn({"params": state.eval_params}, scale_images(images, config.input_scaling))
-        return jax.nn.softmax(logits)
+        return jax.nn.softmax(state.apply_fn({"params": state.eval_params}, scale_images(images, *statistics)))
 
     parts = [classify(images[start : start + BATCH_SIZE]) for start in range(0, len(images), BATCH_SIZE)]
     probabilities = np.concatenate(parts)
     if not np.isfinite(probabilities).all():
         raise UserError("some probabilities are not finite: the weights are too large")
-    names, results = CLASS_NAMES[config.dataset], []
-    for path, row in zip(arguments.images, probabilities.tolist()):
+    return probabilities
+
+
+@command
+def main() -> int:
+    flags = (tyro.conf.FlagCreatePairsOff,)
+    arguments = parse_arguments(Arguments, prog="python -m cifar_jax.predict", config=flags)
+    prepare_host()
+    if not arguments.images:
+        raise UserError("name one image file or more")
+    if arguments.top < 1:
+        raise UserError(f"--top {arguments.top}: must be 1 or more")
+    images = np.stack([load_image(path) for path in arguments.images])
+    source = load_source(arguments.source, default=DEFAULT)
+    names, results = source.class_names, []
+    if arguments.top > len(names):
+        raise UserError(f"--top {arguments.top}: there are {len(names)} classes")
+    for path, row in zip(arguments.images, predict(source, images).tolist()):
         ranked = sorted(zip(names, row), key=lambda pair: -pair[1])[: arguments.top]
         results.append({"image": str(path), "probabilities": dict(ranked)})
         if not arguments.json:

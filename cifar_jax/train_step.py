@@ -1,14 +1,8 @@
-"""TrainState, the loss, train_step and eval_step, and the only place that calls pmap.
-
-A step is a pure function of (state, batch) on one device. `parallelize` runs it on all local devices: the state and
-the dataset are replicated, each device takes its slice of every global batch, gradients are averaged with pmean.
-pmap is in maintenance mode (JAX runs it as jit + shard_map); leaving it means changing this file alone. Beware:
-under shard_map gradients of replicated parameters arrive already summed, and here a forgotten pmean is silent.
-"""
+"""TrainState, the loss, and one training or evaluation step: pure functions on one device, under the axis AXIS."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,13 +11,14 @@ import optax
 from flax.training import train_state
 from jax import lax
 
-from cifar_jax.augment import create_augment, is_mirrored, mix, trivial_augment
-from cifar_jax.batches import augmentation_keys, scale_images, split_seed, step_keys, take_batch
+from cifar_jax.augment import create_input_transform, step_keys
+from cifar_jax.batches import pixel_statistics, scale_images, split_seed
 from cifar_jax.configs.base import Config
-from cifar_jax.host import compiler_options
-from cifar_jax.models import MODELS, unit_variance
-from cifar_jax.optimizer import create_averaging_share, create_tx
-from cifar_jax.parallel import AXIS, parallelize, repeat
+from cifar_jax.datasets import DATASETS
+from cifar_jax.models import get_model, unit_variance, whitening_kernel
+from cifar_jax.normalization import Moments, Statistics, add_scales, apply_normalized
+from cifar_jax.optimizer import create_tx
+from cifar_jax.parallel import AXIS
 from cifar_jax.symmetry import symmetric_start
 
 Metrics = dict[str, jax.Array]
@@ -31,38 +26,74 @@ Batch = dict[str, jax.Array]
 
 
 class TrainState(train_state.TrainState):
-    """Flax's TrainState (step, params, tx, opt_state), the key from which every step's randomness is folded, and the
-    average of the parameters, if the recipe has one, named after its first kind (see `create_averaging_share`)."""
+    """Flax's TrainState (step, params, tx, opt_state) with two more fields.
+
+    rng is the key from which every step's randomness is folded. ema_params is the average of the parameters, None if
+    the recipe has none: an exponential moving average at first, see `optimizer.create_averaging_share`. folded_params
+    are the plain network's, None without normalisation; `trainer.Trainer.fold` computes them after an epoch.
+    """
 
     rng: jax.Array
     ema_params: Any = None
+    folded_params: Any = None
+
+    @property
+    def averaged_params(self) -> Any:
+        """The average if there is one, else the parameters."""
+        return self.params if self.ema_params is None else self.ema_params
 
     @property
     def eval_params(self) -> Any:
-        """What is evaluated and released: the average, else the parameters."""
-        return self.params if self.ema_params is None else self.ema_params
+        """What is evaluated and released: parameters of the plain network."""
+        return self.averaged_params if self.folded_params is None else self.folded_params
+
+
+def create_model(config: Config, **fields: Any) -> Any:
+    """The recipe's network, a Flax module. Args: fields override the module's own."""
+    return get_model(config.model)(
+        **{
+            "num_classes": len(DATASETS[config.dataset].class_names),
+            "dropout_rates": config.dropout_rates,
+            "initializer": config.initializer,
+            "dtype": jnp.dtype(config.dtype),
+            **fields,
+        }
+    )
 
 
 def create_train_state(config: Config, steps_per_epoch: int, images: Any = None) -> TrainState:
     """Model, initial parameters and optimizer state, all from config.seed.
 
-    `images`, uint8 [N, 32, 32, 3], are what the lsuv initializer scales its kernels by; without them it does not, which
+    `images`, uint8 [N, 32, 32, 3], are what the lsuv initializer scales its kernels by. Without them it does not, which
     is enough where parameters are only restored.
     """
-    model = MODELS[config.model](
-        dropout_rates=config.dropout_rates, initializer=config.initializer, dtype=jnp.dtype(config.dtype)
-    )
+    model, pixels = create_model(config), pixel_statistics(config.input_scaling, config.dataset)
     params_key, rng, _ = split_seed(config.seed)
     params = jax.jit(model.init)(params_key, jnp.zeros((1, 32, 32, 3)))["params"]
     if config.mirror_symmetry:
-        params = symmetric_start(params)
+        params = symmetric_start(params, model.LAYERS)
     if config.initializer == "lsuv" and images is not None:
-        params = unit_variance(model, params, scale_images(jnp.asarray(images), config.input_scaling))
+        params = unit_variance(model, params, scale_images(jnp.asarray(images), *pixels))
+    if config.whitening and images is not None:
+        params = _whiten(params, model.LAYERS[0], scale_images(jnp.asarray(images), *pixels))
+    folded_params = None
+    if config.normalization == "batch":
+        folded_params = jax.tree.map(jnp.copy, params)
+        params = add_scales(model, params)
     tx = create_tx(config, steps_per_epoch)
     averages = config.ema_decay > 0 or config.swa_fraction > 0
     ema_params = jax.tree.map(jnp.copy, params) if averages else None
-    state = TrainState.create(apply_fn=model.apply, params=params, tx=tx, rng=rng, ema_params=ema_params)
+    fields = {"rng": rng, "ema_params": ema_params, "folded_params": folded_params}
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=tx, **fields)
     return state.replace(step=jnp.zeros((), jnp.int32))  # create's Python 0 would compile the step twice
+
+
+def _whiten(params: Any, first_layer: str, images: jax.Array) -> Any:
+    """`params` with whitening filters in the first layer, as many as it has room for."""
+    kernel = params[first_layer]["kernel"]
+    filters = whitening_kernel(images, kernel.shape[0])[..., : kernel.shape[-1]]
+    kernel = kernel.at[..., : filters.shape[-1]].set(filters)
+    return {**params, first_layer: {**params[first_layer], "kernel": kernel}}
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
@@ -83,39 +114,31 @@ def create_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The recipe's train_step(state, batch) → (state, metrics), to run under the axis AXIS, on images of that size.
 
-    batch is `take_batch`'s; also 'epoch', int32 from 0, for alternating flips, and 'averaging_share', float32, where
-    parameters are averaged. metrics are of the global batch before the update: 'loss' float32, the mean over its
-    examples (the recipe's loss, dropout on), 'correct' int32, 'count' int32.
+    batch is `take_batch`'s, with two more entries: 'epoch', int32 from 0, for alternating flips, and
+    'averaging_share', float32, where parameters are averaged. metrics are of the global batch before the update:
+    'loss' float32, the mean over its examples (the recipe's loss, dropout on), 'correct' int32, 'count' int32.
     """
-    augment = create_augment(config)
+    transform = create_input_transform(config, image_size)
+    model, normalized = create_model(config), config.normalization == "batch"
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        device, num_devices, size = lax.axis_index(AXIS), lax.axis_size(AXIS), batch["label"].shape[0]
+        device, num_devices = lax.axis_index(AXIS), lax.axis_size(AXIS)
+        images, mixture = transform(state.rng, state.step, device, batch)
         _, dropout_rng = step_keys(state.rng, state.step)
-        keys = augmentation_keys(state.rng, state.step, device * size + jnp.arange(size, dtype=jnp.int32))
-        images = batch["image"]
-        if config.trivial_augment:
-            images = jax.vmap(lambda key, image: trivial_augment(jax.random.fold_in(key, 4), image))(keys, images)
-        if config.alternating_flip:
-            mirrored = is_mirrored(state.rng, batch["index"], batch["epoch"])
-            images = jnp.where(mirrored.reshape(-1, 1, 1, 1), images[:, :, ::-1], images)
-        images = augment(keys, scale_images(images, config.input_scaling))
-        if image_size != images.shape[1]:
-            images = jax.image.resize(images, (size, image_size, image_size, 3), "linear")  # antialiased
-        if config.mixes:
-            mix_rng = jax.random.fold_in(jax.random.fold_in(dropout_rng, device), 1)
-            place, real = jnp.arange(size), batch["mask"].sum().astype(jnp.int32)
-            partner = jnp.where(place < real, real - 1 - place, place)  # the reversed batch, without its padding
-            images, share = mix(mix_rng, images, images[partner], config.mixup_alpha, config.cutmix_alpha)
         count = lax.psum(batch["mask"].sum(), AXIS)
 
         def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
             rngs = {"dropout": jax.random.fold_in(dropout_rng, device)}
-            logits = state.apply_fn({"params": params}, images, train=True, rngs=rngs)
+            if normalized:
+                logits, _ = apply_normalized(
+                    model, params, images, symmetric=config.mirror_symmetry, train=True, rngs=rngs
+                )
+            else:
+                logits = state.apply_fn({"params": params}, images, train=True, rngs=rngs)
             losses = cross_entropy(logits, batch["label"], config.label_smoothing)
-            if config.mixes:
-                others = cross_entropy(logits, batch["label"][partner], config.label_smoothing)
-                losses = share * losses + (1 - share) * others
+            if mixture is not None:
+                others = cross_entropy(logits, batch["label"][mixture.partner], config.label_smoothing)
+                losses = mixture.share * losses + (1 - mixture.share) * others
             # Times num_devices: pmean of these is the mean over the global batch, also of a partial one.
             return (losses * batch["mask"]).sum() * num_devices / count, logits
 
@@ -138,89 +161,40 @@ def create_train_step(
     return train_step
 
 
+def create_statistics_step(config: Config) -> Callable[[Any, Batch], Statistics]:
+    """statistics_step(params, batch) → means over the devices of the hidden layers' moments, without dropout."""
+    model, pixels = create_model(config), pixel_statistics(config.input_scaling, config.dataset)
+
+    def statistics_step(params: Any, batch: Batch) -> Statistics:
+        images = scale_images(batch["image"], *pixels)
+        _, found = apply_normalized(model, params, images, symmetric=config.mirror_symmetry)
+        mean = {name: lax.pmean(moments.mean, AXIS) for name, moments in found.items()}
+        spread = lambda moments, mean: moments.variance + (moments.mean - mean) ** 2
+        return {name: Moments(mean[name], lax.pmean(spread(found[name], mean[name]), AXIS)) for name in found}
+
+    return statistics_step
+
+
 def create_eval_step(
-    config: Config, dropout: bool = False, mirror: bool = False
+    config: Config, dropout: bool = False, flip_tta: bool = False
 ) -> Callable[[TrainState, Batch], Metrics]:
     """eval_step(state, batch) → sums over the global batch's examples: 'loss' float32, 'correct' and 'count' int32.
 
-    With `dropout` the network runs as in training, as the PyTorch notebook, which never calls .eval(), tests it. With
-    `mirror` the logits are the means of those of an image and of its mirror image: test-time augmentation.
+    With `dropout` the network runs as in training: the PyTorch notebook, which never calls .eval(), tests it so. With
+    `flip_tta` the logits are the means over an image and its mirror image (test-time augmentation).
     """
+    statistics = pixel_statistics(config.input_scaling, config.dataset)
 
     def eval_step(state: TrainState, batch: Batch) -> Metrics:
         rng = jax.random.fold_in(jax.random.fold_in(state.rng, batch["start"]), lax.axis_index(AXIS))
-        images = scale_images(batch["image"], config.input_scaling)
+        images = scale_images(batch["image"], *statistics)
         apply = lambda images: state.apply_fn(
             {"params": state.eval_params}, images, train=dropout, rngs={"dropout": rng}
         )
-        logits = (apply(images) + apply(images[:, :, ::-1])) / 2 if mirror else apply(images)
+        logits = (apply(images) + apply(images[:, :, ::-1])) / 2 if flip_tta else apply(images)
         labels, mask = batch["label"], batch["mask"]
         values = cross_entropy(logits, labels), is_correct(logits, labels), jnp.ones_like(mask)
         loss, correct, count = (lax.psum((x * mask).sum(), AXIS) for x in values)
         return {"loss": loss, "correct": correct.astype(jnp.int32), "count": count.astype(jnp.int32)}
 
     return eval_step
-
-
-def _record(history: Metrics, index: jax.Array, metrics: Metrics) -> Metrics:
-    return {name: values.at[index].set(metrics[name]) for name, values in history.items()}
-
-
-def create_history(num_steps: int) -> Metrics:
-    """Room on the device for the metrics of `num_steps` steps: they are fetched once, not step by step."""
-    zeros = lambda dtype: jnp.zeros((num_steps,), dtype)
-    return {"loss": zeros(jnp.float32), "correct": zeros(jnp.int32), "count": zeros(jnp.int32)}
-
-
-def create_train_steps(config: Config, devices: Sequence[jax.Device], steps_per_call: int, image_size: int = 32) -> Any:
-    """Compiler (see `parallelize`) of several training steps in one call:
-
-    (state, history, images, labels, order, start, count) → (state, history, loss of the last step). state and
-    history are donated. Steps start … start+count of the epoch are run; count is at most steps_per_call.
-    """
-    train_step = create_train_step(config, image_size)
-    per_device_batch_size = config.batch_size // len(devices)
-
-    def train_steps(state, history, images, labels, order, start, count, device):  # type: ignore[no-untyped-def]
-        def one(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
-            state, history = carry
-            first = i * config.batch_size + device * per_device_batch_size
-            batch = take_batch(images, labels, order, first, per_device_batch_size)
-            steps_per_epoch = -(-order.shape[0] // config.batch_size)
-            share = create_averaging_share(config, steps_per_epoch)(state.step + 1)
-            batch |= {"epoch": state.step // steps_per_epoch, "averaging_share": share}
-            state, metrics = train_step(state, batch)
-            return state, _record(history, i, metrics)
-
-        state, history = repeat(one, start, count, (state, history), steps_per_call)
-        return state, history, history["loss"][start + count - 1]
-
-    return parallelize(train_steps, devices, (0, 1), compiler_options(config, config.batch_size, devices))
-
-
-def create_eval_steps(
-    config: Config, devices: Sequence[jax.Device], steps_per_call: int, dropout: bool = False, mirror: bool = False
-) -> Any:
-    """Compiler (see `parallelize`) of several evaluation steps in one call:
-
-    (history, state, images, labels, start, count) → history; history is donated.
-    """
-    eval_step = create_eval_step(config, dropout, mirror)
-
-    def eval_steps(history, state, images, labels, start, count, device):  # type: ignore[no-untyped-def]
-        order = jnp.arange(labels.shape[0], dtype=jnp.int32)
-        per_device_batch_size = eval_batch_size(config, labels.shape[0], devices) // len(devices)
-
-        def one(i: jax.Array, history: Metrics) -> Metrics:
-            first = (i * len(devices) + device) * per_device_batch_size
-            batch = take_batch(images, labels, order, first, per_device_batch_size) | {"start": first}
-            return _record(history, i, eval_step(state, batch))
-
-        return repeat(one, start, count, history, steps_per_call)
-
-    return parallelize(eval_steps, devices, (0,), compiler_options(config, config.eval_batch_size, devices))
-
-
-def eval_batch_size(config: Config, num_examples: int, devices: Sequence[jax.Device]) -> int:
-    """config.eval_batch_size or all examples if those are fewer, raised to a multiple of the number of devices."""
-    return -(-min(config.eval_batch_size, num_examples) // len(devices)) * len(devices)

@@ -1,8 +1,13 @@
-"""The recipes by name."""
+"""The recipes by name: each module of this folder, except base.py, is one."""
 
-from cifar_jax.configs import all_cnn, all_cnn_fast, all_cnn_reference, lenet5, lenet5_reference, quickstart
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
 from cifar_jax.configs.base import Config
 
-_MODULES = (lenet5, lenet5_reference, all_cnn, all_cnn_fast, all_cnn_reference, quickstart)
-RECIPES: dict[str, Config] = {module.__name__.rpartition(".")[2]: module.CONFIG for module in _MODULES}
-DESCRIPTIONS: dict[str, str] = {name: (m.__doc__ or "").splitlines()[0] for name, m in zip(RECIPES, _MODULES)}
+_NAMES = [module.name for module in pkgutil.iter_modules(__path__) if module.name != "base"]
+_MODULES = {name: importlib.import_module(f"{__name__}.{name}") for name in _NAMES}
+RECIPES: dict[str, Config] = {name: module.CONFIG for name, module in _MODULES.items()}
+DESCRIPTIONS: dict[str, str] = {name: (module.__doc__ or "").splitlines()[0] for name, module in _MODULES.items()}

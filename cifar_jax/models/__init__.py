@@ -13,18 +13,19 @@ CPU_STEPS_PER_CALL: training steps of one compiled call on a CPU.
 
 from __future__ import annotations
 
+from typing import Any
+
 from cifar_jax.errors import UserError
 from cifar_jax.models.all_cnn import AllCNN
-from cifar_jax.models.initializers import unit_variance
+from cifar_jax.models.initializers import unit_variance, whitening_kernel
 from cifar_jax.models.lenet5 import LeNet5
 
-__all__ = ["MODELS", "AllCNN", "LeNet5", "Network", "get_model", "unit_variance"]
+__all__ = ["MODELS", "AllCNN", "LeNet5", "get_model", "unit_variance", "whitening_kernel"]
 
-Network = type[AllCNN] | type[LeNet5]
-MODELS: dict[str, Network] = {"all_cnn": AllCNN, "lenet5": LeNet5}
+MODELS: dict[str, Any] = {"all_cnn": AllCNN, "lenet5": LeNet5}
 
 
-def get_model(name: str) -> Network:
+def get_model(name: str) -> Any:
     """The class of a network. Raises: UserError for an unknown name."""
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")

@@ -10,7 +10,39 @@ import jax
 import jax.numpy as jnp
 
 Initializer = Callable[..., jax.Array]
-KERNELS: dict[str, Initializer] = {"he": nn.initializers.he_normal(), "lsuv": nn.initializers.orthogonal()}
+WHITENING_EPSILON = 5e-4  # keeps noise of the smallest variances small, as airbench does
+
+
+def identity_kernel(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """he_normal, but the first filters of a convolution [h, w, I, O] pass on input channel 0, 1, …: a Dirac delta."""
+    kernel = nn.initializers.he_normal()(key, shape, dtype)
+    if len(shape) != 4:
+        return kernel
+    height, width, inputs, outputs = shape
+    count = min(inputs, outputs)
+    delta = jnp.zeros((height, width, inputs, count), dtype).at[height // 2, width // 2].set(jnp.eye(inputs, count))
+    return kernel.at[..., :count].set(delta)
+
+
+def whitening_kernel(images: jax.Array, size: int) -> jax.Array:
+    """Filters that make the patches of images uncorrelated and of unit variance, and their negatives.
+
+    Args: images float [N, H, W, C]; size of a patch. Returns: float32 [size, size, C, 2·size²·C], by falling variance.
+    """
+    _, height, width, channels = images.shape
+    rows, columns = height - size + 1, width - size + 1
+    patches = [images[:, i : i + rows, j : j + columns] for i in range(size) for j in range(size)]
+    flat = jnp.concatenate(patches, axis=-1).reshape(-1, size * size * channels)
+    variances, vectors = jnp.linalg.eigh(flat.T @ flat / flat.shape[0])
+    filters = (vectors / jnp.sqrt(variances + WHITENING_EPSILON))[:, ::-1]
+    return jnp.concatenate([filters, -filters], axis=-1).reshape(size, size, channels, -1)
+
+
+KERNELS: dict[str, Initializer] = {
+    "he": nn.initializers.he_normal(),
+    "lsuv": nn.initializers.orthogonal(),
+    "identity": identity_kernel,
+}
 
 
 def pytorch_bias(fan_in: int) -> Initializer:
@@ -19,11 +51,11 @@ def pytorch_bias(fan_in: int) -> Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def unit_variance(model: nn.Module, params: Any, images: jax.Array) -> Any:
+def unit_variance(model: Any, params: Any, images: jax.Array) -> Any:
     """Kernels divided, from the first layer to the last, by the deviation of their outputs: LSUV (arXiv:1511.06422).
 
-    The paper repeats each division until the variance is 1; with zero biases one does it. Args: images as the model
-    takes them. Returns: parameters like `params`, with which each layer's outputs have unit variance.
+    The paper repeats each division until the variance is 1; with zero biases one does it. Args: model: a network;
+    images as it takes them. Returns: parameters like `params`, with which each layer's outputs have unit variance.
     """
 
     @jax.jit
@@ -31,7 +63,7 @@ def unit_variance(model: nn.Module, params: Any, images: jax.Array) -> Any:
         _, variables = model.apply({"params": params}, images, capture_intermediates=True)
         return {name: variables["intermediates"][name]["__call__"][0].std() for name in params}
 
-    for name in sorted(params):  # Conv_0, Conv_1, …, Dense_0, …: in the order of the layers
+    for name in model.LAYERS:
         scale = 1 / deviations(params)[name]
         params = params | {name: params[name] | {"kernel": params[name]["kernel"] * scale}}
     return params

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cifar_jax.batches import scale_images
+from cifar_jax.batches import pixel_statistics, scale_images
 from cifar_jax.errors import UserError
 from cifar_jax.weights.files import load_weights
 
@@ -40,6 +40,6 @@ def load_pretrained(name: str, dtype: Any = jnp.float32) -> tuple[nn.Module, Any
         images = jnp.asarray(images)
         if images.dtype != jnp.uint8 or images.shape[1:] != (32, 32, 3):
             raise UserError(f"images are {images.dtype} {list(images.shape)}: they must be uint8 [N, 32, 32, 3]")
-        return scale_images(images, weights.input_scaling)
+        return scale_images(images, *pixel_statistics(weights.input_scaling, "cifar10"))
 
     return weights.create_module(dtype=dtype), {"params": weights.params}, preprocess

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cifar_jax.batches import SCALINGS
+from cifar_jax.batches import INPUT_SCALINGS, pixel_statistics
 from cifar_jax.errors import UserError
 from cifar_jax.weights.params import Layers
 
@@ -16,7 +16,7 @@ def scaling_numbers(input_scaling: str, dataset: str | None = None) -> tuple[Cha
 
     Args: dataset: whose statistics 'standardized' means; None: CIFAR-10.
     """
-    mean, std = SCALINGS[input_scaling]
+    mean, std = pixel_statistics(input_scaling, dataset or "cifar10")
     return tuple(np.broadcast_to(mean, 3).tolist()), tuple(np.broadcast_to(std, 3).tolist())
 
 
@@ -40,7 +40,7 @@ def absorb_scaling(
     takes = "from 0 to 255" if unit == 1 else "from 0 to 1"
     scale = scale / unit
     ways = []
-    for name in SCALINGS:
+    for name in INPUT_SCALINGS:
         mean, std = (np.array(values) for values in scaling_numbers(name, dataset))
         factor, rest = 255 * scale * std, 255 * scale * mean + offset  # scale · pixel + offset = factor · scaled + rest
         ways.append((float(np.abs(rest).max()), name, factor, rest))

@@ -1,0 +1,65 @@
+"""What a training says while it runs. A console that fails (a closed window, a full disk) never stops it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+import jax
+from tqdm import tqdm
+
+from cifar_jax.metrics import EpochMetrics
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """A line on stdout or stderr, above a progress bar."""
+    stream = sys.stderr if error else sys.stdout
+    try:
+        tqdm.write(text, file=stream)
+    except (OSError, ValueError):  # the terminal or the reader of a pipe is gone, or the stream is closed
+        with contextlib.suppress(OSError, ValueError):  # else Python tries to write the rest when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def format_epoch(row: EpochMetrics, num_epochs: int, tested: str) -> str:
+    """An epoch's line. Args: tested says on what: 'test' or 'held-out'."""
+    return (
+        f"epoch {row.epoch:{len(str(num_epochs))}}/{num_epochs}"
+        f"  train loss {row.train_loss:.4f} accuracy {row.train_accuracy:7.2%}"
+        f"  {tested} loss {row.test_loss:.4f} accuracy {row.test_accuracy:7.2%}"
+        f"  lr {row.learning_rate:.3g}  {row.seconds:.1f} s  {row.images_per_second:,.0f} images/s"
+    )
+
+
+class ProgressBar:
+    """A bar over the steps of an epoch; nothing where stderr is no terminal."""
+
+    def __init__(self, description: str, total: int, start: int) -> None:
+        self._bar = tqdm(total=total, initial=start, desc=description, unit="step", leave=False, disable=None)
+
+    def update(self, count: int, loss: jax.Array | None) -> None:
+        """Advances by `count` steps, and shows a loss that is at hand."""
+        if self._bar.disable:
+            return
+        try:
+            if loss is not None:
+                self._bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
+            self._bar.update(count)
+        except (OSError, ValueError):
+            self._bar.disable = True
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._bar.close()
+
+
+@contextlib.contextmanager
+def progress_bar(description: str, total: int, start: int) -> Iterator[ProgressBar]:
+    """A ProgressBar that is closed at the end."""
+    bar = ProgressBar(description, total, start)
+    try:
+        yield bar
+    finally:
+        bar.close()

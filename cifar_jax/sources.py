@@ -1,0 +1,153 @@
+"""Which trained network a command takes: a run's checkpoint, a weight file, or a released network."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+
+from cifar_jax.batches import split_seed
+from cifar_jax.checkpoint import Checkpoints, Progress
+from cifar_jax.configs.base import Config, InputScaling, ModelName
+from cifar_jax.datasets import DATASETS
+from cifar_jax.errors import UserError
+from cifar_jax.models import get_model
+from cifar_jax.parallel import replicate
+from cifar_jax.pretrained import pretrained_path
+from cifar_jax.runs import read_config, resolve_workdir
+from cifar_jax.train_step import TrainState, create_train_state
+from cifar_jax.weights.files import Weights, load_weights
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightFileFlags:
+    """What a weight file may not say itself."""
+
+    architecture: Path | None = None
+    """The Keras architecture JSON beside it, which says whether there is a final ReLU."""
+    model: ModelName | None = None
+    """The network; None: guessed from the number of tensors."""
+    input_scaling: InputScaling | None = None
+    """How pixels are scaled; None: as the file says, else as the model's original program does."""
+
+    def load(self, path: Path) -> Weights:
+        """See load_weights."""
+        architecture = self.architecture and self.architecture.expanduser()
+        return load_weights(path.expanduser(), self.model, architecture, self.input_scaling)
+
+    def refuse(self, without: str) -> None:
+        """Raises UserError if a flag is given, as it goes with what is not there."""
+        for name, value in vars(self).items():
+            if value is not None:
+                raise UserError(f"--{name.replace('_', '-')} goes with {without} alone")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFlags:
+    """One of a run, a weight file and a released network."""
+
+    workdir: Path | None = None
+    """A run's folder, as given to cifar_jax.train."""
+    checkpoint: Literal["best", "latest"] | None = None
+    """With --workdir: the latest checkpoint (None), or the best, which was chosen by test accuracy: biased upwards."""
+    weights: Path | None = None
+    """A weight file: .safetensors, .pth (PyTorch), .h5, .weights.h5 or .keras (Keras)."""
+    weight_file: tyro.conf.OmitArgPrefixes[WeightFileFlags] = dataclasses.field(default_factory=WeightFileFlags)
+    pretrained: str | None = None
+    """A released network, by the name of its model card in cifar_jax/pretrained."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A trained network: how to run it, its state on every local device, and what to call it.
+
+    `class_names` are those of its outputs. `origin` is what a result says of it, as JSON values.
+    """
+
+    config: Config
+    state: TrainState
+    name: str
+    class_names: tuple[str, ...]
+    origin: dict[str, Any]
+
+
+def load_source(flags: SourceFlags, dtype: Dtype | None = None, default: str | None = None) -> Source:
+    """The network that the flags name, computing in `dtype` if that is given; `default` is a released one's name.
+
+    Raises: UserError if they name none and there is no default, or several, or it can't be loaded.
+    """
+    named = [flags.workdir, flags.weights, flags.pretrained]
+    if named.count(None) < 2 or (named.count(None) == 3 and default is None):
+        raise UserError("name one of a run (--workdir), a weight file (--weights) and a network (--pretrained)")
+    if flags.weights is None:
+        flags.weight_file.refuse(without="--weights")
+    if flags.workdir is None and flags.checkpoint is not None:
+        raise UserError("--checkpoint goes with --workdir alone")
+    if flags.workdir is not None:
+        checkpoint = flags.checkpoint or "latest"
+        config, state, progress = load_run(flags.workdir, checkpoint, dtype)
+        steps = f" and {progress.step} steps" if progress.step else ""
+        name = f"{checkpoint} checkpoint, epoch {progress.epoch}{steps}"
+        origin = {"workdir": str(flags.workdir), "checkpoint": checkpoint, "epoch": progress.epoch}
+        class_names = DATASETS[config.dataset].class_names
+        return Source(config, state, name, class_names, {**origin, "step": int(state.step), "dtype": config.dtype})
+    path = flags.weights or pretrained_path(flags.pretrained or str(default))
+    weights = flags.weight_file.load(path)
+    config, state = load_file(weights, dtype or "float32")
+    name = str(flags.weights or flags.pretrained or default)
+    origin = {"weights": name, "model": weights.model, "final_relu": weights.final_relu}
+    origin |= {"input_scaling": weights.input_scaling, "dtype": config.dtype}
+    return Source(config, state, name, _class_names(weights, config.dataset), origin)
+
+
+def _class_names(weights: Weights, dataset: str) -> tuple[str, ...]:
+    """The file's own names, else the dataset's if it has as many classes as the network, else numbers."""
+    names, count = weights.class_names or DATASETS[dataset].class_names, weights.num_classes
+    return names if len(names) == count else tuple(map(str, range(count)))
+
+
+def load_run(
+    workdir: Path, checkpoint: Literal["best", "latest"], dtype: Dtype | None = None
+) -> tuple[Config, TrainState, Progress]:
+    """A run's config (computing in `dtype` if that is given) and the state of one of its checkpoints.
+
+    Raises: UserError if there is no run or no such checkpoint, or it is damaged, or the run was restarted.
+    """
+    workdir = Path(resolve_workdir(str(workdir)))
+    config = read_config(workdir)
+    restarts = sorted(workdir.glob("restart[0-9]"))
+    if restarts:
+        raise UserError(f"{workdir}: this run stalled and was restarted: name {restarts[-1]}")
+    config = dataclasses.replace(config, dtype=dtype or config.dtype)
+    state = replicate(create_train_state(config, steps_per_epoch=1), jax.local_devices())
+    state, progress = Checkpoints(workdir).restore_state(checkpoint, state)
+    return config, state, progress
+
+
+def load_file(weights: Weights, dtype: Dtype) -> tuple[Config, TrainState]:
+    """A config that says how to evaluate these weights, and a state that holds them.
+
+    The dataset is the one that the file names, else CIFAR-10, and the dropout rates are the network's own.
+    """
+    config = Config(
+        workdir="runs/none",  # nothing is trained
+        model=weights.model,
+        dropout_rates=get_model(weights.model)().dropout_rates,
+        input_scaling=weights.input_scaling,
+        batch_size=1,
+        num_epochs=1,
+        learning_rate=1.0,
+        dataset=weights.dataset if weights.dataset in DATASETS else "cifar10",
+        dtype=dtype,
+    )
+    model = weights.create_module(dropout_rates=config.dropout_rates, dtype=jnp.dtype(dtype))
+    _, rng, _ = split_seed(config.seed)
+    state = TrainState.create(apply_fn=model.apply, params=weights.params, tx=optax.identity(), rng=rng)
+    return config, replicate(state, jax.local_devices())

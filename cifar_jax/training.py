@@ -1,0 +1,223 @@
+"""One training of a recipe in its folder: resumes, trains epoch by epoch, tests, logs, saves."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from cifar_jax.checkpoint import Checkpoints, Progress
+from cifar_jax.configs.base import Config
+from cifar_jax.console import format_epoch, progress_bar, say
+from cifar_jax.datasets import Dataset, hold_out, load_dataset
+from cifar_jax.errors import UserError
+from cifar_jax.io import write_json
+from cifar_jax.metrics import EpochMetrics, RunLog, is_stalled
+from cifar_jax.optimizer import create_schedule, swa_steps
+from cifar_jax.runs import check_same_data, probe_workdir, read_config, read_summary, summarize
+from cifar_jax.trainer import Evaluator, Trainer
+
+
+class Interrupted(Exception):
+    """The run was stopped, after its state was saved."""
+
+    def __init__(self, progress: Progress, steps_per_epoch: int) -> None:
+        where = f"saved after {progress.epoch} epochs and {progress.step}/{steps_per_epoch} steps"
+        super().__init__(where if progress != Progress() else "stopped before the first step, so nothing was saved")
+
+
+class FailedTraining(UserError):
+    """The run diverged, or its loss stays at chance."""
+
+    def __init__(self, what: str, config: Config) -> None:
+        self.what = what
+        restart = "" if config.auto_restart else ", or use --auto-restart"
+        super().__init__(f"{what}: name another --workdir, and a lower --learning-rate or another --seed{restart}")
+
+
+class Run:
+    """One training of a recipe in a folder that this process holds."""
+
+    def __init__(
+        self, config: Config, devices: list[jax.Device], dataset: Dataset | None, stop: Callable[[], bool]
+    ) -> None:
+        self.config, self.devices, self.stop = config, devices, stop
+        self.workdir = Path(config.workdir)
+        self.dataset = hold_out(dataset or load_dataset(config.dataset, config.data_dir), config.holdout)
+        self.num_classes = len(self.dataset.class_names)
+        self.tested = "held-out" if config.holdout else "test"
+        self.steps_per_epoch = _check_fit(config, len(self.dataset.train_labels), len(devices))
+        self.checkpoints = Checkpoints(self.workdir)
+        self.trainer = Trainer(config, self.dataset.train_images, self.dataset.train_labels, devices)
+        self.num_parameters = sum(leaf.size for leaf in jax.tree.leaves(self.trainer.state.eval_params))
+        self.progress, self.log = Progress(), RunLog()
+
+    def train(self) -> dict[str, Any]:
+        """Trains from where the run is to its last epoch. Returns: its summary."""
+        config = self.config
+        resumes = self._restore()
+        self._introduce()
+        if (summary := self._complete(resumes)) is not None:
+            return summary
+        self._prepare(resumes)
+        if not self.stop():
+            self._train_epochs()
+        rows = self.log.rows
+        summary = summarize(config, rows, self.num_parameters, self.devices, self.dataset.source)
+        if rows:
+            self._draw()
+            write_json(self.workdir / "summary.json", summary)  # last: it says that all is there
+        if self.progress.epoch < config.num_epochs:
+            raise Interrupted(self.progress, self.steps_per_epoch)
+        say(
+            f"{self.tested} accuracy {summary['test_accuracy']:.2%} after {self.progress.epoch} epochs, "
+            f"{summary['training_seconds']:.0f} s of training; figures and summary.json in {self.workdir}"
+        )
+        return summary
+
+    def _restore(self) -> bool:
+        """Takes up the latest checkpoint. Returns: whether there was one."""
+        restored = self.checkpoints.restore_run(self.trainer.state, self.trainer.history)
+        if restored is None:
+            return False
+        self.trainer.state, self.trainer.history, self.progress, self.log = restored
+        return True
+
+    def _introduce(self) -> None:
+        config, devices = self.config, self.devices
+        held_out = f"; tests on {config.holdout:,} held-out training images" if config.holdout else ""
+        say(
+            f"{config.model}, {self.num_parameters:,} parameters, {config.dtype}, on {len(devices)} × "
+            f"{devices[0].device_kind}; {len(self.dataset.train_labels):,} images from {self.dataset.source}; "
+            f"run in {self.workdir}{held_out}"
+        )
+
+    def _complete(self, resumes: bool) -> dict[str, Any] | None:
+        """The summary of a run that is complete; its checkpoints may have been deleted, to save space."""
+        epochs, file = self.config.num_epochs, self.workdir / "summary.json"
+        if resumes and self.progress.epoch < epochs:
+            return None
+        summary = read_summary(self.workdir, self.config)
+        if summary is None:  # missing, damaged, or of an interruption: written anew
+            if not resumes and (self.workdir / "metrics.csv").exists():
+                say(f"no checkpoint in {self.checkpoints.directory}: training from the start", error=True)
+            return None
+        say(f"already complete after {epochs} epochs; for another run name another --workdir")
+        if not resumes:
+            say(f"its checkpoints are gone: to train it again, remove {file}")
+        return summary
+
+    def _prepare(self, resumes: bool) -> None:
+        """Checks that the run can go on here, and writes what identifies it."""
+        config = self.config
+        if config.auto_restart and is_stalled(self.log.batch_loss, self.num_classes):
+            raise self._stalled(self.progress.epoch)  # it went on, as it was begun without --auto-restart
+        if resumes:
+            epoch, step, _ = self.progress
+            began = read_config(self.workdir).num_devices
+            check_same_data(self.workdir, self.dataset, resumes)
+            say(f"resuming after {epoch} epochs and {step}/{self.steps_per_epoch} steps")
+            if began != config.num_devices and (config.mixes or any(config.dropout_rates)):
+                say(
+                    f"going on with {config.num_devices} devices where {began} began: from here on dropout and mixing, "
+                    "drawn by device, are not those of an uninterrupted run",
+                    error=True,
+                )
+        else:
+            probe_workdir(self.workdir)
+        write_json(self.workdir / "config.json", dataclasses.asdict(config))
+        if resumes:
+            self.log.write(self.workdir)
+        else:
+            check_same_data(self.workdir, self.dataset, resumes)
+
+    def _train_epochs(self) -> None:
+        """Compiles everything first; then trains to the last epoch, or until it is stopped."""
+        config, trainer, epoch = self.config, self.trainer, self.progress.epoch
+        for image_size in {config.image_size(later) for later in range(epoch, config.num_epochs)}:
+            trainer.compile(image_size, trainer.order(epoch))
+        images, labels = self.dataset.test_images, self.dataset.test_labels
+        evaluator = Evaluator(config, trainer.state, images, labels, self.devices)
+        while self.progress.epoch < config.num_epochs and not self.stop() and self._train_epoch(evaluator):
+            pass
+
+    def _train_epoch(self, evaluator: Evaluator) -> bool:
+        """Trains, tests, logs and saves an epoch. Returns: False if it was stopped before its end, and saved there."""
+        epoch, start, earlier_seconds = self.progress
+        started = time.perf_counter()
+        description = f"epoch {epoch + 1}/{self.config.num_epochs}"
+        with progress_bar(description, self.steps_per_epoch, start) as bar:
+            step = self.trainer.run_epoch(epoch, start, self.stop, bar.update)
+        seconds = earlier_seconds + time.perf_counter() - started
+        self.trainer.fold()
+        test = evaluator(self.trainer.state, self.stop) if step == self.steps_per_epoch else None
+        state, trained = self.trainer.state, self.trainer.epoch_metrics()
+        tested_loss = test["loss"] if test else 0.0
+        if step and not math.isfinite(trained["loss"] + tested_loss):
+            losses_are = f"loss {trained['loss']}, of the test {tested_loss}"
+            raise FailedTraining(f"training diverged in epoch {epoch + 1} ({losses_are})", self.config)
+        if test is None:  # stopped within the epoch
+            if step == start:
+                return False  # before its first step: all is saved
+            self.progress = Progress(epoch, step, seconds)
+            self.checkpoints.save(state, self.trainer.history, self.progress, self.log, None)
+            return False
+        row = self._create_row(epoch, seconds, trained, test)
+        losses = np.concatenate([self.log.batch_loss, trained["batch_loss"]])
+        if is_stalled(losses, self.num_classes):
+            if self.config.auto_restart:
+                raise self._stalled(row.epoch)
+            say(f"warning: {self._stalled(row.epoch)}", error=True)
+        self.log.add(row, trained["batch_loss"])
+        self.log.write(self.workdir)
+        self.trainer.clear_history()
+        self.progress = Progress(epoch + 1)
+        self.checkpoints.save(state, self.trainer.history, self.progress, self.log, row.test_accuracy)
+        say(format_epoch(row, self.config.num_epochs, self.tested))
+        return True
+
+    def _create_row(self, epoch: int, seconds: float, trained: dict[str, Any], test: dict[str, float]) -> EpochMetrics:
+        schedule = create_schedule(self.config, self.steps_per_epoch)
+        return EpochMetrics(
+            epoch=epoch + 1,
+            train_loss=trained["loss"],
+            train_accuracy=trained["accuracy"],
+            test_loss=test["loss"],
+            test_accuracy=test["accuracy"],
+            learning_rate=float(schedule((epoch + 1) * self.steps_per_epoch - 1)),
+            seconds=round(seconds, 3),
+            images_per_second=round(len(self.dataset.train_labels) / seconds, 1),
+        )
+
+    def _stalled(self, epoch: int) -> FailedTraining:
+        return FailedTraining(f"training stalled in epoch {epoch} (its loss stays at chance)", self.config)
+
+    def _draw(self) -> None:
+        try:
+            from cifar_jax.plots import plot_run  # here: importing matplotlib takes a second
+
+            plot_run(self.workdir)
+        except Exception as error:  # a figure is not worth a run
+            say(f"warning: no figures ({' '.join(str(error).split())[:200]}): draw them by cifar-jax plots", error=True)
+
+
+def _check_fit(config: Config, num_images: int, num_devices: int) -> int:
+    """The steps of an epoch. Raises: UserError if the recipe does not fit the number of images or devices."""
+    if config.image_size(config.num_epochs - 1) != 32:
+        say("warning: --image-sizes leaves no epoch to images of 32 pixels, which are tested on", error=True)
+    if config.batch_size > num_images:
+        raise UserError(f"--batch-size {config.batch_size}: there are only {num_images} training images")
+    steps_per_epoch = -(-num_images // config.batch_size)
+    if config.num_epochs * steps_per_epoch >= 2**31:
+        raise UserError(f"--num-epochs {config.num_epochs}: steps are counted up to {2**31 - 1:,}")
+    if config.swa_fraction and swa_steps(config, steps_per_epoch)[1] == 0:
+        say(f"warning: --swa-fraction leaves no step to each of {config.swa_cycles} cycles: none", error=True)
+    if config.mixes and config.batch_size // num_devices < 2:
+        raise UserError("images are mixed with others on their device: use a larger --batch-size, or --num-devices 1")
+    return steps_per_epoch
