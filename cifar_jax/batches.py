@@ -41,6 +41,9 @@ def take_batch(
     return {"image": images[indices], "label": labels[indices], "index": indices, "mask": mask}
 
 
+INPUT_SCALINGS = ("unit", "symmetric", "standardized")
+
+
 def pixel_statistics(input_scaling: str, dataset: str) -> tuple[Sequence[float], Sequence[float]]:
     """What is subtracted from pixels in [0, 1], and then divided by: one number, or one by channel, each.
 

@@ -19,6 +19,7 @@ import numpy as np
 import tyro
 
 from cifar_jax.cli import command, parse_arguments
+from cifar_jax.datasets import DATASETS
 from cifar_jax.errors import UserError
 from cifar_jax.host import check_devices
 from cifar_jax.sources import WeightFileFlags, load_run
@@ -43,12 +44,12 @@ def main() -> int:
     positional = (tyro.conf.PositionalRequiredArgs,)
     arguments = parse_arguments(Arguments, prog="python -m cifar_jax.convert", config=positional)
     check_devices()
-    dataset = "cifar10"  # a weight file does not say
     if arguments.input.is_dir():
         arguments.weight_file.refuse(without="a weight file")
         config, state, _ = load_run(arguments.input, arguments.checkpoint or "latest")
-        dataset = config.dataset
-        weights = Weights(config.model, jax.tree.map(np.asarray, state.eval_params), config.input_scaling)
+        class_names = DATASETS[config.dataset].class_names
+        params = jax.tree.map(np.asarray, state.eval_params)
+        weights = Weights(config.model, params, config.input_scaling, False, config.dataset, class_names)
     elif arguments.checkpoint is not None:
         raise UserError(f"--checkpoint goes with a run's folder, and {arguments.input} is none")
     else:
@@ -63,8 +64,8 @@ def main() -> int:
         print(f"such a file does not hold the scaling: use it with --input-scaling {weights.input_scaling}")
     if written.final_relu != weights.final_relu:
         print("such a file does not hold the final ReLU: use it with an --architecture that has it")
-    if dataset != "cifar10":
-        print(f"trained on {dataset}: evaluate it with --dataset {dataset}")
+    if written.dataset != weights.dataset and weights.dataset not in (None, "cifar10"):
+        print(f"trained on {weights.dataset}: evaluate it with --dataset {weights.dataset}")
     return 0
 
 

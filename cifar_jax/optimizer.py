@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -67,10 +68,11 @@ def create_tx(config: Config, steps_per_epoch: int) -> optax.GradientTransformat
     a changing rate they are not the same optimizer.
     """
     schedule = create_schedule(config, steps_per_epoch)
+    frozen = [_freeze(config)] if config.whitening or config.normalization_scale == "fixed" else []
     layers = get_model(config.model).LAYERS
     symmetric = [symmetric_gradients(layers)] if config.mirror_symmetry else []
     clip = [optax.clip_by_global_norm(config.gradient_clip)] if config.gradient_clip else []
-    first = [*symmetric, *clip]
+    first = [*frozen, *symmetric, *clip]
     if config.optimizer == "muon":
         tx = optax.chain(*first, _create_muon(config, schedule, last_layer=layers[-1]))
     else:
@@ -79,6 +81,10 @@ def create_tx(config: Config, steps_per_epoch: int) -> optax.GradientTransformat
         parts = [rate, trace] if config.optimizer == "keras_sgd" else [trace, rate]
         decay = [optax.add_decayed_weights(config.weight_decay)] if config.weight_decay else []
         tx = optax.chain(*first, *decay, *parts)
+    if config.normalize_kernels:
+        tx = optax.chain(tx, _normalize_kernels(layers[:-1]))
+    if frozen:
+        tx = optax.chain(tx, *frozen)
     if config.sam_rho:
         climb = optax.chain(*symmetric, optax.contrib.normalize(), optax.sgd(config.sam_rho))
         tx = optax.contrib.sam(tx, climb, opaque_mode=True, batch_axis_name=AXIS)
@@ -93,12 +99,46 @@ def _create_muon(config: Config, schedule: optax.Schedule, last_layer: str) -> o
         adams = lambda path, x: x.ndim == 1 or path[0].key == last_layer
         return jax.tree_util.tree_map_with_path(lambda path, x: None if adams(path, x) else matrix(x), params)
 
+    factor = (config.adam_learning_rate or config.learning_rate) / config.learning_rate
     return optax.contrib.muon(
         schedule,
+        adam_learning_rate=None if factor == 1 else lambda step: factor * schedule(step),
         beta=config.momentum,
         nesterov=config.nesterov,
         weight_decay=config.weight_decay,
         adam_weight_decay=config.weight_decay,
         muon_weight_dimension_numbers=dimension_numbers,
-        consistent_rms=0.2,
+        consistent_rms=None if config.normalize_kernels else 0.2,
     )
+
+
+def _normalize_kernels(layers: Sequence[str]) -> optax.GradientTransformation:
+    """Makes updates lead to kernels of norm √outputs."""
+
+    def update(updates: Any, params: Any) -> Any:
+        def scaled(update: jax.Array, kernel: jax.Array) -> jax.Array:
+            moved = kernel + update
+            return moved * (kernel.shape[-1] ** 0.5 / jnp.linalg.norm(moved.ravel())) - kernel
+
+        changed = {
+            name: {**updates[name], "kernel": scaled(updates[name]["kernel"], params[name]["kernel"])}
+            for name in layers
+        }
+        return {**updates, **changed}
+
+    return optax.stateless(update)
+
+
+def _freeze(config: Config) -> optax.GradientTransformation:
+    """Sets to 0 what does not learn: fixed scales, and whitening filters."""
+    first_layer = get_model(config.model).LAYERS[0]
+
+    def freeze(path: Any, update: jax.Array) -> jax.Array:
+        layer, part = path[0].key, path[1].key
+        if part == "scale" and config.normalization_scale == "fixed":
+            return jnp.zeros_like(update)
+        if part == "kernel" and layer == first_layer and config.whitening:
+            return update.at[..., : 2 * math.prod(update.shape[:-1])].set(0)
+        return update
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(freeze, updates))

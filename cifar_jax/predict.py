@@ -17,7 +17,6 @@ import tyro
 
 from cifar_jax.batches import pixel_statistics, scale_images
 from cifar_jax.cli import command, parse_arguments
-from cifar_jax.datasets import DATASETS
 from cifar_jax.errors import UserError
 from cifar_jax.host import prepare_host
 from cifar_jax.sources import Source, SourceFlags, load_source
@@ -93,7 +92,7 @@ def main() -> int:
         raise UserError(f"--top {arguments.top}: must be 1 or more")
     images = np.stack([load_image(path) for path in arguments.images])
     source = load_source(arguments.source, default=DEFAULT)
-    names, results = DATASETS[source.config.dataset].class_names, []
+    names, results = source.class_names, []
     if arguments.top > len(names):
         raise UserError(f"--top {arguments.top}: there are {len(names)} classes")
     for path, row in zip(arguments.images, predict(source, images).tolist()):

@@ -13,9 +13,10 @@ import tyro
 
 from cifar_jax.batches import split_seed
 from cifar_jax.checkpoint import Checkpoints, Progress
-from cifar_jax.configs import RECIPES
-from cifar_jax.configs.base import Config, InputScaling, ModelName
+from cifar_jax.configs.base import Config, DatasetName, InputScaling, ModelName
+from cifar_jax.datasets import DATASETS
 from cifar_jax.errors import UserError
+from cifar_jax.models import get_model
 from cifar_jax.parallel import replicate
 from cifar_jax.pretrained import pretrained_path
 from cifar_jax.runs import read_config, resolve_workdir
@@ -35,11 +36,16 @@ class WeightFileFlags:
     """The network; None: guessed from the number of tensors."""
     input_scaling: InputScaling | None = None
     """How pixels are scaled; None: as the file says, else as the model's original program does."""
+    dataset: DatasetName | None = None
+    """The dataset that it classifies; None: as the file says, else cifar10."""
 
     def load(self, path: Path) -> Weights:
         """See load_weights."""
         architecture = self.architecture and self.architecture.expanduser()
-        return load_weights(path.expanduser(), self.model, architecture, self.input_scaling)
+        weights = load_weights(path.expanduser(), self.model, architecture, self.input_scaling)
+        if self.dataset is None or self.dataset == weights.dataset:
+            return weights
+        return dataclasses.replace(weights, dataset=self.dataset, class_names=None)
 
     def refuse(self, without: str) -> None:
         """Raises UserError if a flag is given, as it goes with what is not there."""
@@ -67,12 +73,13 @@ class SourceFlags:
 class Source:
     """A trained network: how to run it, its state on every local device, and what to call it.
 
-    `origin` is what a result says of it, as JSON values.
+    `class_names` are those of its outputs. `origin` is what a result says of it, as JSON values.
     """
 
     config: Config
     state: TrainState
     name: str
+    class_names: tuple[str, ...]
     origin: dict[str, Any]
 
 
@@ -94,13 +101,21 @@ def load_source(flags: SourceFlags, dtype: Dtype | None = None, default: str | N
         steps = f" and {progress.step} steps" if progress.step else ""
         name = f"{checkpoint} checkpoint, epoch {progress.epoch}{steps}"
         origin = {"workdir": str(flags.workdir), "checkpoint": checkpoint, "epoch": progress.epoch}
-        return Source(config, state, name, {**origin, "step": int(state.step), "dtype": config.dtype})
+        class_names = DATASETS[config.dataset].class_names
+        return Source(config, state, name, class_names, {**origin, "step": int(state.step), "dtype": config.dtype})
     path = flags.weights or pretrained_path(flags.pretrained or str(default))
     weights = flags.weight_file.load(path)
     config, state = load_file(weights, dtype or "float32")
     name = str(flags.weights or flags.pretrained or default)
     origin = {"weights": name, "model": weights.model, "final_relu": weights.final_relu}
-    return Source(config, state, name, {**origin, "input_scaling": weights.input_scaling, "dtype": config.dtype})
+    origin |= {"input_scaling": weights.input_scaling, "dtype": config.dtype}
+    return Source(config, state, name, _class_names(weights, config.dataset), origin)
+
+
+def _class_names(weights: Weights, dataset: str) -> tuple[str, ...]:
+    """The file's own names, else the dataset's if it has as many classes as the network, else numbers."""
+    names, count = weights.class_names or DATASETS[dataset].class_names, weights.num_classes
+    return names if len(names) == count else tuple(map(str, range(count)))
 
 
 def load_run(
@@ -122,9 +137,21 @@ def load_run(
 
 
 def load_file(weights: Weights, dtype: Dtype) -> tuple[Config, TrainState]:
-    """A config that says how to evaluate these weights, and a state that holds them."""
-    recipe = RECIPES[f"{weights.model}_reference"]
-    config = dataclasses.replace(recipe, input_scaling=weights.input_scaling, dtype=dtype)
+    """A config that says how to evaluate these weights, and a state that holds them.
+
+    The dataset is the one that the file names, else CIFAR-10, and the dropout rates are the network's own.
+    """
+    config = Config(
+        workdir="runs/none",  # nothing is trained
+        model=weights.model,
+        dropout_rates=get_model(weights.model)().dropout_rates,
+        input_scaling=weights.input_scaling,
+        batch_size=1,
+        num_epochs=1,
+        learning_rate=1.0,
+        dataset=weights.dataset if weights.dataset in DATASETS else "cifar10",
+        dtype=dtype,
+    )
     model = weights.create_module(dropout_rates=config.dropout_rates, dtype=jnp.dtype(dtype))
     _, rng, _ = split_seed(config.seed)
     state = TrainState.create(apply_fn=model.apply, params=weights.params, tx=optax.identity(), rng=rng)

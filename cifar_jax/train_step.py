@@ -15,7 +15,7 @@ from cifar_jax.augment import create_input_transform, step_keys
 from cifar_jax.batches import pixel_statistics, scale_images, split_seed
 from cifar_jax.configs.base import Config
 from cifar_jax.datasets import DATASETS
-from cifar_jax.models import get_model, unit_variance
+from cifar_jax.models import get_model, unit_variance, whitening_kernel
 from cifar_jax.normalization import Moments, Statistics, add_scales, apply_normalized
 from cifar_jax.optimizer import create_tx
 from cifar_jax.parallel import AXIS
@@ -67,14 +67,15 @@ def create_train_state(config: Config, steps_per_epoch: int, images: Any = None)
     `images`, uint8 [N, 32, 32, 3], are what the lsuv initializer scales its kernels by. Without them it does not, which
     is enough where parameters are only restored.
     """
-    model = create_model(config)
+    model, pixels = create_model(config), pixel_statistics(config.input_scaling, config.dataset)
     params_key, rng, _ = split_seed(config.seed)
     params = jax.jit(model.init)(params_key, jnp.zeros((1, 32, 32, 3)))["params"]
     if config.mirror_symmetry:
         params = symmetric_start(params, model.LAYERS)
     if config.initializer == "lsuv" and images is not None:
-        scaled = scale_images(jnp.asarray(images), *pixel_statistics(config.input_scaling, config.dataset))
-        params = unit_variance(model, params, scaled)
+        params = unit_variance(model, params, scale_images(jnp.asarray(images), *pixels))
+    if config.whitening and images is not None:
+        params = _whiten(params, model.LAYERS[0], scale_images(jnp.asarray(images), *pixels))
     folded_params = None
     if config.normalization == "batch":
         folded_params = jax.tree.map(jnp.copy, params)
@@ -85,6 +86,14 @@ def create_train_state(config: Config, steps_per_epoch: int, images: Any = None)
     fields = {"rng": rng, "ema_params": ema_params, "folded_params": folded_params}
     state = TrainState.create(apply_fn=model.apply, params=params, tx=tx, **fields)
     return state.replace(step=jnp.zeros((), jnp.int32))  # create's Python 0 would compile the step twice
+
+
+def _whiten(params: Any, first_layer: str, images: jax.Array) -> Any:
+    """`params` with whitening filters in the first layer, as many as it has room for."""
+    kernel = params[first_layer]["kernel"]
+    filters = whitening_kernel(images, kernel.shape[0])[..., : kernel.shape[-1]]
+    kernel = kernel.at[..., : filters.shape[-1]].set(filters)
+    return {**params, first_layer: {**params[first_layer], "kernel": kernel}}
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:

@@ -1,5 +1,6 @@
 """Shared by all tests: four virtual CPU devices, strict types, a private cache, small datasets."""
 
+import dataclasses
 import importlib.metadata
 import os
 
@@ -27,9 +28,10 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from cifar_jax import datasets, evaluate, ops, plots, training
+from cifar_jax import evaluate, ops, plots, training
 from cifar_jax.configs.base import Config
-from cifar_jax.datasets import Dataset, load_dataset
+from cifar_jax.datasets import DATASETS, Dataset, load_dataset
+from cifar_jax.datasets.cifar import CIFAR
 
 TFDS_DATA_DIR = os.environ.get("TFDS_DATA_DIR", "")
 
@@ -40,6 +42,7 @@ def _isolated(monkeypatch, tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     for name, value in {"HOME": home, "CIFAR_JAX_CACHE": home / "cache", "TFDS_DATA_DIR": home / "tfds"}.items():
         monkeypatch.setenv(name, str(value))
+    (home / "tfds").mkdir()
     monkeypatch.delenv("KERAS_HOME", raising=False)
     monkeypatch.chdir(home)
 
@@ -83,7 +86,7 @@ def tiny_dataset():
         digits.train_labels[:90],
         digits.test_images[:30],
         digits.test_labels[:30],
-        digits.class_names,
+        digits.info,
         "tiny digits",
     )
 
@@ -133,10 +136,19 @@ def run_command(monkeypatch, capsys):
 
 
 @pytest.fixture
-def small_batches(monkeypatch):
-    """CIFAR-10's layouts with 20 images a batch: (train images, train labels, test images, test labels)."""
-    monkeypatch.setattr(datasets, "IMAGES_PER_BATCH", 20)
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (120, 32, 32, 3), dtype=np.uint8)
-    labels = rng.integers(0, 10, 120, dtype=np.int32)
-    return images[:100], labels[:100], images[100:], labels[100:]
+def small_cifar(monkeypatch):
+    """CIFAR-10 and 100 with 100 training and 20 test images: {name: (train images, train labels, test images, …)}."""
+    data = {}
+    for seed, (name, info) in enumerate(CIFAR.items()):
+        monkeypatch.setitem(DATASETS, name, dataclasses.replace(info, train_size=100, test_size=20))
+        rng = np.random.default_rng(seed)
+        images = rng.integers(0, 256, (120, 32, 32, 3), dtype=np.uint8)
+        labels = rng.integers(0, info.num_classes, 120, dtype=np.int32)
+        data[name] = images[:100], labels[:100], images[100:], labels[100:]
+    return data
+
+
+@pytest.fixture
+def small_batches(small_cifar):
+    """CIFAR-10 with 20 images a batch: (train images, train labels, test images, test labels)."""
+    return small_cifar["cifar10"]

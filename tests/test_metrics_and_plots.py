@@ -78,7 +78,11 @@ def test_plots_imports_nothing_of_training():
     nodes = list(ast.walk(ast.parse(Path(plots.__file__).read_text())))
     modules = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
     modules += [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
-    assert {name for name in modules if "cifar_jax" in name} == {"cifar_jax.cli", "cifar_jax.errors", "cifar_jax.metrics"}
+    assert {name for name in modules if "cifar_jax" in name} == {
+        "cifar_jax.cli",
+        "cifar_jax.errors",
+        "cifar_jax.metrics",
+    }
 
 
 def test_plots_command(tmp_path, run_command):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import report
+from benchmarks.report.results import MEASURED, percent
 from cifar_jax import evaluate, load_pretrained, pretrained_names
 from cifar_jax.errors import UserError
 from cifar_jax.pretrained import pretrained_path
@@ -54,9 +54,9 @@ def test_every_card_says_what_it_must(name):
     for word in ("Recipe", "Command", "Seed", "Data", "Hardware", "Date", "Limits"):
         assert f"| {word} |" in text
     mirror = "float32, averaged with the mirror image"
-    for kind, title in {"float32": "float32", "bfloat16": "bfloat16", "mirror": mirror}.items():
-        measured = report.load(f"pretrained_{name}_{kind}")["test_accuracy"]
-        assert f"| Test accuracy, {title} | {report.percent(measured)} % |" in text
+    for kind, title in {"float32": "float32", "bfloat16": "bfloat16", "flip_tta": mirror}.items():
+        measured = MEASURED.load(f"pretrained_{name}_{kind}")["test_accuracy"]
+        assert f"| Test accuracy, {title} | {percent(measured)} % |" in text
 
 
 @pytest.mark.parametrize("name", [name for name in pretrained_names() if name.startswith("lenet5")])

@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import pytorch_contenders, report, throughput
+from benchmarks import pytorch_contenders, throughput
 from benchmarks.contenders import FAMILIES, PHASES, Contender, JaxContender
+from benchmarks.report.figures import draw_throughput
+from benchmarks.report.performance import throughput_table
+from benchmarks.report.results import ROOT
 from cifar_jax import augment
 from cifar_jax.batches import scale_images
 from cifar_jax.configs import RECIPES
@@ -97,12 +100,12 @@ def test_the_report_shows_them(tmp_path):
         "versions": {"jax": "1"},
         "date": "2026-01-01",
     }
-    text = report.throughput_table(result)
+    text = throughput_table(result)
     assert "| LeNet-5, batch 4 | jax | 110 (0.55×, 11 %) | 1.5 | 3 |" in text
     assert "Absent from LeNet-5, batch 4: keras (no module)." in text
     assert "10 GFLOP/s), float32; medians of 1 rounds of 2 s; load average before 0.12." in text
     assert text.endswith("an abacus; jax 1; 2026-01-01.")
-    report.draw_throughput(result, tmp_path / "chart.png")
+    draw_throughput(result, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 1000
 
 
@@ -131,7 +134,7 @@ def test_a_tiny_run(tmp_path, run_command, monkeypatch):
             assert len(values["rounds"]) == 1
             assert values["images_per_second"] == values["rounds"][0] > 0
     assert set(workload["best_pytorch"]) == {"training_augmented", "inference"}
-    assert report.throughput_table(content)
+    assert throughput_table(content)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +340,7 @@ def test_jax_takes_one_of_several_gpus(monkeypatch):
 
 
 def test_the_gpu_campaign_takes_8_minutes_at_most():
-    script = (report.ROOT / "benchmarks" / "gpu_campaign.sh").read_text()
+    script = (ROOT / "benchmarks" / "gpu_campaign.sh").read_text()
     script = script.replace("$eager", re.search(r"^eager=(.*)", script, re.MULTILINE)[1])
     parts = {name: specs.split() for name, specs in re.findall(r"\${CAMPAIGN_(RUNS|THROUGHPUT)-([^}]*)}", script)}
     seconds = [int(spec.rpartition(":")[2]) for specs in parts.values() for spec in specs]
@@ -369,7 +372,7 @@ def test_the_gpu_campaign_on_a_cpu(tmp_path):
         "CAMPAIGN_THROUGHPUT": "lenet5:float32:4:jax:100",
         "CAMPAIGN_FLAGS": "--phases inference --rounds 1 --seconds-per-round 0.001",
     }
-    script = report.ROOT / "benchmarks" / "gpu_campaign.sh"
+    script = ROOT / "benchmarks" / "gpu_campaign.sh"
     result = subprocess.run([script, tmp_path / "out"], env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1
     assert result.stderr.startswith("failed: nonsense")
@@ -388,7 +391,7 @@ def test_an_interrupted_gpu_campaign_stops_its_part_and_leaves_the_rest(tmp_path
     environment = os.environ | {"PYTHON": str(python), "LOG": str(tmp_path / "log")}
     os.mkfifo(tmp_path / "log")
     log = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
-    script = report.ROOT / "benchmarks" / "gpu_campaign.sh"
+    script = ROOT / "benchmarks" / "gpu_campaign.sh"
     campaign = subprocess.Popen([script, tmp_path / "out"], env=environment)
     assert select.select([log], [], [], 60)[0], "no part began"
     part = int(os.read(log, 100))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from cifar_jax.datasets import DATASETS
 from cifar_jax.errors import UserError
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 else:  # the registries' names: what a flag may be
     ModelName = Literal[tuple(MODELS)]
     DatasetName = Literal[tuple(DATASETS)]
+REGISTRIES: dict[str, Mapping[str, Any]] = {"model": MODELS, "dataset": DATASETS}
 InputScaling = Literal["unit", "symmetric", "standardized"]
 
 
@@ -52,12 +54,20 @@ class Config:
     auto_restart: bool = False
     """Start again with half the rate and the next seed, up to three times, if training stalls or diverges."""
 
-    initializer: Literal["original", "he", "lsuv"] = "original"
+    initializer: Literal["original", "he", "lsuv", "identity"] = "original"
     """Kernels and biases as the original program draws them, or he_normal kernels and zero biases, or orthogonal ones
-    scaled so that each layer's outputs for 256 training images have unit variance (LSUV, arXiv:1511.06422)."""
+    scaled so that each layer's outputs for 256 training images have unit variance (LSUV, arXiv:1511.06422), or
+    he_normal ones of which the first filters of each hidden convolution pass an input channel on (identity)."""
     normalization: Literal["none", "batch"] = "none"
     """batch: hidden outputs are normalised over each device's share of the batch while training, and the normalisation
     is folded into kernels and biases for evaluation (see normalization.py)."""
+    normalization_scale: Literal["learnt", "fixed"] = "learnt"
+    """fixed: the scales of the normalisation stay 1."""
+    normalize_kernels: bool = False
+    """Kernels of hidden layers are scaled to norm √outputs after each step. The normalisation undoes that in the
+    outputs, so it fixes how large a step is relative to the kernel. muon's steps are then not scaled further."""
+    whitening: bool = False
+    """The first filters of the first layer whiten 256 training images' patches, and their negatives; they stay."""
     mirror_symmetry: bool = False
     """Weights that compute the same for an image and its mirror image: half of the units have the other half's kernels,
     mirrored (see symmetry.py). lenet5 then gains nothing by flips."""
@@ -65,6 +75,8 @@ class Config:
     """SGD with momentum; keras_sgd keeps the learning rate inside the velocity, as Keras does; muon takes
     orthogonalised steps for kernels (arXiv:2502.16982's scale), Adam's (NAdam's with --nesterov) for the rest: biases
     and the last layer."""
+    adam_learning_rate: float | None = None
+    """Peak learning rate of muon's Adam part; None: learning_rate."""
     momentum: float = 0.9
     """Momentum."""
     nesterov: bool = False
@@ -139,6 +151,8 @@ class Config:
                 check(type(value) is bool, field, "true or false")
             elif kind in (int, int | None):
                 check(type(value) is int or (value is None and kind is not int), field, "a whole number")
+            elif field in REGISTRIES:
+                check(value in REGISTRIES[field], field, f"one of {', '.join(REGISTRIES[field])}")
             elif get_origin(kind) is Literal:
                 check(value in get_args(kind), field, f"one of {', '.join(get_args(kind))}")
         model = get_model(self.model)
@@ -152,6 +166,13 @@ class Config:
             check(0 < getattr(self, field) < math.inf, field, "a number above 0")
         for field in ("momentum", "label_smoothing", "ema_decay", "swa_fraction", "warmup_fraction"):
             check(0 <= getattr(self, field) < 1, field, "at least 0 and below 1")
+        adam_rate = self.adam_learning_rate
+        check(adam_rate is None or 0 < adam_rate < math.inf, "adam_learning_rate", "a number above 0")
+        check(adam_rate is None or self.optimizer == "muon", "adam_learning_rate", "unset unless --optimizer muon")
+        normalized = self.normalization == "batch"
+        check(normalized or not self.normalize_kernels, "normalize_kernels", "False unless --normalization batch")
+        check(normalized or self.normalization_scale == "learnt", "normalization_scale", "learnt without normalization")
+        check(not (self.whitening and self.mirror_symmetry), "whitening", "False with --mirror-symmetry")
         check(self.momentum > 0 or not self.nesterov, "momentum", "above 0 with --nesterov")
         check(0 <= self.crop_padding < 32, "crop_padding", "from 0 to 31")
         check(0 <= self.cutout_size <= 64, "cutout_size", "from 0 to 64")

@@ -17,10 +17,10 @@ from typing import Any
 
 from cifar_jax.errors import UserError
 from cifar_jax.models.all_cnn import AllCNN
-from cifar_jax.models.initializers import unit_variance
+from cifar_jax.models.initializers import unit_variance, whitening_kernel
 from cifar_jax.models.lenet5 import LeNet5
 
-__all__ = ["MODELS", "AllCNN", "LeNet5", "get_model", "unit_variance"]
+__all__ = ["MODELS", "AllCNN", "LeNet5", "get_model", "unit_variance", "whitening_kernel"]
 
 MODELS: dict[str, Any] = {"all_cnn": AllCNN, "lenet5": LeNet5}
 

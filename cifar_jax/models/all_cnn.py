@@ -20,7 +20,7 @@ class AllCNN(nn.Module):
       dropout_rates: after the first convolution, after the first pool, after the second pool.
       final_relu: one more ReLU between the 10-channel convolution and the average pool, as in the architecture
         JSON published with the original's pretrained weights (same parameters, other logits).
-      initializer: 'original'; 'he' or 'lsuv': he_normal or orthogonal kernels and zero biases (see unit_variance).
+      initializer: 'original', or a name of initializers.KERNELS with zero biases.
       dtype: of the computation, float32 or bfloat16.
     """
 

@@ -10,7 +10,39 @@ import jax
 import jax.numpy as jnp
 
 Initializer = Callable[..., jax.Array]
-KERNELS: dict[str, Initializer] = {"he": nn.initializers.he_normal(), "lsuv": nn.initializers.orthogonal()}
+WHITENING_EPSILON = 5e-4  # keeps noise of the smallest variances small, as airbench does
+
+
+def identity_kernel(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """he_normal, but the first filters of a convolution [h, w, I, O] pass on input channel 0, 1, …: a Dirac delta."""
+    kernel = nn.initializers.he_normal()(key, shape, dtype)
+    if len(shape) != 4:
+        return kernel
+    height, width, inputs, outputs = shape
+    count = min(inputs, outputs)
+    delta = jnp.zeros((height, width, inputs, count), dtype).at[height // 2, width // 2].set(jnp.eye(inputs, count))
+    return kernel.at[..., :count].set(delta)
+
+
+def whitening_kernel(images: jax.Array, size: int) -> jax.Array:
+    """Filters that make the patches of images uncorrelated and of unit variance, and their negatives.
+
+    Args: images float [N, H, W, C]; size of a patch. Returns: float32 [size, size, C, 2·size²·C], by falling variance.
+    """
+    _, height, width, channels = images.shape
+    rows, columns = height - size + 1, width - size + 1
+    patches = [images[:, i : i + rows, j : j + columns] for i in range(size) for j in range(size)]
+    flat = jnp.concatenate(patches, axis=-1).reshape(-1, size * size * channels)
+    variances, vectors = jnp.linalg.eigh(flat.T @ flat / flat.shape[0])
+    filters = (vectors / jnp.sqrt(variances + WHITENING_EPSILON))[:, ::-1]
+    return jnp.concatenate([filters, -filters], axis=-1).reshape(size, size, channels, -1)
+
+
+KERNELS: dict[str, Initializer] = {
+    "he": nn.initializers.he_normal(),
+    "lsuv": nn.initializers.orthogonal(),
+    "identity": identity_kernel,
+}
 
 
 def pytorch_bias(fan_in: int) -> Initializer:

@@ -19,7 +19,7 @@ class LeNet5(nn.Module):
 
     Attributes:
       dropout_rates: after the first and after the second convolution's ReLU, before the pools.
-      initializer: 'original'; 'he' or 'lsuv': he_normal or orthogonal kernels and zero biases (see unit_variance).
+      initializer: 'original', or a name of initializers.KERNELS with zero biases.
       dtype: of the computation, float32 or bfloat16.
     """
 

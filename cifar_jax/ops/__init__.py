@@ -3,7 +3,7 @@
 On the CPU, most convolutions take Winograd's form, which needs about half of the products. XLA is slow there at the
 gradient of a convolution's kernel, at convolutions without padding or of few input channels, and at the gradient of a
 max pool: as matrix products, slices and convolutions of other shapes they are up to several times faster
-(benchmarks/NOTES.md). Elsewhere these functions are `lax`'s own, which is also their reference in the tests: on a first
+(docs/log.md). Elsewhere these functions are `lax`'s own, which is also their reference in the tests: on a first
 reading take them for it.
 """
 
@@ -161,7 +161,7 @@ def _backward(pads: Pads, saved: tuple[Arrays, Arrays], gradients: Arrays) -> tu
 def _image_gradient(kernel: jax.Array, gradient: jax.Array, pads: Pads) -> jax.Array:
     """A convolution of the gradient by the turned kernel.
 
-    lax's own, the same with other names of the axes, was slower on the CPU in a loop of steps (benchmarks/NOTES.md).
+    lax's own, the same with other names of the axes, was slower on the CPU in a loop of steps (docs/log.md).
     """
     turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
     (top, bottom), (left, right) = pads

@@ -1,18 +1,25 @@
-"""The two networks in Keras 3 (channels last), and their weights to and from Flax.
+"""The networks in Keras (channels last), and their weights to and from Flax.
 
-Keras and Flax share their layouts (HWIO, [inputs, outputs], NHWC flattening), so weights move by order alone.
+Keras and Flax share their layouts (HWIO, [inputs, outputs], NHWC flattening), so weights move by order alone. A twin is
+stated as data, (class, fields) of each layer: Keras builds a network of it, and keras_json compares files with it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cifar_jax.errors import UserError
-from cifar_jax.weights.params import Params, layers_from_params, params_from_tensors
+from cifar_jax.models import get_model
+from cifar_jax.weights.pairing import pair_tensors
+from cifar_jax.weights.params import Params, layers_from_params, params_from_layers
+
+Layer = tuple[str, dict[str, Any]]
+WRITTEN_VERSION = "2.15.0"  # of Keras, whose form the files have that we write; Keras 3 reads it too
 
 
 def import_keras() -> Any:
@@ -30,68 +37,114 @@ def import_keras() -> Any:
     return keras
 
 
-def create_model(model: str, dropout_rates: Sequence[float] | None = None, final_relu: bool = False) -> Any:
-    """A keras.Sequential from float images [N, 32, 32, 3] to logits [N, 10], with the original's initialisers.
+def _initializer(kind: str, **config: Any) -> dict[str, Any]:
+    return {"class_name": kind, "config": config}
+
+
+def _lenet5(num_classes: int, dropout_rates: Sequence[float] = (0.2, 0.2)) -> list[Layer]:
+    first, second = dropout_rates
+    uniform = _initializer("VarianceScaling", scale=1 / 3, mode="fan_in", distribution="uniform")  # PyTorch's default
+    xavier_normal = _initializer("VarianceScaling", scale=1.0, mode="fan_avg", distribution="untruncated_normal")
+    bias = lambda fan_in: _initializer("RandomUniform", minval=-(fan_in**-0.5), maxval=fan_in**-0.5)
+
+    def conv(inputs: int, filters: int) -> Layer:
+        fields = {"filters": filters, "kernel_size": [5, 5], "activation": "relu"}
+        return "Conv2D", fields | {"kernel_initializer": uniform, "bias_initializer": bias(25 * inputs)}
+
+    def dense(inputs: int, units: int, kernel: dict[str, Any] = uniform, activation: str = "relu") -> Layer:
+        fields = {"units": units, "activation": activation}
+        return "Dense", fields | {"kernel_initializer": kernel, "bias_initializer": bias(inputs)}
+
+    pool = ("MaxPooling2D", {"pool_size": [2, 2]})
+    return [
+        conv(3, 32), ("Dropout", {"rate": first}), pool,
+        conv(32, 64), ("Dropout", {"rate": second}), pool,
+        ("Flatten", {}),
+        dense(1600, 200, xavier_normal), dense(200, 100), dense(100, num_classes, activation="linear"),
+    ]  # fmt: skip
+
+
+def _all_cnn(
+    num_classes: int, dropout_rates: Sequence[float] = (0.2, 0.5, 0.5), final_relu: bool = False
+) -> list[Layer]:
+    first, second, third = (("Dropout", {"rate": rate}) for rate in dropout_rates)
+
+    def conv(filters: int, size: int = 3, padding: str = "same", activation: str = "relu") -> Layer:
+        fields = {"filters": filters, "kernel_size": [size, size], "padding": padding, "activation": activation}
+        return "Conv2D", fields
+
+    pool = ("MaxPooling2D", {"pool_size": [3, 3], "strides": [2, 2]})
+    return [
+        conv(96), first, conv(96), conv(96), pool, second,
+        conv(192), conv(192, padding="valid"), conv(192), pool, third,
+        conv(192), conv(192, 1), conv(num_classes, 1, activation="relu" if final_relu else "linear"),
+        ("GlobalAveragePooling2D", {}),
+    ]  # fmt: skip
+
+
+TWINS: dict[str, Callable[..., list[Layer]]] = {"all_cnn": _all_cnn, "lenet5": _lenet5}
+
+
+def twin_layers(
+    model: str, dropout_rates: Sequence[float] | None = None, final_relu: bool = False, num_classes: int = 10
+) -> list[Layer]:
+    """The twin's layers. Raises: UserError if there is no such network or twin."""
+    get_model(model)
+    if model not in TWINS:
+        raise UserError(f"{model} has no twin in Keras: choose one of {', '.join(TWINS)}")
+    rates = {} if dropout_rates is None else {"dropout_rates": tuple(dropout_rates)}
+    return TWINS[model](num_classes=num_classes, **rates, **({"final_relu": True} if final_relu else {}))
+
+
+def create_model(
+    model: str, dropout_rates: Sequence[float] | None = None, final_relu: bool = False, num_classes: int = 10
+) -> Any:
+    """A keras.Sequential from float images [N, 32, 32, 3] to logits [N, classes], with the original's initialisers.
 
     The Keras program's softmax is left to the loss (`from_logits=True`).
-    Args: model 'all_cnn' or 'lenet5'; dropout_rates: the original's if None; final_relu: see models.AllCNN.
-    Raises: UserError if Keras is not installed.
+    Args: model: one of TWINS; dropout_rates: the original's if None; final_relu: see the network's class.
+    Raises: UserError if Keras is not installed, or there is no such network or twin.
     """
+    layers = twin_layers(model, dropout_rates, final_relu, num_classes)
     keras = import_keras()
     keras.config.set_image_data_format("channels_last")  # whatever the user's keras.json says
-    layers, initializers = keras.layers, keras.initializers
-    if model == "lenet5":
-        first, second = dropout_rates or (0.2, 0.2)
-        uniform = lambda: initializers.VarianceScaling(1 / 3, "fan_in", "uniform")  # PyTorch's default
-        bias = lambda fan_in: initializers.RandomUniform(-(fan_in**-0.5), fan_in**-0.5)
-        xavier_normal = initializers.VarianceScaling(1.0, "fan_avg", "untruncated_normal")
+    built = [getattr(keras.layers, kind)(**fields) for kind, fields in layers]
+    return keras.Sequential([keras.layers.Input((32, 32, 3)), *built])
 
-        def conv(inputs: int, features: int) -> Any:
-            return layers.Conv2D(
-                features, 5, activation="relu", kernel_initializer=uniform(), bias_initializer=bias(25 * inputs)
-            )
 
-        def dense(inputs: int, features: int, kernel: Any, activation: str | None = "relu") -> Any:
-            return layers.Dense(features, activation, kernel_initializer=kernel, bias_initializer=bias(inputs))
+def snake_case(kind: str) -> str:
+    """A class' name as Keras writes it in files: MaxPooling2D → max_pooling2d."""
+    return re.sub("([a-z])([A-Z])", r"\1_\2", re.sub("(.)([A-Z][a-z]+)", r"\1_\2", kind)).lower()
 
-        return keras.Sequential(
-            [
-                layers.Input((32, 32, 3)),
-                conv(3, 32), layers.Dropout(first), layers.MaxPooling2D(2),
-                conv(32, 64), layers.Dropout(second), layers.MaxPooling2D(2),
-                layers.Flatten(),
-                dense(1600, 200, xavier_normal), dense(200, 100, uniform()), dense(100, 10, uniform(), None),
-            ]
-        )  # fmt: skip
 
-    first, second, third = dropout_rates or (0.2, 0.5, 0.5)
-    conv3 = lambda features, padding="same": layers.Conv2D(features, 3, padding=padding, activation="relu")
-    return keras.Sequential(
-        [
-            layers.Input((32, 32, 3)),
-            conv3(96), layers.Dropout(first), conv3(96), conv3(96),
-            layers.MaxPooling2D(3, 2), layers.Dropout(second),
-            conv3(192), conv3(192, "valid"), conv3(192),
-            layers.MaxPooling2D(3, 2), layers.Dropout(third),
-            conv3(192), layers.Conv2D(192, 1, activation="relu"),
-            layers.Conv2D(10, 1, activation="relu" if final_relu else None),
-            layers.GlobalAveragePooling2D(),
-        ]
-    )  # fmt: skip
+def architecture(model: str, final_relu: bool = False, num_classes: int = 10) -> dict[str, Any]:
+    """The twin as an architecture in the form of Keras 2, which Keras 3 reads too, with the original's layer names."""
+    first = {"name": "input_1", "batch_input_shape": [None, 32, 32, 3], "dtype": "float32"}
+    layers: list[dict[str, Any]] = [{"class_name": "InputLayer", "config": first}]
+    counts: dict[str, int] = {}
+    for kind, fields in twin_layers(model, final_relu=final_relu, num_classes=num_classes):
+        counts[kind] = counts.get(kind, 0) + 1
+        name = {"name": f"{snake_case(kind)}_{counts[kind]}", "dtype": "float32"}
+        formats = {"data_format": "channels_last"} if kind not in ("Dense", "Dropout") else {}
+        layers.append({"class_name": kind, "config": name | formats | fields})
+    return {"class_name": "Sequential", "config": {"name": model, "layers": layers}}
 
 
 def params_from_keras(weights: Any, model: str | None = None) -> Params:
     """Flax params, float32 (or float64), from a Keras model, its get_weights(), or a list of (name, array).
 
-    Raises: UserError naming a tensor that is missing, too many, misshapen, not of floating point or not finite.
+    The order is the network's. Raises: UserError naming a tensor that is missing, too many, misshapen, not of floating
+    point or not finite.
     """
     if hasattr(weights, "get_weights"):
         weights = [(variable.path, values) for variable, values in zip(weights.weights, weights.get_weights())]
     named = [pair if isinstance(pair, tuple) else (f"number {i}", np.asarray(pair)) for i, pair in enumerate(weights)]
-    return params_from_tensors(named, model)
+    paired = pair_tensors(named, model, order="stated")
+    kernels, biases = ([array for _, array in paired.tensors[start::2]] for start in (0, 1))
+    return params_from_layers(list(zip(kernels, biases)), paired.model)
 
 
-def params_to_keras(params: Mapping[str, Any]) -> list[np.ndarray]:
+def params_to_keras(params: Mapping[str, Any], model: str | None = None) -> list[np.ndarray]:
     """The argument of set_weights() of `create_model`'s network. The inverse of `params_from_keras`."""
-    layers, _ = layers_from_params(params)
+    layers, _ = layers_from_params(params, model)
     return [array for pair in layers for array in pair]

@@ -1,44 +1,58 @@
-"""The form that weights take between frameworks: an ordered list of (kernel, bias) in Flax's layout.
+"""A network's parameters as an ordered list of (kernel, bias) in Flax's layout: the form between all frameworks.
 
-Kernels are HWIO or [inputs, outputs] with inputs flattened from NHWC, biases [outputs], all numpy arrays of floats.
+Kernels are HWIO or [inputs, outputs] with inputs flattened from NHWC, biases [outputs], all numpy arrays of floats. The
+order is the network's own, as MODELS[name].LAYERS states it. The number of classes is that of the last bias.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from cifar_jax.errors import UserError
-from cifar_jax.models import MODELS
+from cifar_jax.models import MODELS, get_model
 
 Layers = list[tuple[np.ndarray, np.ndarray]]
+Named = tuple[str, np.ndarray]
 Params = dict[str, dict[str, Any]]
+Shape = tuple[int, ...]
+Shapes = tuple[tuple[str, Shape, Shape], ...]
+
+
+def expected_shapes(model: str, num_classes: int = 10) -> Shapes:
+    """(layer's name in Flax, kernel's shape, bias' shape) in the network's order. Raises UserError: unknown model."""
+    network: Any = get_model(model)
+    return _shapes(network, num_classes)
 
 
 @functools.cache
-def expected_shapes(model: str) -> tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]:
-    """(layer's name in Flax, kernel's shape, bias' shape) in the order of the network. `model` is a key of MODELS."""
+def _shapes(network: Any, num_classes: int) -> Shapes:
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    params = jax.eval_shape(MODELS[model]().init, jax.random.key(0), images)["params"]
-    # Sorted they are in order, Conv_0 … Conv_8, Dense_0 …: convolutions come first in both networks.
-    return tuple((name, params[name]["kernel"].shape, params[name]["bias"].shape) for name in sorted(params))
+    params = jax.eval_shape(network(num_classes=num_classes).init, jax.random.key(0), images)["params"]
+    if set(params) != set(network.LAYERS):
+        raise ValueError(f"{network.__name__}.LAYERS names {network.LAYERS}, and the parameters are of {list(params)}")
+    return tuple((name, params[name]["kernel"].shape, params[name]["bias"].shape) for name in network.LAYERS)
 
 
-def guess_model(num_tensors: int) -> str:
-    """The network that has so many tensors. Raises UserError if none has."""
-    counts = {2 * len(expected_shapes(model)): model for model in MODELS}
-    if num_tensors not in counts:
-        having = " or ".join(f"{count} ({model})" for count, model in counts.items())
-        raise UserError(f"{num_tensors} tensors, where there must be {having}")
-    return counts[num_tensors]
+def has_final_relu(model: str) -> bool:
+    """Whether the network can have a ReLU after its last layer: whether its class has a field `final_relu`."""
+    return "final_relu" in get_model(model).__dataclass_fields__
 
 
-def check_tensors(tensors: Sequence[tuple[str, np.ndarray]], shapes: Sequence[tuple[int, ...]]) -> None:
+def create_module(model: str, num_classes: int, final_relu: bool, **fields: Any) -> nn.Module:
+    """The Flax network. Args: fields: others of its class (dropout_rates, dtype)."""
+    relu: dict[str, Any] = {"final_relu": True} if final_relu else {}
+    return get_model(model)(num_classes=num_classes, **relu, **fields)
+
+
+def check_tensors(tensors: Sequence[Named], shapes: Sequence[Shape]) -> None:
     """Raises UserError naming the first of the (name, tensor) that is missing, too many, misshapen, or not finite."""
     for (name, tensor), shape in zip(tensors, shapes):
         if tuple(tensor.shape) != tuple(shape):
@@ -56,31 +70,62 @@ def check_tensors(tensors: Sequence[tuple[str, np.ndarray]], shapes: Sequence[tu
         raise UserError(f"a tensor of shape {tuple(shapes[len(tensors)])} is missing{after}")
 
 
-def params_from_tensors(
-    tensors: Sequence[tuple[str, np.ndarray]],
-    model: str | None,
-    foreign_shape: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda shape: shape,
-    to_flax: Callable[[np.ndarray], np.ndarray] = lambda kernel: kernel,
-) -> Params:
-    """Flax params, float32 (or float64), from the (name, tensor), kernels and biases by turns, of another framework.
+def layers_from_params(params: Mapping[str, Any], model: str | None = None) -> tuple[Layers, str]:
+    """The layers of Flax params in the network's order, and the network's name (None: found by its layers' names).
 
-    Args: model: None guesses it; foreign_shape, of a kernel there; to_flax turns it round. Raises: as check_tensors.
+    Raises: UserError for params that are not the network's.
     """
-    layers = expected_shapes(model or guess_model(len(tensors)))
-    check_tensors(tensors, [shape for _, kernel, bias in layers for shape in (foreign_shape(kernel), bias)])
+    if model is not None:
+        return _layers_of(params, model), model
+    missing = {name: [layer for layer in MODELS[name].LAYERS if layer not in params] for name in MODELS}
+    candidates = sorted(MODELS, key=lambda name: (len(missing[name]), abs(len(MODELS[name].LAYERS) - len(params))))
+    for name in candidates:
+        with contextlib.suppress(UserError):
+            return _layers_of(params, name), name
+    return _layers_of(params, candidates[0]), candidates[0]  # raises what is wrong with the closest
+
+
+def _layers_of(params: Mapping[str, Any], model: str) -> Layers:
+    layers: Layers = []
+    for name in get_model(model).LAYERS:
+        if not {"kernel", "bias"} <= set(params.get(name, ())):
+            raise UserError(f"tensors of {name} are missing")
+        layers.append((np.asarray(params[name]["kernel"]), np.asarray(params[name]["bias"])))
+    surplus = [name for name in params if name not in get_model(model).LAYERS]
+    if surplus:
+        raise UserError(f"tensors of {surplus[0]} are none of {model}'s")
+    outputs = layers[-1][1].shape
+    for (name, *shapes), arrays in zip(expected_shapes(model, outputs[0] if len(outputs) == 1 else 10), layers):
+        check_tensors([(f"{name}/kernel", arrays[0]), (f"{name}/bias", arrays[1])], shapes)
+    return layers
+
+
+def params_from_layers(layers: Sequence[tuple[np.ndarray, np.ndarray]], model: str) -> Params:
+    """Flax params, float32 (float64 stays), of layers in the network's order."""
     as_float = lambda array: np.ascontiguousarray(array, np.float64 if array.dtype == np.float64 else np.float32)
-    arrays = iter([array for _, array in tensors])
-    return {name: {"kernel": as_float(to_flax(next(arrays))), "bias": as_float(next(arrays))} for name, *_ in layers}
+    return {
+        name: {"kernel": as_float(kernel), "bias": as_float(bias)}
+        for name, (kernel, bias) in zip(get_model(model).LAYERS, layers, strict=True)
+    }
 
 
-def layers_from_params(params: Mapping[str, Any]) -> tuple[Layers, str]:
-    """The layers of Flax params in the network's order, and the network's name. Raises UserError for other params."""
-    model = guess_model(len(jax.tree.leaves(params)))
-    shapes = expected_shapes(model)
-    missing = [name for name, _, _ in shapes if not {"kernel", "bias"} <= set(params.get(name, ()))]
-    if missing:
-        raise UserError(f"tensors of {missing[0]} are missing")
-    layers = [(np.asarray(params[name]["kernel"]), np.asarray(params[name]["bias"])) for name, _, _ in shapes]
-    for (name, *pair), arrays in zip(shapes, layers):
-        check_tensors([(f"{name}/kernel", arrays[0]), (f"{name}/bias", arrays[1])], pair)
-    return layers, model
+def num_classes_of(params: Mapping[str, Any], model: str) -> int:
+    return int(params[get_model(model).LAYERS[-1]]["bias"].shape[0])
+
+
+def reorder_flatten(layers: Layers, to_channels_last: bool) -> Layers:
+    """The layers for features flattened from NHWC in place of NCHW, or the inverse.
+
+    It concerns the first dense layer, where it follows a convolution: its inputs are square feature maps.
+    """
+    layers = list(layers)
+    for i in range(1, len(layers)):
+        kernel, channels = layers[i][0], len(layers[i - 1][1])
+        if kernel.ndim == 2 and layers[i - 1][0].ndim == 4:
+            size = round((len(kernel) / channels) ** 0.5)
+            if to_channels_last:
+                order = np.arange(len(kernel)).reshape(channels, size, size).transpose(1, 2, 0)
+            else:
+                order = np.arange(len(kernel)).reshape(size, size, channels).transpose(2, 0, 1)
+            layers[i] = kernel[order.ravel()], layers[i][1]
+    return layers

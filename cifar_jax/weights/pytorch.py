@@ -1,54 +1,77 @@
-"""The two networks in PyTorch, and their weights to and from Flax.
+"""The networks in PyTorch, and their weights to and from Flax.
 
-PyTorch's kernels are OIHW and [outputs, inputs], and it flattens NCHW where Flax' LeNet flattens NHWC: the first dense
-kernel's inputs are reordered. Tensors are mapped by their order in the state_dict.
+PyTorch's kernels are OIHW and [outputs, inputs], and it flattens NCHW where Flax flattens NHWC: the inputs of a dense
+layer after a convolution are reordered. A network needs no twin here to be read from a state_dict, only to be written.
 """
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cifar_jax.errors import UserError
-from cifar_jax.weights.params import Params, layers_from_params, params_from_tensors
+from cifar_jax.models import get_model
+from cifar_jax.weights.pairing import pair_tensors
+from cifar_jax.weights.params import (
+    Named,
+    Params,
+    layers_from_params,
+    params_from_layers,
+    reorder_flatten,
+)
 
-NAMES = {
-    "all_cnn": tuple(f"conv{i}" for i in range(1, 10)),
-    "lenet5": ("conv1", "conv2", "fullyc1", "fullyc2", "fullyc3"),
+# Each network's layers as its twin names them, and then other names that files have.
+NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "all_cnn": (tuple(f"conv{i}" for i in range(1, 10)),),
+    "lenet5": (
+        ("convLayer1", "convLayer2", "fullyc1", "fullyc2", "fullyc3"),  # the notebook's
+        ("conv1", "conv2", "fullyc1", "fullyc2", "fullyc3"),
+    ),
 }
-
-# LeNet's first dense layer: for each of Flax' inputs, a flattened [5, 5, 64], its place in PyTorch's [64, 5, 5].
-_FLATTENED = np.arange(64 * 5 * 5).reshape(64, 5, 5).transpose(1, 2, 0).ravel()
-_reordered = lambda kernel, order: kernel[order] if len(kernel) == len(order) else kernel
+# Second keys of a tensor in the original's state_dict: its class keeps what xavier_normal_ returns, the weight itself.
+ALIASES = {"lenet5": {"xav": "fullyc1.weight"}}
 
 
-def create_model(model: str, dropout_rates: Sequence[float] | None = None, final_relu: bool = False) -> Any:
-    """A torch.nn.Sequential from float images [N, 3, 32, 32] to logits [N, 10], with the original's initialisers.
+def create_model(
+    model: str, dropout_rates: Sequence[float] | None = None, final_relu: bool = False, num_classes: int = 10
+) -> Any:
+    """A torch.nn.Sequential from float images [N, 3, 32, 32] to logits [N, classes], with the original's initialisers.
 
-    Args: model 'all_cnn' or 'lenet5'; dropout_rates: the original's if None; final_relu: see models.AllCNN.
-    Raises: UserError if PyTorch is not installed.
+    Args: model: one of TWINS; dropout_rates: the original's if None; final_relu: see the network's class.
+    Raises: UserError if PyTorch is not installed or there is no such network or twin.
     """
+    get_model(model)
+    if model not in TWINS:
+        raise UserError(f"{model} has no twin in PyTorch: choose one of {', '.join(TWINS)}")
     torch = import_torch()
-    nn = torch.nn
-    if model == "lenet5":
-        first, second = dropout_rates or (0.2, 0.2)
-        network = nn.Sequential(
-            OrderedDict(
-                conv1=nn.Conv2d(3, 32, 5), relu1=nn.ReLU(), dropout1=nn.Dropout(first), pool1=nn.MaxPool2d(2),
-                conv2=nn.Conv2d(32, 64, 5), relu2=nn.ReLU(), dropout2=nn.Dropout(second), pool2=nn.MaxPool2d(2),
-                flatten=nn.Flatten(),
-                fullyc1=nn.Linear(1600, 200), relu3=nn.ReLU(),
-                fullyc2=nn.Linear(200, 100), relu4=nn.ReLU(),
-                fullyc3=nn.Linear(100, 10),
-            )
-        )  # fmt: skip
-        nn.init.xavier_normal_(network.fullyc1.weight)  # the rest is PyTorch's default
-        return network
+    rates = {} if dropout_rates is None else {"dropout_rates": tuple(dropout_rates)}
+    return TWINS[model](torch.nn, num_classes=num_classes, **rates, **({"final_relu": True} if final_relu else {}))
 
-    first, second, third = dropout_rates or (0.2, 0.5, 0.5)
+
+def _lenet5(nn: Any, num_classes: int, dropout_rates: Sequence[float] = (0.2, 0.2)) -> Any:
+    first, second = dropout_rates
+    network = nn.Sequential(
+        OrderedDict(
+            convLayer1=nn.Conv2d(3, 32, 5), relu1=nn.ReLU(), dropout1=nn.Dropout(first), pool1=nn.MaxPool2d(2),
+            convLayer2=nn.Conv2d(32, 64, 5), relu2=nn.ReLU(), dropout2=nn.Dropout(second), pool2=nn.MaxPool2d(2),
+            flatten=nn.Flatten(),
+            fullyc1=nn.Linear(1600, 200), relu3=nn.ReLU(),
+            fullyc2=nn.Linear(200, 100), relu4=nn.ReLU(),
+            fullyc3=nn.Linear(100, num_classes),
+        )
+    )  # fmt: skip
+    nn.init.xavier_normal_(network.fullyc1.weight)  # the rest is PyTorch's default
+    return network
+
+
+def _all_cnn(
+    nn: Any, num_classes: int, dropout_rates: Sequence[float] = (0.2, 0.5, 0.5), final_relu: bool = False
+) -> Any:
+    first, second, third = dropout_rates
     network = nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(3, 96, 3, padding=1), relu1=nn.ReLU(), dropout1=nn.Dropout(first),
@@ -61,7 +84,7 @@ def create_model(model: str, dropout_rates: Sequence[float] | None = None, final
             pool2=nn.MaxPool2d(3, 2), dropout3=nn.Dropout(third),
             conv7=nn.Conv2d(192, 192, 3, padding=1), relu7=nn.ReLU(),
             conv8=nn.Conv2d(192, 192, 1), relu8=nn.ReLU(),
-            conv9=nn.Conv2d(192, 10, 1), relu9=nn.ReLU() if final_relu else nn.Identity(),
+            conv9=nn.Conv2d(192, num_classes, 1), relu9=nn.ReLU() if final_relu else nn.Identity(),
             average=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
         )
     )  # fmt: skip
@@ -70,8 +93,11 @@ def create_model(model: str, dropout_rates: Sequence[float] | None = None, final
     return network
 
 
+TWINS: dict[str, Callable[..., Any]] = {"all_cnn": _all_cnn, "lenet5": _lenet5}
+
+
 def import_torch() -> Any:
-    """The torch module. Raises UserError if PyTorch is not installed."""
+    """The torch module. Raises: UserError if PyTorch is not installed."""
     try:
         import torch
     except ImportError as error:
@@ -80,36 +106,71 @@ def import_torch() -> Any:
 
 
 def params_from_pytorch(state_dict: Mapping[str, Any], model: str | None = None) -> Params:
-    """Flax params, float32 (or float64), from a state_dict of tensors; `model` is guessed from their number if None.
+    """Flax params, float32 (or float64), from a state_dict of tensors; the network is found by their shapes if None.
 
-    The notebook's state_dict has fullyc1.weight once more under the key `xav`, which is passed over.
     Raises: UserError naming a tensor that is missing, too many, misshapen, not of floating point or not finite.
     """
-    tensors = {}
-    for name, tensor in state_dict.items():
-        try:
-            tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
-            if tensor.dtype.itemsize < 4 and tensor.is_floating_point():  # numpy has no bfloat16
-                tensor = tensor.float()
-            tensors[name] = tensor.numpy()
-        except (RuntimeError, TypeError) as error:  # of a type that numpy does not have
-            raise UserError(f"tensor {name} can't be read ({error})") from error
-    xav = next((tensors.pop(name) for name in list(tensors) if name.rpartition(".")[2] == "xav"), None)
-    if xav is not None and not any(np.array_equal(xav, tensor) for tensor in tensors.values()):
-        raise UserError("tensor xav differs from fullyc1.weight, of which it must be a copy")
+    return params_from_arrays([(name, _as_array(name, tensor)) for name, tensor in state_dict.items()], model)[0]
+
+
+def params_from_arrays(tensors: Sequence[Named], model: str | None = None) -> tuple[Params, str, list[str]]:
+    """The same from arrays: (params, the network's name, lines about what was dropped or reordered).
+
+    Layers are found by their names, see `pairing`. Copies of other tensors under keys that are no weight's and no
+    bias', such as the notebook's `xav`, are dropped.
+    """
+    arrays, notes = dict(tensors), []
+    for name in list(arrays):
+        if name.rpartition(".")[2] not in ("weight", "bias"):
+            if any(key != name and np.array_equal(arrays[name], arrays[key]) for key in arrays):
+                del arrays[name]
+            elif name.rpartition(".")[2] in {alias for aliases in ALIASES.values() for alias in aliases}:
+                raise UserError(f"tensor {name} is a copy of no other, as it must be")
+    for wrapper in ("_orig_mod.", "module."):
+        pattern = rf"(^|(?<=\.)){re.escape(wrapper)}"
+        bare = {re.sub(pattern, "", name): array for name, array in arrays.items()}
+        if len(bare) == len(arrays) and list(bare) != list(arrays):
+            arrays = bare
+            notes.append(f"the prefix {wrapper} of its names is dropped")
     foreign_shape = lambda shape: (*shape[:1:-1], *shape[:-2]) if len(shape) == 4 else shape[::-1]
-    to_flax = lambda weight: weight.transpose(2, 3, 1, 0) if weight.ndim == 4 else _reordered(weight.T, _FLATTENED)
-    return params_from_tensors(list(tensors.items()), model, foreign_shape, to_flax)
+    paired = pair_tensors(list(arrays.items()), model, foreign_shape, known_names=lambda name: NAMES.get(name, ()))
+    if paired.by_name:
+        notes.append("its layers are in another order than the network's: they are paired by name and shape")
+    kernels, biases = ([array for _, array in paired.tensors[start::2]] for start in (0, 1))
+    to_flax = lambda weight: weight.transpose(2, 3, 1, 0) if weight.ndim == 4 else weight.T
+    layers = reorder_flatten([(to_flax(kernel), bias) for kernel, bias in zip(kernels, biases)], to_channels_last=True)
+    return params_from_layers(layers, paired.model), paired.model, notes
 
 
-def params_to_pytorch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _as_array(name: str, tensor: Any) -> np.ndarray:
+    if isinstance(tensor, np.ndarray):
+        return tensor
+    try:
+        tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+        if tensor.dtype.itemsize < 4 and tensor.is_floating_point():  # numpy has no bfloat16
+            tensor = tensor.float()
+        return tensor.numpy()
+    except (RuntimeError, TypeError, AttributeError) as error:  # of a type that numpy does not have, or no tensor
+        raise UserError(f"tensor {name} can't be read ({error})") from error
+
+
+def params_to_pytorch(params: Mapping[str, Any], model: str | None = None) -> dict[str, np.ndarray]:
     """The state_dict of `create_model`'s network, as arrays. The inverse of `params_from_pytorch`, of tensors."""
-    layers, model = layers_from_params(params)
+    layers, model = layers_from_params(params, model)
+    if model not in NAMES:
+        raise UserError(f"{model} has no twin in PyTorch: save a .safetensors")
     state_dict: dict[str, np.ndarray] = {}
-    for name, (kernel, bias) in zip(NAMES[model], layers):
-        weight = kernel.transpose(3, 2, 0, 1) if kernel.ndim == 4 else _reordered(kernel, np.argsort(_FLATTENED)).T
+    for name, (kernel, bias) in zip(NAMES[model][0], reorder_flatten(layers, to_channels_last=False)):
+        weight = kernel.transpose(3, 2, 0, 1) if kernel.ndim == 4 else kernel.T
         state_dict |= {f"{name}.weight": np.ascontiguousarray(weight), f"{name}.bias": bias}
     return state_dict
+
+
+def file_state_dict(params: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """What a file for the original's own class holds: `params_to_pytorch` as torch tensors, and the second keys."""
+    torch = import_torch()
+    tensors = {name: torch.tensor(array) for name, array in params_to_pytorch(params, model).items()}
+    return {alias: tensors[name] for alias, name in ALIASES.get(model, {}).items()} | tensors
 
 
 def load_params(network: Any, params: Mapping[str, Any]) -> None:

@@ -1,0 +1,40 @@
+"""The command: python -m benchmarks.report [--check]"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from benchmarks.report.figures import draw_all
+from benchmarks.report.pages import PAGES, render
+from benchmarks.report.results import ROOT, Results, whole_results
+from cifar_jax.cli import command
+
+
+def report(root: Path, check: bool) -> int:
+    """Writes the pages and figures below `root`, or with `check` only compares the pages. Returns the exit status."""
+    results = Results(root / "benchmarks" / "results")
+    before = {page: (root / page).read_text() for page in PAGES}
+    after = {page: render(page, text, results) for page, text in before.items()}
+    changed = [page for page in PAGES if after[page] != before[page]]
+    if check:
+        for page in changed:
+            print(f"{page} is not what benchmarks/results say: run python -m benchmarks.report", file=sys.stderr)
+        return int(bool(changed))
+    with whole_results("the figures"):
+        draw_all(results, root / "docs" / "figures")
+    for page in changed:
+        (root / page).write_text(after[page])
+    return 0
+
+
+@command
+def main() -> int:
+    if sys.argv[1:] not in ([], ["--check"]):
+        print("usage: python -m benchmarks.report [--check]", file=sys.stderr)
+        return 2
+    return report(ROOT, check="--check" in sys.argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

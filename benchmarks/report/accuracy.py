@@ -1,0 +1,161 @@
+"""Tables of accuracy: the headline, the recipes over seeds, ablations, released weights, the reference recipes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from benchmarks.report.results import (
+    KERAS_CURVE,
+    KERAS_LABEL,
+    NETWORKS,
+    NOTEBOOK_LABEL,
+    NOTEBOOK_LOG,
+    ORIGINALS,
+    Results,
+    environment,
+    mean_and_deviation,
+    measured_by,
+    percent,
+    recipe_and_type,
+    table,
+    three_digits,
+)
+from cifar_jax.errors import UserError
+
+RELEASED = {"float32": "float32", "bfloat16": "bfloat16", "flip_tta": "float32, `--flip-tta`"}
+
+
+def headline(results: Results) -> str:
+    """A row for each network: the original, its recipe here, the best recipe here."""
+    rows, hardware = [], set()
+    lenet5 = results.load("parity_lenet5")["last_epoch"]["jax"]
+    reference = {"lenet5": mean_and_deviation(lenet5), "all_cnn": _all_cnn_reference_cell(results)}
+    sizes = {"lenet5": "lenet5_reference", "all_cnn": "all_cnn_reference_seed0"}
+    for model, title in NETWORKS.items():
+        best = max(_recipes_of(results, model), key=lambda result: result["test_accuracy"]["mean"])
+        hardware |= set(map(_machine, best["hardware"].split("; ")))
+        cells = [title, f"{results.load(sizes[model])['num_parameters']:,}", ORIGINALS[model], reference[model]]
+        value = f"**{mean_and_deviation(best['test_accuracy'])}** (`{best['recipe']}`)"
+        minutes = three_digits(min(best["training_seconds"]) / 60)
+        rows.append([*cells, value, str(best["config"]["num_epochs"]), minutes])
+    columns = ["network", "parameters", "original program", "its recipe, here", "best recipe here", "epochs", "minutes"]
+    seeds = ", ".join(map(str, results.load("parity_lenet5")["seeds"]))
+    note = (
+        f"Test accuracy in percent after the last epoch: mean ± standard deviation over the seeds {seeds}, one model, "
+        f"one view of each image. Minutes of training of the fastest seed. Hardware: {'; '.join(sorted(hardware))}."
+    )
+    return f"{table(columns, rows)}\n\n{note}"
+
+
+def _machine(hardware: str) -> str:
+    """The machine without the number of devices that its CPU was divided into."""
+    devices, _, machine = hardware.partition(", ")
+    return machine if devices.endswith("× cpu") else hardware
+
+
+def _recipes_of(results: Results, model: str) -> list[dict[str, Any]]:
+    return [result for result in results.all("accuracy_") if result["config"]["model"] == model]
+
+
+def _all_cnn_reference_cell(results: Results) -> str:
+    run = results.load("all_cnn_reference_seed0")
+    if run["epochs"] == run["config"]["num_epochs"]:
+        return f"{percent(run['test_accuracy'])} (one seed)"
+    return f"only {run['epochs']} of {run['config']['num_epochs']} epochs were run"
+
+
+def quickstart(results: Results) -> str:
+    result = results.load("quickstart")
+    return (
+        f"{percent(result['test_accuracy'])} % of 360 test images after {result['epochs']} epochs, "
+        f"{result['training_seconds']:.0f} s of training. Seed {result['config']['seed']}; {environment(result)}"
+    )
+
+
+def accuracy(results: Results) -> str:
+    rows, notes = [], []
+    for result in results.all("accuracy_"):
+        model = result["config"]["model"]
+        seconds = min(result["training_seconds"])
+        fastest = result["training_seconds"].index(seconds)  # other seeds may have shared the machine
+        reached = [
+            f"{100 * float(name):.0f} %: {three_digits(times[fastest] / 60)}"
+            for name, times in result["seconds_to"].items()
+            if None not in times
+        ]
+        value = mean_and_deviation(result["test_accuracy"])
+        cost = f"{result['cost']['images'] / 1e6:.2f} M, {result['cost']['flops'] / 1e15:.2f}"
+        seeds = ", ".join(map(str, result["seeds"]))
+        row = [NETWORKS[model], ORIGINALS[model], recipe_and_type(result), value, seeds]
+        row += [str(result["config"]["num_epochs"]), three_digits(seconds / 60), "; ".join(reached), cost]
+        rows.append(row)
+        notes.append(measured_by(result))
+    columns = ["network", "original", "recipe", "test accuracy, last epoch", "seeds", "epochs", "minutes, fastest seed"]
+    return "\n\n".join([table([*columns, "minutes to", "images, PFLOP"], rows), *notes])
+
+
+def _changes(variant: dict[str, Any]) -> str:
+    return " ".join(f"{field} = {json.dumps(value)}" for field, value in variant["changes"].items())
+
+
+def ablation(results: Results) -> str:
+    parts = []
+    for result in results.all("ablation_"):
+        rows, recipe = [], result["variants"]["the recipe"]["holdout_accuracy"]
+        for name, variant in result["variants"].items():
+            held_out, trained = variant["holdout_accuracy"], variant["train_accuracy"]
+            if held_out is None:
+                rows.append([name, _changes(variant), "diverged", "", ""])
+                continue
+            compared = variant["changes"] and recipe is not None
+            difference = f"{100 * (held_out['mean'] - recipe['mean']):+.2f}" if compared else ""
+            rows.append([name, _changes(variant), mean_and_deviation(held_out), difference, percent(trained["mean"])])
+        title = f"{recipe_and_type(result)}, {result['num_epochs']} epochs"
+        columns = [title, "changed", "5,000 held-out images", "difference", "training images"]
+        seeds = ", ".join(map(str, result["seeds"]))
+        parts += [table(columns, rows), f"`{result['command']}`: seeds {seeds}; {environment(result)}"]
+    return "\n\n".join(parts) or "Not run yet."
+
+
+def pretrained(results: Results) -> str:
+    rows, measured = [], set()
+    for name in results.names("pretrained_"):
+        if name.endswith("_float32"):
+            runs = [results.load(name.removesuffix("float32") + kind) for kind in RELEASED]
+            rows.append([f"`{runs[0]['weights']}`", *(percent(run["test_accuracy"]) for run in runs)])
+            measured |= {environment(run) for run in runs}
+    return "\n\n".join([table(["network", *RELEASED.values()], rows), *sorted(measured)])
+
+
+def lenet5_reference(results: Results) -> str:
+    result, dropout = results.load("lenet5_reference"), results.load("lenet5_reference_eval_dropout")
+    parity = results.load("parity_lenet5")
+    pytorch = parity["test_accuracy_by_epoch"]["pytorch"][parity["seeds"].index(0)]
+    if len(result["metrics"]) != len(NOTEBOOK_LOG):
+        epochs = f"{len(result['metrics'])} epochs, and the notebook's log {len(NOTEBOOK_LOG)}"
+        raise UserError(f"{results.folder / 'lenet5_reference.json'}: has {epochs}: take it from a whole run")
+    columns = ["epoch", NOTEBOOK_LABEL, "PyTorch, seed 0", "cifar_jax, seed 0", "cifar_jax, training images"]
+    rows = [
+        [str(row["epoch"]), f"{log:.2f}", percent(again), percent(row["test_accuracy"]), percent(row["train_accuracy"])]
+        for row, log, again in zip(result["metrics"], NOTEBOOK_LOG, pytorch, strict=True)
+    ]
+    last = (
+        f"With dropout left on, as the notebook tests, the last epoch has {percent(dropout['test_accuracy'])} %. "
+        f"{result['training_seconds']:.0f} s of training. Seed {result['config']['seed']}; {environment(result)}"
+    )
+    return f"{table(columns, rows)}\n\n{last}"
+
+
+def all_cnn_reference(results: Results) -> str:
+    """The epochs at which the original's curve is known, as far as the runs went."""
+    runs = results.all("all_cnn_reference_seed")
+    longest = max(len(run["metrics"]) for run in runs)
+    rows = []
+    for epoch in (epoch for epoch in KERAS_CURVE if epoch <= longest):
+        reached = [run["metrics"][epoch - 1 : epoch] for run in runs]
+        cells = [percent(row[0]["test_accuracy"]) if row else "" for row in reached]
+        rows.append([f"{epoch}", f"{KERAS_CURVE[epoch]}", *cells])
+    columns = ["epoch", KERAS_LABEL, *(f"cifar_jax, seed {run['config']['seed']}" for run in runs)]
+    notes = [f"Seed {run['config']['seed']}; {environment(run)}" for run in runs]
+    return "\n\n".join([table(columns, rows), *notes])

@@ -1,0 +1,90 @@
+"""Figures of the results: learning curves of the recipes, parity of whole trainings, throughput."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.report.performance import PHASE_TITLES, backends, images_per_second, workload_title
+from benchmarks.report.results import (
+    FRAMEWORKS,
+    KERAS_CURVE,
+    KERAS_LABEL,
+    NETWORKS,
+    NOTEBOOK_LABEL,
+    NOTEBOOK_LOG,
+    Results,
+)
+
+
+def draw_all(results: Results, folder: Path) -> None:
+    """Every figure of the pages, as PNG."""
+    for name in results.names("throughput"):
+        draw_throughput(results.load(name), folder / f"{name}.png")
+    draw_parity_lenet5(results, folder / "parity_lenet5.png")
+    draw_accuracy(results, folder / "accuracy.png")
+
+
+def draw_accuracy(results: Results, path: Path) -> None:
+    """Learning curves of every recipe, over what is on record of the originals'."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    charts = dict(zip(("lenet5", "all_cnn"), figure.subplots(1, 2)))
+    originals = {
+        "lenet5": (NOTEBOOK_LABEL, dict(enumerate(NOTEBOOK_LOG, 1))),
+        "all_cnn": (KERAS_LABEL, KERAS_CURVE),
+    }
+    for model, axes in charts.items():
+        label, curve = originals[model]
+        axes.plot(list(curve), list(curve.values()), "k.--", lw=1, label=label)
+        axes.set(xlabel="epoch", ylabel="test accuracy, %", xscale="log", title=NETWORKS[model])
+        axes.grid(alpha=0.3)
+    for number, result in enumerate(results.all("accuracy_")):
+        for index, run in enumerate(result["test_accuracy_by_epoch"]):
+            label = f"{result['recipe']} {result['config']['dtype']}, {len(run)} epochs" if index == 0 else None
+            values = [100 * value for value in run]
+            charts[result["config"]["model"]].plot(
+                range(1, len(run) + 1), values, color=f"C{number}", lw=1, label=label
+            )
+    for axes in charts.values():
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def draw_parity_lenet5(results: Results, path: Path) -> None:
+    """Every run's test accuracy by epoch, over the notebook's log."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    curves = results.load("parity_lenet5")["test_accuracy_by_epoch"]
+    for name, color in (("jax", "tab:blue"), ("pytorch", "tab:orange")):
+        for number, run in enumerate(curves[name]):
+            label = f"{FRAMEWORKS[name]}, {len(curves[name])} seeds" if number == 0 else None
+            axes.plot(range(1, len(run) + 1), [100 * value for value in run], color=color, lw=1, label=label)
+    axes.plot(range(1, 16), NOTEBOOK_LOG, "k--", lw=1, label=NOTEBOOK_LABEL)
+    axes.set(xlabel="epoch", ylabel="test accuracy, %", title="LeNet-5, reference recipe")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def draw_throughput(result: dict[str, Any], path: Path) -> None:
+    """Bars of images a second: a row of charts for each workload, a chart for each phase."""
+    workloads = list(result["workloads"].values())
+    phases = list(backends(workloads[0])["jax"]["phases"])
+    heights = [len(backends(workload)) for workload in workloads]
+    size = (4 * len(phases), 0.28 * sum(height + 2 for height in heights) + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
+    charts = figure.subplots(len(workloads), len(phases), squeeze=False, sharey="row", height_ratios=heights)
+    for row, workload in zip(charts, workloads):
+        names = list(backends(workload))
+        for axes, phase in zip(row, phases):
+            rates = [images_per_second(workload, name, phase) for name in names]
+            bars = axes.barh(names, rates, color=["tab:blue" if name == "jax" else "silver" for name in names])
+            axes.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=2, fontsize=8)
+            axes.set_title(f"{workload_title(workload)}: {PHASE_TITLES[phase]}", fontsize=9)
+            axes.margins(x=0.2)
+            axes.set_xticks([])
+        row[0].invert_yaxis()
+    figure.supxlabel(f"images/s, {result['dtype']}, {result['hardware']}", fontsize=9)
+    figure.savefig(path, dpi=120)

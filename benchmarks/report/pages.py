@@ -1,0 +1,59 @@
+"""Which table stands on which page, and how a page is written anew."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from benchmarks.report import accuracy, parity, performance
+from benchmarks.report.results import Results, whole_results
+from cifar_jax.errors import UserError
+
+Section = Callable[[Results], str]
+
+PAGES: dict[str, dict[str, Section]] = {
+    "README.md": {
+        "headline": accuracy.headline,
+        "parity_summary": parity.parity_summary,
+        "throughput_summary": performance.throughput_summary,
+    },
+    "docs/results.md": {
+        "accuracy": accuracy.accuracy,
+        "pretrained": accuracy.pretrained,
+        "ablation": accuracy.ablation,
+        "lenet5_reference": accuracy.lenet5_reference,
+        "all_cnn_reference": accuracy.all_cnn_reference,
+        "quickstart": accuracy.quickstart,
+    },
+    "docs/parity.md": {
+        "parity_pytorch": lambda results: parity.parity_table(results.load("parity_pytorch")),
+        "parity_keras": lambda results: parity.parity_table(results.load("parity_keras")),
+        "parity_lenet5": parity.parity_lenet5,
+        "early_training": parity.early_training,
+    },
+    "docs/performance.md": {
+        "throughput": performance.throughput,
+        "kernels": performance.kernels,
+    },
+}
+
+
+def render(page: str, text: str, results: Results) -> str:
+    """The text of a page with each of its sections written anew.
+
+    Raises: UserError if the page's places are not those of its sections, or results are missing or partial.
+    """
+    sections = PAGES[page]
+    places = re.findall(r"<!-- begin (\w+) -->", text)
+    if sorted(places) != sorted(sections):
+        raise UserError(
+            f"{page} has places for {sorted(places)}: <!-- begin NAME --> must be there for {list(sections)}"
+        )
+    for name, section in sections.items():
+        place = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        if not place.search(text):
+            raise UserError(f"{page}: <!-- begin {name} --> has no <!-- end {name} -->: put it back")
+        with whole_results(name):
+            table = section(results)
+        text = place.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
+    return text

@@ -1,0 +1,172 @@
+"""Decoded arrays as .npy files with checksums, which the next start maps into memory.
+
+An entry is a folder with the arrays and manifest.json: {'sha256': {file: checksum}, 'checked': {file: [size, mtime]}},
+mtime in ns. The checksums are computed again only when a file has another size or time than those in 'checked'.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cifar_jax.datasets.cifar import IMAGE_SHAPE, Cifar
+from cifar_jax.datasets.info import SPLITS, Arrays
+from cifar_jax.datasets.partial import partial_folder
+from cifar_jax.errors import UserError
+from cifar_jax.io import write_json
+
+_MANIFEST = "manifest.json"
+_MANIFEST_LIMIT = 2**16  # bytes
+
+
+class _Damaged(Exception):
+    """An entry can't be used; the text says why."""
+
+
+def cached(info: Cifar, cache: Path | None, files: Iterable[Path], decode: Callable[[], Arrays]) -> Arrays:
+    """The arrays that `decode` makes of `files`, from the cache if it has them; its key changes when a file does."""
+    if cache is None:
+        print("no home folder: the next start decodes again, unless CIFAR_JAX_CACHE names a folder", file=sys.stderr)
+        return decode()
+    entry = cache / f"{info.name}-{_key(files)}"
+    try:
+        return _open(info, entry)
+    except FileNotFoundError:
+        pass
+    except (_Damaged, OSError) as error:
+        print(f"{entry}: {error}: decoding again", file=sys.stderr)
+    arrays = decode()
+    try:
+        _save(info, entry, arrays)
+    except OSError as error:
+        print(f"can't cache the decoded data in {entry} ({error}): the next start decodes again", file=sys.stderr)
+    return arrays
+
+
+def _key(files: Iterable[Path]) -> str:
+    stamp = hashlib.sha256()
+    for file in files:
+        status = file.stat()
+        stamp.update(f"{os.path.realpath(file)} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return stamp.hexdigest()[:16]
+
+
+def _expected(info: Cifar) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
+    """The type and shape of each array."""
+    result: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {}
+    for split in SPLITS:
+        result[f"{split}_images"] = np.uint8, (info.size(split), *IMAGE_SHAPE)
+        result[f"{split}_labels"] = np.int32, (info.size(split),)
+    return result
+
+
+def _open(info: Cifar, entry: Path) -> Arrays:
+    """Raises: FileNotFoundError if there is no such entry; _Damaged."""
+    entry.stat()
+    arrays = {}
+    for name, (dtype, shape) in _expected(info).items():
+        arrays[name] = _map(entry / f"{name}.npy", dtype, shape)
+        if name.endswith("labels") and (arrays[name].min() < 0 or arrays[name].max() >= info.num_classes):
+            raise _Damaged(f"{name}.npy has a label outside 0…{info.num_classes - 1}")
+    manifest = _read_manifest(entry)
+    states = {f"{name}.npy": _state(entry / f"{name}.npy") for name in arrays}
+    if manifest["checked"] != states:
+        for file in states:
+            if _checksum(entry / file) != manifest["sha256"].get(file):
+                raise _Damaged(f"{file} is not what was written")
+        with contextlib.suppress(UserError):  # a cache that may only be read: checked again next time
+            write_json(entry / _MANIFEST, {"sha256": manifest["sha256"], "checked": states})
+    return arrays
+
+
+def _map(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:
+    """A .npy file of that type and shape; its header is compared, not read: it could say anything."""
+    header = io.BytesIO()
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
+    length = len(header.getvalue())
+    if not os.path.isfile(path):
+        raise _Damaged(f"lacks {path.name}")
+    with path.open("rb") as file:
+        if file.read(length) != header.getvalue():
+            raise _Damaged(f"{path.name} has another type or shape")
+    if path.stat().st_size != length + np.dtype(dtype).itemsize * int(np.prod(shape)):
+        raise _Damaged(f"{path.name} has another size")
+    return np.memmap(path, dtype, mode="r", offset=length, shape=shape)
+
+
+def _read_manifest(entry: Path) -> dict[str, Any]:
+    path = entry / _MANIFEST
+    if not os.path.isfile(path) or path.stat().st_size > _MANIFEST_LIMIT:
+        raise _Damaged(f"lacks a {_MANIFEST}")
+    try:
+        manifest = json.loads(path.read_bytes())
+        if isinstance(manifest["sha256"], dict) and isinstance(manifest["checked"], dict):
+            return manifest
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise _Damaged(f"{_MANIFEST} can't be read")
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _state(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _save(info: Cifar, entry: Path, arrays: Arrays) -> None:
+    """Written aside, to the disk, and renamed, so that a reader never sees half an entry."""
+    with partial_folder(entry.parent) as partial:
+        checksums, states = {}, {}
+        for name, array in arrays.items():
+            path = partial / f"{name}.npy"
+            with path.open("wb") as file:
+                np.save(file, array)
+                file.flush()
+                os.fsync(file.fileno())
+            checksums[path.name], states[path.name] = _checksum(path), _state(path)
+        with (partial / _MANIFEST).open("w") as file:
+            json.dump({"sha256": checksums, "checked": states}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_folder(partial)
+        if not _is_good(info, entry):
+            shutil.rmtree(entry, ignore_errors=True)
+            try:
+                partial.rename(entry)
+            except OSError:
+                if not _is_good(info, entry):  # else another process was faster
+                    raise
+            _sync_folder(entry.parent)
+
+
+def _is_good(info: Cifar, entry: Path) -> bool:
+    try:
+        _open(info, entry)
+    except (_Damaged, OSError):
+        return False
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # not every file system can
+    finally:
+        os.close(descriptor)

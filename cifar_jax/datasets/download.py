@@ -1,0 +1,42 @@
+"""The official archive, downloaded and checked."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from cifar_jax.datasets.cifar import Cifar
+from cifar_jax.datasets.partial import partial_folder
+from cifar_jax.errors import UserError
+
+
+def download(info: Cifar, folder: Path) -> Path:
+    """Downloads the archive into `folder`; an interrupted download leaves no file under the final name.
+
+    Raises: UserError if that fails.
+    """
+    import pooch  # here: where the data is at hand, they need not be installed
+    import requests
+
+    hint = f"download {info.url} elsewhere and name its folder with --data-dir"
+    fetch = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=30)
+    pooch.get_logger().setLevel("WARNING")  # it would name the partial folder
+    print(f"downloading {info.url} to {folder}", file=sys.stderr)
+    try:
+        with partial_folder(folder) as partial:
+            name = info.python.archive
+            pooch.retrieve(info.url, info.checksum, fname=name, path=partial, downloader=fetch)
+            return (partial / name).rename(folder / name)
+    except requests.exceptions.RequestException as error:
+        raise UserError(
+            f"{info.title} is not on this machine and the download failed ({_cause(error)}): {hint}"
+        ) from error
+    except (OSError, ValueError) as error:  # a full disk, a folder that can't be written, a wrong checksum
+        raise UserError(f"can't download {info.title} to {folder} ({error}): {hint}") from error
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason; requests wraps it in three layers whose text runs over lines."""
+    while (inner := getattr(error, "reason", None) or next(iter(error.args), None)) and isinstance(inner, Exception):
+        error = inner
+    return str(error).rpartition(": ")[2] or type(error).__name__

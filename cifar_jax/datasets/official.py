@@ -1,0 +1,134 @@
+"""The official files of CIFAR, Python's pickles or binary records, in an archive or in the folder it unpacks to."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from cifar_jax.datasets.cifar import PIXELS, Cifar, OfficialFiles
+from cifar_jax.datasets.info import SPLITS, Arrays
+from cifar_jax.datasets.layout import Layout, read_regular
+from cifar_jax.datasets.pickles import read_batch
+from cifar_jax.errors import UserError
+
+_BLOCK = 512  # of a tar archive
+
+
+def find(info: Cifar, folder: Path, named: bool) -> Path | None:
+    """The folder or archive; `named` if the user named `folder`: it may also be the unpacked folder itself."""
+    kinds = info.python, info.binary
+    if named and os.path.isfile(folder):
+        return folder
+    for place in (folder, folder / info.keras_folder):
+        for unpacked in [place / kind.folder for kind in kinds] + ([place] if named else []):
+            if any(os.path.isfile(unpacked / name) for kind in kinds for name in kind.names):
+                return unpacked
+        archives = (info.python.archive, *info.keras_archives, info.binary.archive)
+        if found := next((place / name for name in archives if os.path.isfile(place / name)), None):
+            return found
+    return None
+
+
+def read(info: Cifar, path: Path) -> Arrays:
+    """Files of a folder or archive to arrays, images NHWC. Raises: UserError for what is short or damaged."""
+    if os.path.isfile(path):
+        members = _read_members(info, path)
+        present: Callable[[str], bool] = members.__contains__
+    else:
+        present = lambda name: os.path.isfile(path / name)
+    kind = next((kind for kind in (info.python, info.binary) if any(map(present, kind.names))), info.python)
+    if missing := [name for name in kind.names if not present(name)]:
+        raise UserError(f"{path}: lacks {missing[0]}, so it is not all of {info.title}: {info.advice}")
+    arrays: Arrays = {}
+    for split in SPLITS:
+        names = getattr(kind, split)
+        batches = []
+        for name in names:
+            count = info.size(split) // len(names)
+            data = members[name] if os.path.isfile(path) else read_regular(path / name, _size_limit(count), info)
+            batches.append(_read_batch(info, kind, data, count, path / name))
+        images = np.concatenate([pixels for pixels, _ in batches]).reshape(-1, 3, 32, 32)
+        arrays[f"{split}_images"] = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+        arrays[f"{split}_labels"] = np.concatenate([labels for _, labels in batches])
+    return arrays
+
+
+def _files(info: Cifar, path: Path) -> list[Path]:
+    kinds = info.python, info.binary
+    inside = [path / name for kind in kinds for name in kind.names]
+    return [path] if os.path.isfile(path) else [file for file in inside if os.path.isfile(file)]
+
+
+def _wanted(info: Cifar) -> str:
+    return ", ".join(name for kind in (info.python, info.binary) for name in (kind.folder, kind.archive))
+
+
+LAYOUT = Layout(find, read, _files, _wanted)
+
+
+def _read_batch(
+    info: Cifar, kind: OfficialFiles, data: bytes | memoryview, count: int, path: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels uint8 [count, 3072] and labels [count] of a file."""
+    if kind is info.binary:
+        record = info.label_bytes + PIXELS
+        if len(data) != count * record:
+            raise UserError(f"{path}: has {len(data)} bytes, not {count * record}: {info.advice}")
+        records = np.frombuffer(data, np.uint8).reshape(count, record)
+        return records[:, info.label_bytes :], records[:, info.label_bytes - 1]
+    try:
+        return read_batch(data, info.label_key, count)
+    except Exception as error:  # a hostile or cut pickle can raise anything
+        raise UserError(f"{path}: not a batch of {info.title} ({str(error)[:200]}): {info.advice}") from error
+
+
+def _size_limit(images: int) -> int:
+    """The bytes of files with so many images: pickles add file names and numbers, less than a tenth."""
+    return images * PIXELS * 5 // 4 + 2**20
+
+
+def _read_members(info: Cifar, path: Path) -> dict[str, memoryview]:
+    """The bytes of an archive's plain files that are CIFAR's, whatever their folder; nothing is unpacked to disk."""
+    limit = _size_limit(info.train_size + info.test_size)
+    wanted = info.python.names + info.binary.names
+    try:
+        with path.open("rb") as file:
+            is_gzip = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if is_gzip else path.open("rb") as file:
+            data = memoryview(file.read(limit + 1))  # to the end, where gzip keeps its checksum
+        if len(data) > limit:
+            raise UserError(f"{path}: unpacks to more than {limit} bytes, so it is not {info.title}")
+        return {name: content for name, content in _plain_files(data) if name in wanted}
+    except (EOFError, OSError, ValueError, zlib.error) as error:
+        raise UserError(f"{path}: incomplete or corrupt ({error}): {info.advice}") from error
+
+
+def _plain_files(data: memoryview) -> Iterator[tuple[str, memoryview]]:
+    """The regular files of a tar archive, by the last part of their name. Raises: ValueError for a damaged one.
+
+    Not tarfile: it also follows links, sparse maps and extended headers, with which a small archive can take the
+    machine. None of them is in an archive of CIFAR but headers of long names and times, which are passed over.
+    """
+    position = 0
+    while position + _BLOCK <= len(data):
+        header = bytes(data[position : position + _BLOCK])
+        if not header.strip(b"\0"):
+            break
+        stored = int(header[148:156].strip(b"\0 ") or b"0", 8)
+        if stored != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+            raise ValueError("a tar header with a wrong checksum")
+        size = int(header[124:136].strip(b"\0 ") or b"0", 8)  # a binary one, of more than 8 GiB, is a ValueError
+        position += _BLOCK
+        if not 0 <= size <= len(data) - position:
+            raise ValueError("a member that is cut short")
+        if header[156:157] in (b"0", b"\0"):
+            name = header[:100].partition(b"\0")[0].decode("utf-8", "replace")
+            yield name.rpartition("/")[2], data[position : position + size]
+        position += -(-size // _BLOCK) * _BLOCK
+    if not position:
+        raise ValueError("no tar archive of files")

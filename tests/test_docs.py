@@ -1,0 +1,266 @@
+"""Every command line and every snippet of the pages is executed, with the smallest data that serves.
+
+Each line of a `sh` block has an entry in COMMANDS that says how; a line without one fails, and so does an entry that no
+page has. A page's commands run one after the other in one folder, as a reader would type them.
+"""
+
+import dataclasses
+import doctest
+import importlib
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import tomllib
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+from benchmarks.report.results import ROOT
+from cifar_jax.configs import DESCRIPTIONS, RECIPES
+from cifar_jax.pretrained import pretrained_path
+
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Executed here. `flags` are set in it, so that it takes seconds."""
+
+    flags: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stops:
+    """Too long to be run whole. With `flags` set it reads all its flags, and then stops with one line that names the
+    value of the last one. Its work is tested, in miniature, by `tests`."""
+
+    flags: str
+    tests: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Elsewhere:
+    """Executed by another file, which holds `text`."""
+
+    file: str
+    text: str
+
+
+TINY = "--dataset digits --batch-size 30 --eval-batch-size 30 --num-epochs 1 --num-devices 1 --steps-per-call 1"
+INSTALLED = Elsewhere(".ci/run", "-e '.[test]'")
+TESTED = Elsewhere(".ci/run", "\npytest\n")
+ACCURACY = Stops("--out photo.jpg", "tests/test_accuracy.py")
+PARITY = Stops("--data-dir nowhere", "tests/test_parity.py")
+
+COMMANDS = {
+    "pip install -e .": INSTALLED,
+    "pip install -e '.[test]'": INSTALLED,
+    "pip install -e '.[parity]'": INSTALLED,  # a part of test
+    "pytest": TESTED,
+    "pytest -m 'not slow'": TESTED,
+    "pytest tests/test_models.py": TESTED,
+    "pytest tests/test_datasets.py": TESTED,
+    "ruff check .": Elsewhere(".ci/run", "\nruff check .\n"),
+    "ruff format .": Elsewhere(".ci/run", "\nruff format --check .\n"),
+    "mypy": Elsewhere(".ci/run", "\nmypy\n"),
+    "mkdocs build --strict": Elsewhere(".ci/run", "\nmkdocs build --strict"),
+    "python -m benchmarks.report --check": Run(),
+    "python -m cifar_jax.train quickstart": Run(TINY),
+    "python -m cifar_jax.train quickstart --workdir runs/first --num-epochs 3": Run(TINY),
+    "python -m cifar_jax.train lenet5 --help": Run(),
+    "python -m cifar_jax.train lenet5 --workdir runs/mine --seed 1": Run(TINY),
+    "python -m cifar_jax.train lenet5 --holdout 5000 --num-epochs 10 --workdir runs/held_out": Run(
+        f"{TINY} --holdout 30"
+    ),
+    "python -m cifar_jax.train lenet5_reference": Run(TINY),
+    "python -m cifar_jax.train all_cnn_reference --auto-restart": Run(f"{TINY} --image-sizes 14 1"),
+    "python -m cifar_jax.train all_cnn_reference --seed 0": Run(f"{TINY} --image-sizes 14 1"),
+    "python -m cifar_jax.train mine": Run(TINY),
+    "python -m cifar_jax.plots runs/first": Run(),
+    "python -m cifar_jax.evaluate --workdir runs/mine": Run(),
+    "python -m cifar_jax.evaluate --workdir runs/first": Run(),
+    "python -m cifar_jax.evaluate --workdir runs/first --checkpoint best --json": Run(),
+    "python -m cifar_jax.evaluate --workdir runs/first --eval-dropout": Run(),
+    "python -m cifar_jax.evaluate --workdir runs/lenet5_reference --eval-dropout --json": Run(),
+    "python -m cifar_jax.evaluate --weights model.pth --input-scaling symmetric": Run(),
+    "python -m cifar_jax.evaluate --pretrained lenet5": Run(),
+    "python -m cifar_jax.evaluate --pretrained all_cnn --json": Run(),
+    "python -m cifar_jax.evaluate --pretrained all_cnn --dtype bfloat16": Run(),
+    "python -m cifar_jax.evaluate --pretrained all_cnn --dtype bfloat16 --json": Run(),
+    "python -m cifar_jax.evaluate --pretrained all_cnn --flip-tta": Run(),
+    "python -m cifar_jax.evaluate --pretrained all_cnn --flip-tta --json": Run(),
+    "python -m cifar_jax.predict photo.jpg": Run(),
+    "python -m cifar_jax.predict photo.jpg --pretrained all_cnn": Run(),
+    "python -m cifar_jax.predict photo.jpg --pretrained lenet5 --top 5 --json": Run(),
+    "python -m cifar_jax.predict photo.jpg --workdir runs/first": Run(),
+    "python -m cifar_jax.convert runs/mine lenet5.pth": Run(),
+    "python -m benchmarks.accuracy --recipe all_cnn_fast --seeds 0 1 2 --out benchmarks/results --runs runs": ACCURACY,
+    "python -m benchmarks.accuracy --recipe lenet5 --seeds 0 1 2 --out benchmarks/results --runs runs": ACCURACY,
+    "python -m benchmarks.accuracy --ablation lenet5 --num-epochs 10 --seeds 0 --out benchmarks/results --runs runs": (
+        ACCURACY
+    ),
+    "python -m benchmarks.accuracy --parity lenet5 --out benchmarks/results": ACCURACY,
+    "python -m benchmarks.early_training --out benchmarks/results": Stops(
+        "--data-dir nowhere", "tests/test_early_training.py"
+    ),
+    "python -m benchmarks.throughput --rounds 5 --out benchmarks/results": Stops(
+        "--out photo.jpg", "tests/test_throughput.py"
+    ),
+    "python -m benchmarks.kernels --out benchmarks/results": Stops(
+        "--out photo.jpg", "tests/test_kernels_benchmark.py"
+    ),
+    "benchmarks/gpu_campaign.sh results_of_the_gpu": Elsewhere("tests/test_throughput.py", "gpu_campaign_on_a_cpu"),
+    "python scripts/parity_pytorch.py --layers --json": PARITY,
+    "python scripts/parity_keras.py --layers --json": PARITY,
+    "python scripts/parity_pytorch.py --out benchmarks/results/parity_pytorch.json": PARITY,
+    "python scripts/parity_keras.py --out benchmarks/results/parity_keras.json": PARITY,
+}
+
+
+def blocks(page, language):
+    """The fenced blocks of a language, without indentation."""
+    text = (ROOT / page).read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def commands(page):
+    """Every command of a page's sh blocks, in order; those joined by && one by one; each as shlex writes it."""
+    lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
+    words = [word for line in lines for word in (*shlex.split(line, comments=True), "&&")]
+    return [command.strip() for command in shlex.join(words).split("'&&'") if command.strip()]
+
+
+def with_flags(words, flags):
+    """A command's words with flags set in it; they replace what it says of the same ones."""
+    for group in re.findall(r"--\S+(?: (?!--)\S+)*", flags):
+        flag, *values = group.split()
+        if flag in words:
+            start = words.index(flag)
+            end = next((i for i in range(start + 1, len(words)) if words[i].startswith("--")), len(words))
+            words = [*words[:start], *words[end:]]
+        words = [*words, flag, *values]
+    return words
+
+
+@pytest.fixture
+def execute(run_command):
+    """Runs `python -m MODULE …` or `python FILE …` in this process: words → (exit status, output)."""
+
+    def run(words):
+        if words[:2] == ["python", "-m"]:
+            module, arguments = words[2], words[3:]
+            try:
+                main = importlib.import_module(f"{module}.__main__").main
+            except ModuleNotFoundError:
+                main = importlib.import_module(module).main
+        else:
+            assert words[0] == "python", words
+            arguments = words[2:]
+            main = lambda: runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+        status, output, errors = run_command(main, *arguments)
+        return status or 0, output + errors
+
+    return run
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch, use_tiny_dataset, direct_convolutions, no_figures):
+    """Works in a folder with a photo, on tiny data, as a reader of the pages does."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    PIL.Image.fromarray(image).save("photo.jpg")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as JAX has them by itself
+        yield
+
+
+# What pages take for granted, if no command of theirs makes it: how to make it.
+GIVEN = {
+    "model.pth": f"python -m cifar_jax.convert {pretrained_path('lenet5_reference')} model.pth",
+    "runs/first": f"python -m cifar_jax.train quickstart --workdir runs/first {TINY}",
+}
+
+
+def snippet_recipe():
+    namespace = {}
+    exec(next(code for code in blocks("docs/extending.md", "python") if "CONFIG" in code), namespace)
+    return namespace["CONFIG"]
+
+
+def test_every_command_has_an_entry_and_every_entry_a_command():
+    found = {command for page in PAGES for command in commands(page)}
+    assert found == set(COMMANDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_the_commands_of_a_page_run(page, reader, execute, monkeypatch):
+    monkeypatch.setitem(RECIPES, "mine", snippet_recipe())
+    monkeypatch.setitem(DESCRIPTIONS, "mine", "A recipe of the reader's own.")
+    for name, command in GIVEN.items():
+        mentions = [line for line in commands(page) if name in line.split()]
+        if mentions and "train" not in mentions[0]:
+            assert execute(shlex.split(command))[0] == 0, command
+    for command in commands(page):
+        how, words = COMMANDS[command], shlex.split(command)
+        if isinstance(how, Elsewhere):
+            assert how.text in (ROOT / how.file).read_text(), command
+            continue
+        status, output = execute(with_flags(words, how.flags))
+        if isinstance(how, Run):
+            assert status == 0, (command, output)
+        else:
+            assert (status, output.count("error: ")) == (2, 1), (command, output)
+            assert how.flags.split()[-1] in output, (command, output)
+            assert (ROOT / how.tests).exists(), command
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_snippets_of_a_page_run(page, reader):
+    for number, code in enumerate(blocks(page, "python")):
+        if ">>>" in code:
+            example = doctest.DocTestParser().get_doctest(code, {}, f"{page} {number}", page, 0)
+            assert doctest.DocTestRunner().run(example).failed == 0, f"{page}: see the output above"
+        else:
+            exec(compile(code, f"{page} {number}", "exec"), {})
+
+
+def test_files_and_extras_that_pages_name_are_there():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        for names in re.findall(r"'\.\[([\w,]+)\]'", text):
+            assert set(names.split(",")) <= set(extras), page
+        for path in re.findall(r"`((?:tests|scripts|benchmarks|cifar_jax|docs)/[\w./]+)`", text):
+            assert (ROOT / path).exists() or path.endswith("/mine.py"), (page, path)
+
+
+def test_the_tables_of_recipes_have_all_recipes():
+    for page in ("README.md", "docs/training.md"):
+        assert set(RECIPES) <= set(re.findall(r"^\| `(\w+)`", (ROOT / page).read_text(), re.MULTILINE)), page
+
+
+def test_the_readme_fits_its_page():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    assert any("| All-CNN | 1,369,738 |" in line for line in lines[:20])  # results on the first screen
+
+
+def test_the_links_of_the_pages_hold(tmp_path):
+    pytest.importorskip("mkdocs")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
+    result = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_the_links_of_pages_outside_of_docs_hold(page):
+    for path, anchor in re.findall(r"\]\((?!http)([^)#]+)(#[\w-]+)?\)", (ROOT / page).read_text()):
+        assert (ROOT / path).exists(), path
+        headings = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(), re.MULTILINE) if anchor else []
+        slugs = [re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading.lower())) for heading in headings]
+        assert not anchor or anchor[1:] in slugs, (path, anchor)
