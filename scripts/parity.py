@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from cifar_jax import ops
 from cifar_jax.batches import scale_images, split_seed
 from cifar_jax.cli import command, parse_arguments
 from cifar_jax.configs import RECIPES
@@ -33,6 +32,7 @@ from cifar_jax.evaluate import Evaluator, load_file
 from cifar_jax.host import compiler_options, prepare_cpu
 from cifar_jax.io import write_json
 from cifar_jax.models import MODELS
+from cifar_jax.ops import winograd
 from cifar_jax.optimizer import create_tx
 from cifar_jax.parallel import dividing_count, parallelize, replicate
 from cifar_jax.pretrained import pretrained_names, pretrained_path
@@ -227,7 +227,7 @@ def check_gradients(reference: type[Reference], model: str, images: np.ndarray, 
         why = f"{WHY_RELU}: floor {FLOORS[model]}" if dtype == "float32" else WHY_FLOAT64
         name = f"{model}: gradients, {dtype}, low 3 bits of pixels random, relative to each tensor's largest"
         checks.append(Check(name, error, tolerance[dtype], why))
-    with mock.patch.object(ops, "winograd_pays", return_value=False):
+    with mock.patch.object(winograd, "pays", return_value=False):
         _, error = errors(images, "float64")
     name = (
         f"{model}: gradients, float64, images as they are, without Winograd's form, relative to each tensor's largest"

@@ -17,9 +17,10 @@ import parity_keras
 import parity_pytorch
 import pytest
 
-from cifar_jax import augment, models
+from cifar_jax import augment, models, ops
 from cifar_jax.configs import RECIPES
 from cifar_jax.models import MODELS
+from cifar_jax.ops import winograd
 from cifar_jax.weights import pytorch as interop_pytorch
 from cifar_jax.weights.files import Weights, save_weights
 
@@ -191,9 +192,9 @@ def test_a_wrong_layer_is_seen(monkeypatch, tmp_path, batch, model, reference):
     path, other = tmp_path / "weights.safetensors", REFERENCES[reference]
     save_weights(path, Weights(model, parity.initial_params(model), "unit"))
     if model == "all_cnn":
-        monkeypatch.setattr(models.ops, "winograd_pays", lambda kernel, size: False)
-    pool = models.ops.max_pool
-    monkeypatch.setattr(models.ops, "max_pool", lambda x, **size: pool(x, **size) * jnp.asarray(1.001, x.dtype))
+        monkeypatch.setattr(winograd, "pays", lambda kernel, size, dtype: False)
+    pool = ops.max_pool
+    monkeypatch.setattr(ops, "max_pool", lambda x, **size: pool(x, **size) * jnp.asarray(1.001, x.dtype))
     parity.jitted_apply.cache_clear()
     jax.clear_caches()
     checks = parity.check_logits(other, model, images)
