@@ -21,6 +21,7 @@ from parity import check, command, distributions, forward, ours, predictions, tr
 from cifar_jax import augment, ops
 from cifar_jax.configs import RECIPES
 from cifar_jax.models import MODELS
+from cifar_jax.ops import winograd
 from cifar_jax.weights import pytorch as pytorch_weights
 from cifar_jax.weights.files import Weights, save_weights
 
@@ -192,7 +193,7 @@ def test_a_wrong_layer_is_seen(monkeypatch, tmp_path, batch, model, reference):
     path, other = tmp_path / "weights.safetensors", REFERENCES[reference]
     save_weights(path, Weights(model, ours.initial_params(model), "unit"))
     if model == "all_cnn":
-        monkeypatch.setattr(ops, "winograd_pays", lambda kernel, size: False)
+        monkeypatch.setattr(winograd, "pays", lambda kernel, size, dtype: False)
     pool = ops.max_pool
     monkeypatch.setattr(ops, "max_pool", lambda x, **size: pool(x, **size) * jnp.asarray(1.001, x.dtype))
     ours.jitted_apply.cache_clear()

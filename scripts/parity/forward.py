@@ -7,8 +7,8 @@ from unittest import mock
 import jax
 import numpy as np
 
-from cifar_jax import ops
 from cifar_jax.models import get_model
+from cifar_jax.ops import winograd
 from cifar_jax.weights.params import expected_shapes
 from parity import ours
 from parity.check import WHY_FLOAT64, Check, difference, relative_difference
@@ -77,7 +77,7 @@ def check_gradients(reference: type[Reference], model: str, images: np.ndarray, 
         why = f"{WHY_RELU}: floor {floor}" if dtype == "float32" else WHY_FLOAT64
         name = f"{model}: gradients, {dtype}, low 3 bits of pixels random, relative to each tensor's largest"
         checks.append(Check(name, error, tolerance[dtype], why))
-    with mock.patch.object(ops, "winograd_pays", return_value=False):
+    with mock.patch.object(winograd, "pays", return_value=False):
         _, error = errors(images, "float64")
     name = (
         f"{model}: gradients, float64, images as they are, without Winograd's form, relative to each tensor's largest"
