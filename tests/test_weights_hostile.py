@@ -326,9 +326,15 @@ def test_what_lies_in_the_current_folder_is_not_imported(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    "name", ["x", "x.ckpt", "x.bin", "x.tar", "x.pth.tar", "x.hdf5", "x.pth", "x.h5", "x.safetensors"]
+    ("kind", "name"),
+    [
+        *(("pth", name) for name in ("x", "x.ckpt", "x.bin", "x.tar", "x.pth.tar", "x.h5", "x.safetensors")),
+        *(("h5", name) for name in ("x.hdf5", "x.keras", "x.pth")),
+        *(("weights.h5", name) for name in ("x.h5", "x.tar")),
+        *(("keras", name) for name in ("x.h5", "x.zip")),
+        *(("safetensors", name) for name in ("x.pth", "x.bin")),
+    ],
 )
-@pytest.mark.parametrize("kind", ["safetensors", "pth", "h5", "weights.h5", "keras"])
 def test_the_content_says_what_a_file_is(tmp_path, lenet5, kind, name):
     save_weights(tmp_path / f"source.{kind}", lenet5)
     os.rename(tmp_path / f"source.{kind}", tmp_path / name)
