@@ -8,13 +8,13 @@ import functools
 import io
 import itertools
 import logging
-import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from cifar_jax.console import say, silence
 from cifar_jax.errors import UserError
 
 T = TypeVar("T")
@@ -49,8 +49,8 @@ class StopSignals:
         if self.received is not None:
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
         self.received = number
-        with contextlib.suppress(OSError, RuntimeError):  # no terminal; or this print came within another
-            print("\nstopping after this step, to save; once more to stop at once", file=sys.stderr)
+        with contextlib.suppress(RuntimeError):  # it came within another print
+            say("\nstopping after this step, to save; once more to stop at once", error=True)
 
     def __call__(self) -> bool:
         return self.received is not None
@@ -77,7 +77,7 @@ def command(main: Callable[[], int]) -> Callable[[], int]:
         try:
             return main()
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            say("interrupted", error=True)
             return 128 + signal.SIGINT
         except Terminated:
             return 128 + signal.SIGTERM
@@ -86,7 +86,7 @@ def command(main: Callable[[], int]) -> Callable[[], int]:
             if line is None and status is None:
                 raise
             if line:
-                print(f"error: {' '.join(line.split())}", file=sys.stderr)
+                say(f"error: {' '.join(line.split())}", error=True)
             return status or 2
         finally:
             signal.signal(signal.SIGTERM, previous)
@@ -100,7 +100,7 @@ def describe_failure(error: Exception) -> tuple[str | None, int | None]:
         return str(error), 2
     if isinstance(error, OSError):
         if error.filename is None:  # it may be stdout's: Python would write the rest again at exit, and complain
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            silence(sys.__stdout__)
         if isinstance(error, BrokenPipeError):  # the reader of our output (`| head`) left
             return None, 128 + signal.SIGPIPE
         if error.errno is None:  # no system's error: what a library calls one

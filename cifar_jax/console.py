@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from typing import TextIO
 
 import jax
 from tqdm import tqdm
@@ -16,11 +17,20 @@ from cifar_jax.metrics import EpochMetrics
 def say(text: str, *, error: bool = False) -> None:
     """A line on stdout or stderr, above a progress bar."""
     stream = sys.stderr if error else sys.stdout
+    if stream is None:  # it was closed before Python began
+        return
     try:
         tqdm.write(text, file=stream)
     except (OSError, ValueError):  # the terminal or the reader of a pipe is gone, or the stream is closed
-        with contextlib.suppress(OSError, ValueError):  # else Python tries to write the rest when it ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        silence(stream)
+
+
+def silence(stream: TextIO | None) -> None:
+    """Sends the rest of a stream's output nowhere: else Python tries to write it when it ends, and complains."""
+    if stream is None:
+        return
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def format_epoch(row: EpochMetrics, num_epochs: int, tested: str) -> str:
@@ -37,7 +47,12 @@ class ProgressBar:
     """A bar over the steps of an epoch; nothing where stderr is no terminal."""
 
     def __init__(self, description: str, total: int, start: int) -> None:
-        self._bar = tqdm(total=total, initial=start, desc=description, unit="step", leave=False, disable=None)
+        options = {"total": total, "initial": start, "desc": description, "unit": "step", "leave": False}
+        try:
+            self._bar = tqdm(**options, disable=None if sys.stderr else True)  # None: where it is no terminal
+        except (OSError, ValueError):
+            silence(sys.stderr)
+            self._bar = tqdm(disable=True)
 
     def update(self, count: int, loss: jax.Array | None) -> None:
         """Advances by `count` steps, and shows a loss that is at hand."""
@@ -48,7 +63,8 @@ class ProgressBar:
                 self._bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
             self._bar.update(count)
         except (OSError, ValueError):
-            self._bar.disable = True
+            silence(sys.stderr)
+            self.close()  # else it is drawn again with each line
 
     def close(self) -> None:
         with contextlib.suppress(OSError, ValueError):

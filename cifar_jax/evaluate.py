@@ -15,7 +15,6 @@ import jax
 import tyro
 
 from cifar_jax.cli import command, parse_arguments
-from cifar_jax.configs.base import DatasetName
 from cifar_jax.datasets import get_dataset, load_dataset
 from cifar_jax.environment import describe_environment
 from cifar_jax.errors import UserError
@@ -29,8 +28,6 @@ class Arguments:
     """Evaluates a run's checkpoint, a weight file of any framework, or a released network on the test set."""
 
     source: tyro.conf.OmitArgPrefixes[SourceFlags] = dataclasses.field(default_factory=SourceFlags)
-    dataset: DatasetName | None = None
-    """With --weights: the data to test on; None: what the file says, else cifar10. A run is tested on its own."""
     dtype: Dtype | None = None
     """Type of the computation; None: the run's, else float32."""
     data_dir: str | None = None
@@ -81,11 +78,7 @@ def main() -> int:
     flags = (tyro.conf.FlagCreatePairsOff,)
     arguments = parse_arguments(Arguments, prog="python -m cifar_jax.evaluate", config=flags)
     prepare_host()
-    if arguments.dataset is not None and arguments.source.weights is None:
-        raise UserError("--dataset goes with --weights alone")
     source = load_source(arguments.source, arguments.dtype)
-    if arguments.dataset is not None:
-        source = dataclasses.replace(source, config=dataclasses.replace(source.config, dataset=arguments.dataset))
     if source.config.holdout:
         print("the run tested on held-out training images; this is the test set", file=sys.stderr)
     result = evaluate(source, arguments.data_dir, arguments.eval_dropout, arguments.flip_tta)

@@ -13,7 +13,7 @@ import tyro
 
 from cifar_jax.batches import split_seed
 from cifar_jax.checkpoint import Checkpoints, Progress
-from cifar_jax.configs.base import Config, InputScaling, ModelName
+from cifar_jax.configs.base import Config, DatasetName, InputScaling, ModelName
 from cifar_jax.datasets import DATASETS
 from cifar_jax.errors import UserError
 from cifar_jax.models import get_model
@@ -36,11 +36,16 @@ class WeightFileFlags:
     """The network; None: guessed from the number of tensors."""
     input_scaling: InputScaling | None = None
     """How pixels are scaled; None: as the file says, else as the model's original program does."""
+    dataset: DatasetName | None = None
+    """The dataset that it classifies; None: as the file says, else cifar10."""
 
     def load(self, path: Path) -> Weights:
         """See load_weights."""
         architecture = self.architecture and self.architecture.expanduser()
-        return load_weights(path.expanduser(), self.model, architecture, self.input_scaling)
+        weights = load_weights(path.expanduser(), self.model, architecture, self.input_scaling)
+        if self.dataset is None or self.dataset == weights.dataset:
+            return weights
+        return dataclasses.replace(weights, dataset=self.dataset, class_names=None)
 
     def refuse(self, without: str) -> None:
         """Raises UserError if a flag is given, as it goes with what is not there."""

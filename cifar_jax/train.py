@@ -12,6 +12,7 @@ from typing import Any
 
 import tyro
 
+from cifar_jax.checkpoint import Progress
 from cifar_jax.cli import StopSignals, command, parse_arguments
 from cifar_jax.configs import DESCRIPTIONS, RECIPES
 from cifar_jax.configs.base import Config
@@ -32,9 +33,12 @@ def train_and_evaluate(
     """Trains a recipe to its last epoch, resuming what lies in its workdir, and returns the summary it wrote there.
 
     With config.auto_restart a run that stalls or diverges is left as it is and started again in WORKDIR/restart1, 2
-    and 3. Args: dataset: the recipe's own unless given; stop is asked after each call of steps, and ends the run.
+    and 3. Args: dataset: the recipe's own unless given; stop is asked at each stage of the start and after each call of
+    steps, and ends the run.
     Raises: UserError for what the user can mend; Interrupted when `stop` said so before the last epoch's end.
     """
+    if stop():
+        raise Interrupted(Progress(), 0)
     devices = select_devices(config)
     config = dataclasses.replace(config, num_devices=len(devices), workdir=resolve_workdir(config.workdir))
     *earlier, last = attempts(config)

@@ -50,6 +50,8 @@ class Run:
         self.config, self.devices, self.stop = config, devices, stop
         self.workdir = Path(config.workdir)
         self.dataset = hold_out(dataset or load_dataset(config.dataset, config.data_dir), config.holdout)
+        if stop():
+            raise Interrupted(Progress(), 0)
         self.num_classes = len(self.dataset.class_names)
         self.tested = "held-out" if config.holdout else "test"
         self.steps_per_epoch = _check_fit(config, len(self.dataset.train_labels), len(devices))
@@ -63,6 +65,8 @@ class Run:
         config = self.config
         resumes = self._restore()
         self._introduce()
+        if config.auto_restart and is_stalled(self.log.batch_loss, self.num_classes):
+            raise self._stalled(self.progress.epoch)  # it went on, as it was begun without --auto-restart
         if (summary := self._complete(resumes)) is not None:
             return summary
         self._prepare(resumes)
@@ -116,8 +120,6 @@ class Run:
     def _prepare(self, resumes: bool) -> None:
         """Checks that the run can go on here, and writes what identifies it."""
         config = self.config
-        if config.auto_restart and is_stalled(self.log.batch_loss, self.num_classes):
-            raise self._stalled(self.progress.epoch)  # it went on, as it was begun without --auto-restart
         if resumes:
             epoch, step, _ = self.progress
             began = read_config(self.workdir).num_devices
@@ -141,6 +143,8 @@ class Run:
         """Compiles everything first; then trains to the last epoch, or until it is stopped."""
         config, trainer, epoch = self.config, self.trainer, self.progress.epoch
         for image_size in {config.image_size(later) for later in range(epoch, config.num_epochs)}:
+            if self.stop():
+                return
             trainer.compile(image_size, trainer.order(epoch))
         images, labels = self.dataset.test_images, self.dataset.test_labels
         evaluator = Evaluator(config, trainer.state, images, labels, self.devices)

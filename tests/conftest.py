@@ -28,7 +28,7 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from cifar_jax import evaluate, ops, plots, train
+from cifar_jax import evaluate, ops, plots, training
 from cifar_jax.configs.base import Config
 from cifar_jax.datasets import DATASETS, Dataset, load_dataset
 from cifar_jax.datasets.cifar import CIFAR
@@ -93,13 +93,13 @@ def tiny_dataset():
 
 @pytest.fixture
 def use_tiny_dataset(monkeypatch, tiny_dataset):
-    """Whatever is asked for, training and evaluation get the tiny dataset."""
-    for module in (train, evaluate):
+    """Whatever a command asks for, training and evaluation get the tiny dataset."""
+    for module in (training, evaluate):
         monkeypatch.setattr(module, "load_dataset", lambda name, data_dir: tiny_dataset)
 
 
 @pytest.fixture
-def tiny_config(use_tiny_dataset, tmp_path):
+def tiny_config(tmp_path):
     """LeNet-5 on the tiny dataset: 6 steps an epoch, the last of 10 images; every random part is on."""
     return Config(
         workdir=str(tmp_path / "run"),
@@ -144,6 +144,7 @@ def small_cifar(monkeypatch):
         rng = np.random.default_rng(seed)
         images = rng.integers(0, 256, (120, 32, 32, 3), dtype=np.uint8)
         labels = rng.integers(0, info.num_classes, 120, dtype=np.int32)
+        labels[:2] = 0, info.num_classes - 1
         data[name] = images[:100], labels[:100], images[100:], labels[100:]
     return data
 

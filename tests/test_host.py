@@ -1,0 +1,52 @@
+import types
+
+import jax
+import pytest
+
+from cifar_jax import host
+from cifar_jax.errors import UserError
+
+
+def test_freed_memory_is_kept_where_the_library_can(monkeypatch):
+    calls = []
+    library = types.SimpleNamespace(mallopt=lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(host.ctypes, "CDLL", lambda name: library)
+    host.keep_memory()
+    assert calls == [(-4, 0), (-1, -1), (-2, 2**28)]  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
+    monkeypatch.setattr(host.ctypes, "CDLL", lambda name: object())
+    host.keep_memory()
+
+
+@pytest.mark.parametrize(("batch_size", "num_devices", "limited"), [(256, 1, True), (520, 1, False), (520, 2, True)])
+def test_temporary_arrays_come_in_blocks_that_are_kept(batch_size, num_devices, limited):
+    """On the CPU alone, and only where no array is larger: XLA would warn of it."""
+    options = host.compiler_options("lenet5", batch_size, jax.local_devices()[:num_devices])
+    assert options == ({"xla_multiheap_size_constraint_per_heap": 60 * 2**20} if limited else {})
+    assert not host.compiler_options("lenet5", batch_size, [types.SimpleNamespace(platform="gpu")] * num_devices)
+
+
+def test_every_core_becomes_a_device_unless_the_user_says_otherwise(monkeypatch):
+    updates = []
+    monkeypatch.setattr(jax.config, "update", lambda *arguments: updates.append(arguments))
+    for name in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda _: {0, 2, 5}, raising=False)
+    host.use_cpu_cores()
+    assert updates == [("jax_num_cpu_devices", 3)]
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    host.use_cpu_cores()
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    host.use_cpu_cores()
+    assert len(updates) == 1
+
+
+def test_a_platform_that_is_not_there(monkeypatch):
+    def absent():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "local_devices", absent)
+    monkeypatch.setattr(host, "keep_memory", lambda: None)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(UserError, match="JAX_PLATFORMS=cuda"):
+        host.prepare_host()

@@ -1,0 +1,71 @@
+import dataclasses
+import types
+
+import jax
+import numpy as np
+import pytest
+from small_runs import assert_trees_close, train_epoch
+
+from cifar_jax import parallel
+from cifar_jax.configs import RECIPES
+from cifar_jax.errors import UserError
+from cifar_jax.parallel import select_devices
+
+pytestmark = pytest.mark.usefixtures("direct_convolutions")
+
+
+@pytest.mark.parametrize("recipe", ["lenet5_reference", "all_cnn_reference"])
+def test_four_devices_train_like_one(recipe, tiny_dataset):
+    """Same global batches, augmentation on, dropout off, the last batch partial (and empty on some devices)."""
+    config = RECIPES[recipe]
+    config = dataclasses.replace(config, dropout_rates=(0.0,) * len(config.dropout_rates), learning_rate=0.01)
+    # Noise: the digits' even background would leave the maximum of every pool to rounding.
+    images = np.random.default_rng(0).integers(0, 256, (18, 32, 32, 3), dtype=np.uint8)
+    dataset = dataclasses.replace(tiny_dataset, train_images=images, train_labels=tiny_dataset.train_labels[:18])
+    config = dataclasses.replace(config, batch_size=8)
+    (one, history_one), (four, history_four) = (
+        train_epoch(dataclasses.replace(config, num_devices=n), dataset) for n in (1, 4)
+    )
+    assert int(one.step) == 3
+    assert_trees_close(four.params, one.params, 2e-3)  # near-ties of ReLU and maximum; all of it without pmean
+    np.testing.assert_allclose(history_four["loss"], history_one["loss"], rtol=1e-5)
+    np.testing.assert_array_equal(history_four["count"], [8, 8, 2])
+    np.testing.assert_array_equal(history_four["correct"], history_one["correct"])
+
+
+def test_replicas_agree(tiny_dataset, tiny_config):
+    """A forgotten pmean would leave the devices with different parameters inside one array, silently."""
+    state, _ = train_epoch(dataclasses.replace(tiny_config, num_devices=4), tiny_dataset)
+    for leaf in jax.tree.leaves(state.params) + jax.tree.leaves(state.opt_state):
+        shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert len(shards) == 4
+        for shard in shards[1:]:
+            np.testing.assert_array_equal(shard, shards[0])
+
+
+def test_select_devices(tiny_config):
+    with pytest.raises(UserError, match=r"--num-devices 5\b.* 4$"):
+        select_devices(dataclasses.replace(tiny_config, num_devices=5))
+    with pytest.raises(UserError, match=r"--batch-size 15 .* --num-devices 3$"):
+        select_devices(dataclasses.replace(tiny_config, batch_size=15, num_devices=4))
+
+
+@pytest.mark.parametrize(("batch_size", "count"), [(4, 1), (16, 1), (31, 1), (32, 2), (50, 2), (64, 4), (129, 3)])
+def test_cpu_cores_share_large_batches_alone(tiny_config, batch_size, count):
+    config = dataclasses.replace(tiny_config, batch_size=batch_size, num_devices=None)
+    assert len(select_devices(config)) == count
+
+
+def test_an_accelerators_devices_are_all_used(monkeypatch, tiny_config):
+    devices = [types.SimpleNamespace(platform="gpu")] * 4
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert select_devices(dataclasses.replace(tiny_config, num_devices=None)) == devices
+    with pytest.raises(UserError, match=r"--batch-size 15 .* --num-devices 3$"):
+        select_devices(dataclasses.replace(tiny_config, batch_size=15, num_devices=None))
+
+
+def test_steps_a_call():
+    """A loop makes All-CNN's convolutions on the CPU several times slower; elsewhere it saves the dispatch."""
+    cpu, gpu = ([types.SimpleNamespace(platform=platform)] for platform in ("cpu", "gpu"))
+    assert [parallel.default_steps_per_call(model, cpu) for model in ("all_cnn", "lenet5")] == [1, 16]
+    assert parallel.default_steps_per_call("all_cnn", gpu) == 1000
