@@ -2,7 +2,7 @@
 
 python -m cifar_jax.convert IN OUT [--architecture JSON] [--model …] [--input-scaling …] [--checkpoint best|latest]
 
-The files' names say what they are: see interop/files.py.
+IN is known by its content, OUT by its name: see weights/files.py.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from cifar_jax.errors import UserError
 from cifar_jax.host import check_devices
 from cifar_jax.sources import WeightFileFlags, load_run
 from cifar_jax.weights.files import Weights, load_weights, save_weights
+from cifar_jax.weights.scaling import describe_scaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,9 @@ def main() -> int:
     save_weights(arguments.output, weights)
     count = sum(x.size for x in jax.tree.leaves(weights.params))
     relu = ", with the final ReLU" if weights.final_relu else ""
-    print(f"{arguments.output}: {weights.model}, {count:,} parameters{relu}, for {weights.input_scaling} pixels")
+    scaling = describe_scaling(weights.input_scaling, weights.dataset)
+    print(f"{arguments.output}: {weights.model}, {count:,} parameters{relu}, for {weights.input_scaling} pixels:")
+    print(scaling)
     with contextlib.redirect_stderr(io.StringIO()):  # that it assumes the original's scaling; below is what to use
         written = load_weights(arguments.output)
     if written.input_scaling != weights.input_scaling:

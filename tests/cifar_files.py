@@ -1,10 +1,13 @@
 """Writes small datasets in the layouts of CIFAR."""
 
+import io
+import json
 import pickle
 import shutil
 import tarfile
 
 import numpy as np
+import PIL.Image
 
 from cifar_jax.datasets import DATASETS, load_dataset
 
@@ -76,3 +79,88 @@ def assert_loads(data, data_dir=None, name="cifar10"):
         np.testing.assert_array_equal(actual, expected)
         assert actual.dtype == expected.dtype
     return dataset
+
+
+def png(image):
+    """uint8 [H, W, 3] → a PNG file's bytes."""
+    file = io.BytesIO()
+    PIL.Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+def splits(data):
+    """Images and labels by split."""
+    return {"train": data[:2], "test": data[2:]}
+
+
+def write_npz(path, data, **changes):
+    """Keras' arrays: labels uint8 [N, 1]; `changes` replaces some."""
+    arrays = {}
+    for split, (images, labels) in splits(data).items():
+        arrays[f"x_{split}"], arrays[f"y_{split}"] = images, labels[:, None].astype(np.uint8)
+    np.savez_compressed(path, **{**arrays, **changes})
+    return path
+
+
+def write_imagefolder(root, data, name="cifar10"):
+    """Returns the data in the order of the files."""
+    ordered = []
+    for split, (images, labels) in splits(data).items():
+        for label, class_name in enumerate(DATASETS[name].class_names):
+            folder = root / split / class_name
+            folder.mkdir(parents=True)
+            for i in np.flatnonzero(labels == label):
+                (folder / f"{i:04}.png").write_bytes(png(images[i]))
+        order = np.argsort(labels, kind="stable")
+        ordered += [images[order], labels[order]]
+    return tuple(ordered)
+
+
+def write_parquet(root, data, name="cifar10", parts=1, encode=png):
+    """Hugging Face's layout; returns its folder."""
+    import pyarrow
+    import pyarrow.parquet
+
+    info = DATASETS[name]
+    folder = root / info.hugging_face
+    folder.mkdir(parents=True)
+    for split, (images, labels) in splits(data).items():
+        for part in range(parts):
+            rows = range(part * len(labels) // parts, (part + 1) * len(labels) // parts)
+            table = pyarrow.table(
+                {
+                    "img": [{"bytes": encode(images[i]), "path": None} for i in rows],
+                    info.hugging_face_label: [int(labels[i]) for i in rows],
+                    "coarse_label": [int(labels[i]) // 5 for i in rows],
+                }
+            )
+            pyarrow.parquet.write_table(table, folder / f"{split}-{part:05}-of-{parts:05}.parquet", row_group_size=30)
+    return folder
+
+
+def write_tfds(root, data, name="cifar10", encode=png):
+    """A folder that TFDS prepared, with the examples in another order than their ids."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    info = DATASETS[name]
+    folder = root / info.tfds
+    folder.mkdir(parents=True)
+    title = info.tfds.partition("/")[0]
+    description = []
+    for split, (images, labels) in splits(data).items():
+        writer = ArrayRecordWriter(str(folder / f"{title}-{split}.array_record-00000-of-00001"), "group_size:1")
+        for i in np.random.default_rng(0).permutation(len(labels)):
+            example = tf_example_pb2.Example()
+            features = example.features.feature
+            features["id"].bytes_list.value.append(f"{split}_{i:05}".encode())
+            features["image"].bytes_list.value.append(encode(images[i]))
+            features[info.tfds_label].int64_list.value.append(int(labels[i]))
+            features["coarse_label"].int64_list.value.append(int(labels[i]) // 5)
+            writer.write(example.SerializeToString())
+        writer.close()
+        template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+        description.append({"name": split, "shardLengths": [str(len(labels))], "filepathTemplate": template})
+    content = {"name": title, "version": "3.0.2", "fileFormat": "array_record", "splits": description}
+    (folder / "dataset_info.json").write_text(json.dumps(content))
+    return folder

@@ -144,6 +144,7 @@ def small_cifar(monkeypatch):
         rng = np.random.default_rng(seed)
         images = rng.integers(0, 256, (120, 32, 32, 3), dtype=np.uint8)
         labels = rng.integers(0, info.num_classes, 120, dtype=np.int32)
+        labels[:2] = 0, info.num_classes - 1
         data[name] = images[:100], labels[:100], images[100:], labels[100:]
     return data
 

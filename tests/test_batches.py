@@ -3,16 +3,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cifar_jax.batches import epoch_order, scale_images, take_batch
+from cifar_jax.batches import epoch_order, pixel_statistics, scale_images, take_batch
+from cifar_jax.datasets import DATASETS
 
 
 def test_scale_images():
     images = jnp.asarray([0, 255, 51], jnp.uint8).reshape(1, 1, 1, 3)
-    scaled = {scaling: scale_images(images, scaling).ravel() for scaling in ("unit", "symmetric", "standardized")}
-    np.testing.assert_allclose(scaled["unit"], [0, 1, 0.2], rtol=1e-6)
-    np.testing.assert_allclose(scaled["symmetric"], [-1, 1, -0.6], rtol=1e-6)
+    scaled = lambda *scaling: scale_images(images, *pixel_statistics(*scaling)).ravel()
+    for dataset in DATASETS:
+        np.testing.assert_allclose(scaled("unit", dataset), [0, 1, 0.2], rtol=1e-6)
+        np.testing.assert_allclose(scaled("symmetric", dataset), [-1, 1, -0.6], rtol=1e-6)
     expected = [(0 - 0.4914) / 0.2470, (1 - 0.4822) / 0.2435, (0.2 - 0.4465) / 0.2616]
-    np.testing.assert_allclose(scaled["standardized"], expected, rtol=1e-6)
+    np.testing.assert_allclose(scaled("standardized", "cifar10"), expected, rtol=1e-6)
+    np.testing.assert_allclose(scaled("standardized", "digits"), expected, rtol=1e-6)
+    expected = [(0 - 0.5071) / 0.2673, (1 - 0.4865) / 0.2564, (0.2 - 0.4409) / 0.2762]
+    np.testing.assert_allclose(scaled("standardized", "cifar100"), expected, rtol=1e-6)
 
 
 def test_epoch_order_is_a_function_of_seed_and_epoch():

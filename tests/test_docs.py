@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,6 +22,8 @@ import pytest
 
 from benchmarks.report.results import ROOT
 from cifar_jax.configs import DESCRIPTIONS, RECIPES
+from cifar_jax.datasets import DATASETS, DatasetInfo
+from cifar_jax.errors import UserError
 from cifar_jax.pretrained import pretrained_path
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -50,7 +53,7 @@ class Elsewhere:
     text: str
 
 
-TINY = "--dataset digits --batch-size 30 --eval-batch-size 30 --num-epochs 1 --num-devices 1 --steps-per-call 1"
+TINY = "--batch-size 30 --eval-batch-size 30 --num-epochs 1 --num-devices 1 --steps-per-call 1"
 INSTALLED = Elsewhere(".ci/run", "-e '.[test]'")
 TESTED = Elsewhere(".ci/run", "\npytest\n")
 ACCURACY = Stops("--out photo.jpg", "tests/test_accuracy.py")
@@ -62,13 +65,14 @@ COMMANDS = {
     "pip install -e '.[parity]'": INSTALLED,  # a part of test
     "pytest": TESTED,
     "pytest -m 'not slow'": TESTED,
-    "pytest tests/test_models.py": TESTED,
+    "pytest tests/test_extending.py": TESTED,
     "pytest tests/test_datasets.py": TESTED,
     "ruff check .": Elsewhere(".ci/run", "\nruff check .\n"),
     "ruff format .": Elsewhere(".ci/run", "\nruff format --check .\n"),
     "mypy": Elsewhere(".ci/run", "\nmypy\n"),
     "mkdocs build --strict": Elsewhere(".ci/run", "\nmkdocs build --strict"),
     "python -m benchmarks.report --check": Run(),
+    "cifar-jax --help": Run(),
     "python -m cifar_jax.train quickstart": Run(TINY),
     "python -m cifar_jax.train quickstart --workdir runs/first --num-epochs 3": Run(TINY),
     "python -m cifar_jax.train lenet5 --help": Run(),
@@ -148,9 +152,11 @@ def with_flags(words, flags):
 
 @pytest.fixture
 def execute(run_command):
-    """Runs `python -m MODULE …` or `python FILE …` in this process: words → (exit status, output)."""
+    """Runs `python -m MODULE …`, `python FILE …` or `cifar-jax …` in this process: words → (exit status, output)."""
 
     def run(words):
+        if words[0] == "cifar-jax":
+            words = ["python", "-m", "cifar_jax", *words[1:]]
         if words[:2] == ["python", "-m"]:
             module, arguments = words[2], words[3:]
             try:
@@ -167,9 +173,22 @@ def execute(run_command):
     return run
 
 
+class TinyInfo(DatasetInfo):
+    """An entry of the registry that is read from no file: the data of its class."""
+
+    def load(self, data_dir=None):
+        if data_dir is not None and not Path(data_dir).exists():
+            raise UserError(f"--data-dir {data_dir}: there is no such folder")
+        return dataclasses.replace(self.data, info=self)
+
+
 @pytest.fixture
-def reader(tmp_path, monkeypatch, use_tiny_dataset, direct_convolutions, no_figures):
+def reader(tmp_path, monkeypatch, tiny_dataset, direct_convolutions):
     """Works in a folder with a photo, on tiny data, as a reader of the pages does."""
+    monkeypatch.setattr(TinyInfo, "data", tiny_dataset, raising=False)
+    for name in ("cifar10", "digits"):
+        fields = {field.name: getattr(DATASETS[name], field.name) for field in dataclasses.fields(DatasetInfo)}
+        monkeypatch.setitem(DATASETS, name, TinyInfo(**fields))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
@@ -219,7 +238,14 @@ def test_the_commands_of_a_page_run(page, reader, execute, monkeypatch):
             assert (ROOT / how.tests).exists(), command
 
 
-@pytest.mark.parametrize("page", PAGES)
+SNIPPETS = [
+    pytest.param(page, marks=pytest.mark.slow if page == "docs/training.md" else ())
+    for page in PAGES
+    if blocks(page, "python")
+]
+
+
+@pytest.mark.parametrize("page", SNIPPETS)
 def test_the_snippets_of_a_page_run(page, reader):
     for number, code in enumerate(blocks(page, "python")):
         if ">>>" in code:
@@ -237,6 +263,14 @@ def test_files_and_extras_that_pages_name_are_there():
             assert set(names.split(",")) <= set(extras), page
         for path in re.findall(r"`((?:tests|scripts|benchmarks|cifar_jax|docs)/[\w./]+)`", text):
             assert (ROOT / path).exists() or path.endswith("/mine.py"), (page, path)
+
+
+def test_the_layout_has_every_module():
+    layout = re.search(r"## Layout\n.*?```\n(.*?)```", (ROOT / "docs/design.md").read_text(), re.DOTALL)[1]
+    listed = re.findall(r"^  (\S+)", layout.partition("benchmarks/")[0], re.MULTILINE)
+    package = [path for path in (ROOT / "cifar_jax").iterdir() if not path.name.startswith("__")]
+    modules = {path.name for path in package if path.suffix == ".py"}
+    assert set(listed) == modules | {f"{path.name}/" for path in package if path.is_dir()}
 
 
 def test_the_tables_of_recipes_have_all_recipes():

@@ -4,6 +4,8 @@ fixtures/keras_2_* are of a real Keras 2.15 (see fixtures/make_keras_2_files.py)
 """
 
 import copy
+import dataclasses
+import functools
 import gzip
 import json
 import zipfile
@@ -14,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 
-from cifar_jax.batches import scale_images
+from cifar_jax.batches import pixel_statistics, scale_images
 from cifar_jax.errors import UserError
 from cifar_jax.models import MODELS
 from cifar_jax.weights import keras
@@ -46,9 +49,14 @@ def all_cnn():
     return random_weights("all_cnn")
 
 
+@functools.cache
+def jitted_apply(model):
+    return jax.jit(MODELS[model]().apply)
+
+
 def logits(weights, scaling=None):
-    images = scale_images(jnp.asarray(IMAGES), scaling or weights.input_scaling)
-    return np.asarray(jax.jit(weights.create_module().apply)({"params": weights.params}, images))
+    images = scale_images(jnp.asarray(IMAGES), *pixel_statistics(scaling or weights.input_scaling, "cifar10"))
+    return np.asarray(jitted_apply(weights.model)({"params": weights.params}, images))
 
 
 def assert_close(ours, theirs, tolerance=1e-5):
@@ -120,7 +128,7 @@ def test_channels_first(tmp_path, lenet5, kind, flatten, capsys):
     if flatten == "plain":
         tensors[4] = tensors[4].reshape(5, 5, 64, 200).transpose(2, 0, 1, 3).reshape(1600, 200)
     network.set_weights(tensors)
-    images = np.asarray(scale_images(jnp.asarray(IMAGES), "symmetric")).transpose(0, 3, 1, 2)
+    images = np.asarray(scale_images(jnp.asarray(IMAGES), (0.5,), (0.5,))).transpose(0, 3, 1, 2)
     assert_close(logits(lenet5), network(images, training=False).detach().numpy())
     network.save(tmp_path / f"x.{kind}")
     jax.tree.map(np.testing.assert_array_equal, load_weights(tmp_path / f"x.{kind}").params, lenet5.params)
@@ -263,3 +271,126 @@ def test_functional_networks(tmp_path, lenet5):
         functional(change).save(tmp_path / f"{change}.keras")
         with pytest.raises(UserError, match="training=True" if change == "dropout" else "no chain"):
             load_weights(tmp_path / f"{change}.keras")
+
+
+# --- scaling layers ---
+
+MEAN, STD = np.array([0.4914, 0.4822, 0.4465]), np.array([0.2470, 0.2435, 0.2616])
+OTHER_MEAN, OTHER_STD = np.array([0.3, 0.4, 0.5]), np.array([0.2, 0.25, 0.3])
+SCALED = {  # the layers, for pixels from 0 to 255 unless said, and how the file must be read
+    "to 1": ([L.Rescaling(1 / 255)], 255, "unit", True),
+    "to ±1": ([L.Rescaling(1 / 127.5, -1)], 255, "symmetric", True),
+    "rescaled and normalised": ([L.Rescaling(1 / 255), L.Normalization(mean=MEAN, variance=STD**2)], 255,
+                                "standardized", True),
+    "normalised from 255": ([L.Normalization(mean=255 * MEAN, variance=(255 * STD) ** 2)], 255, "standardized", True),
+    "normalised from 1": ([L.Normalization(mean=MEAN, variance=STD**2)], 1, "standardized", True),
+    "±1 from 1": ([L.Rescaling(2.0, -1)], 1, "symmetric", True),
+    "twice": ([L.Rescaling(1 / 255), L.Rescaling(2.0, -1)], 255, "symmetric", True),
+    "means only": ([L.Rescaling(1 / 255, offset=list(-MEAN))], 255, "standardized", False),
+    "half": ([L.Rescaling(0.5 / 255)], 255, "unit", False),
+    "other means": ([L.Rescaling(1 / 255), L.Normalization(mean=OTHER_MEAN, variance=OTHER_STD**2)], 255, "unit",
+                    False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "case"),
+    [*(("lenet5", case) for case in SCALED), *(("all_cnn", case) for case in ("to ±1", "means only", "other means"))],
+)
+def test_layers_that_scale_pixels_are_read(tmp_path, case, model, capsys, request):
+    """What is none of our scalings goes into the first convolution, exactly; before padding that can't be."""
+    layers, unit, scaling, unchanged = SCALED[case]
+    weights = request.getfixturevalue(model)
+    twin = keras.create_model(model)
+    network = api.Sequential(
+        [L.Input((32, 32, 3)), *[type(x).from_config(x.get_config()) for x in layers], *twin.layers]
+    )
+    twin.set_weights(keras.params_to_keras(weights.params))
+    network.save(tmp_path / "x.keras")
+    if (model, case) == ("all_cnn", "other means"):
+        with pytest.raises(UserError, match="convolution that pads"):
+            load_weights(tmp_path / "x.keras")
+        return
+    loaded = load_weights(tmp_path / "x.keras")
+    assert loaded.input_scaling == scaling
+    assert "scale pixels" in capsys.readouterr().err
+    expected = network(IMAGES.astype(np.float32) * (unit / 255), training=False).detach().numpy()
+    assert_close(logits(loaded), expected)
+    if unchanged:
+        jax.tree.map(np.testing.assert_array_equal, loaded.params, weights.params)
+    assert load_weights(tmp_path / "x.keras", input_scaling=scaling).input_scaling == scaling
+    with pytest.raises(UserError, match="--input-scaling"):
+        load_weights(tmp_path / "x.keras", input_scaling="unit" if scaling != "unit" else "symmetric")
+
+
+def test_an_adapted_normalization_in_every_file(tmp_path, lenet5):
+    """Its mean and variance lie among the weights. The network is nested."""
+    inner = api.Sequential(lenet5_layers())
+    normalization = L.Normalization()
+    normalization.adapt(IMAGES.astype(np.float32))
+    network = api.Sequential([L.Input((32, 32, 3)), normalization, inner, L.Softmax()])
+    inner.set_weights(keras.params_to_keras(lenet5.params))
+    expected = network(IMAGES.astype(np.float32), training=False).detach().numpy()
+    (tmp_path / "x.json").write_text(network.to_json())
+    for kind in KINDS:
+        path = tmp_path / f"x.{kind}"
+        network.save_weights(path) if kind == "weights.h5" else network.save(path)
+        loaded = load_weights(path, architecture=tmp_path / "x.json" if kind == "weights.h5" else None)
+        np.testing.assert_allclose(jax.nn.softmax(logits(loaded)), expected, atol=1e-5)
+
+
+# --- what we write ---
+
+
+@pytest.mark.parametrize("kind", ["keras", "h5"])
+@pytest.mark.parametrize("model", list(MODELS))
+def test_keras_opens_what_we_write(tmp_path, kind, model, request):
+    """Keras 2.15 does, too: fixtures/open_in_keras_2.py."""
+    weights = request.getfixturevalue(model)
+    save_weights(tmp_path / f"x.{kind}", weights)
+    network = api.saving.load_model(tmp_path / f"x.{kind}")
+    scaled = np.asarray(scale_images(jnp.asarray(IMAGES), *pixel_statistics(weights.input_scaling, "cifar10")))
+    assert_close(network(scaled, training=False).detach().numpy(), logits(weights))
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_originals_layer_list_takes_our_weights(tmp_path, all_cnn, kind, by_name):
+    """The original's ReLUs are layers of their own, and its convolutions are named conv2d_1 … conv2d_9."""
+    layers = []
+    for number, layer in enumerate((x for x in keras.create_model("all_cnn").layers if "conv" in x.name), 1):
+        fields = {"name": f"conv2d_{number}", "padding": layer.padding}
+        layers += [L.Conv2D(layer.filters, layer.kernel_size, **fields), L.Activation("relu")]
+        layers += [L.Dropout(0.2)] if number == 1 else []
+        layers += [L.MaxPooling2D(3, 2), L.Dropout(0.5)] if number in (3, 6) else []
+    network = api.Sequential([L.Input((32, 32, 3)), *layers[:-1], L.GlobalAveragePooling2D(), L.Activation("softmax")])
+    save_weights(tmp_path / f"x.{kind}", all_cnn)
+    if by_name and kind != "h5":
+        return  # Keras has it for .h5 alone
+    network.load_weights(tmp_path / f"x.{kind}", **({"by_name": True} if by_name else {}))
+    for ours, theirs in zip(keras.params_to_keras(all_cnn.params), network.get_weights()):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", *KINDS])
+def test_our_files_say_how_pixels_are_scaled(tmp_path, kind, capsys):
+    weights = random_weights("lenet5")
+    names = tuple("abcdefghij")
+    weights = dataclasses.replace(weights, input_scaling="standardized", dataset="cifar100", class_names=names)
+    save_weights(tmp_path / f"x.{kind}", weights)
+    loaded = load_weights(tmp_path / f"x.{kind}")
+    assert (loaded.input_scaling, loaded.dataset, loaded.class_names) == ("standardized", "cifar100", names)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_numbers_of_a_scaling(tmp_path, lenet5):
+    weights = dataclasses.replace(lenet5, input_scaling="standardized")
+    save_weights(tmp_path / "x.safetensors", weights)
+    with safetensors.safe_open(tmp_path / "x.safetensors", "numpy") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["mean"]) == [0.4914, 0.4822, 0.4465]
+    assert json.loads(metadata["std"]) == [0.2470, 0.2435, 0.2616]
+    data = (tmp_path / "x.safetensors").read_bytes().replace(b"0.4914", b"0.4915")
+    (tmp_path / "y.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match="its mean and std are not those of standardized pixels"):
+        load_weights(tmp_path / "y.safetensors")

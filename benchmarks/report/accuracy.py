@@ -74,25 +74,27 @@ def quickstart(results: Results) -> str:
 
 
 def accuracy(results: Results) -> str:
-    rows, notes = [], []
-    for result in results.all("accuracy_"):
+    """Every recipe over its seeds, then the minutes in which its fastest seed passed given accuracies."""
+    rows, times, notes = [], [], []
+    measured = results.all("accuracy_")
+    thresholds = list(dict.fromkeys(name for result in measured for name in result["seconds_to"]))
+    for result in measured:
         model = result["config"]["model"]
         seconds = min(result["training_seconds"])
         fastest = result["training_seconds"].index(seconds)  # other seeds may have shared the machine
-        reached = [
-            f"{100 * float(name):.0f} %: {three_digits(times[fastest] / 60)}"
-            for name, times in result["seconds_to"].items()
-            if None not in times
-        ]
         value = mean_and_deviation(result["test_accuracy"])
-        cost = f"{result['cost']['images'] / 1e6:.2f} M, {result['cost']['flops'] / 1e15:.2f}"
+        cost = [f"{result['cost']['images'] / 1e6:.2f} M", f"{result['cost']['flops'] / 1e15:.2f}"]
         seeds = ", ".join(map(str, result["seeds"]))
-        row = [NETWORKS[model], ORIGINALS[model], recipe_and_type(result), value, seeds]
-        row += [str(result["config"]["num_epochs"]), three_digits(seconds / 60), "; ".join(reached), cost]
-        rows.append(row)
+        epochs = str(result["config"]["num_epochs"])
+        row = [NETWORKS[model], recipe_and_type(result), ORIGINALS[model], value, seeds, epochs]
+        rows.append([*row, three_digits(seconds / 60), *cost])
+        reached = [result["seconds_to"].get(name, [None]) for name in thresholds]
+        cells = ["–" if None in passed else three_digits(passed[fastest] / 60) for passed in reached]
+        times.append([NETWORKS[model], recipe_and_type(result), *cells])
         notes.append(measured_by(result))
-    columns = ["network", "original", "recipe", "test accuracy, last epoch", "seeds", "epochs", "minutes, fastest seed"]
-    return "\n\n".join([table([*columns, "minutes to", "images, PFLOP"], rows), *notes])
+    columns = ["network", "recipe", "original", "test accuracy", "seeds", "epochs", "minutes", "images", "PFLOP"]
+    to = ["minutes of the fastest seed to", "", *(f"{100 * float(name):.0f} %" for name in thresholds)]
+    return "\n\n".join([table(columns, rows), table(to, times), *notes])
 
 
 def _changes(variant: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ mtime in ns. The checksums are computed again only when a file has another size 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -54,10 +55,10 @@ def cached(info: Cifar, cache: Path | None, files: Iterable[Path], decode: Calla
 
 
 def _key(files: Iterable[Path]) -> str:
-    stamp = hashlib.sha256()
+    stamp, real_path = hashlib.sha256(), functools.cache(os.path.realpath)
     for file in files:
         status = file.stat()
-        stamp.update(f"{os.path.realpath(file)} {status.st_size} {status.st_mtime_ns}\n".encode())
+        stamp.update(f"{real_path(file.parent)}/{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return stamp.hexdigest()[:16]
 
 
@@ -78,11 +79,13 @@ def _open(info: Cifar, entry: Path) -> Arrays:
         arrays[name] = _map(entry / f"{name}.npy", dtype, shape)
         if name.endswith("labels") and (arrays[name].min() < 0 or arrays[name].max() >= info.num_classes):
             raise _Damaged(f"{name}.npy has a label outside 0…{info.num_classes - 1}")
-    manifest = _read_manifest(entry)
     states = {f"{name}.npy": _state(entry / f"{name}.npy") for name in arrays}
+    manifest = _read_manifest(entry)
+    if manifest["sha256"].keys() != states.keys():
+        raise _Damaged(f"{_MANIFEST} is of other files")
     if manifest["checked"] != states:
         for file in states:
-            if _checksum(entry / file) != manifest["sha256"].get(file):
+            if _checksum(entry / file) != manifest["sha256"][file]:
                 raise _Damaged(f"{file} is not what was written")
         with contextlib.suppress(UserError):  # a cache that may only be read: checked again next time
             write_json(entry / _MANIFEST, {"sha256": manifest["sha256"], "checked": states})

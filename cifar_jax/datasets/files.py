@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from cifar_jax.datasets import official, tfds
+from cifar_jax.datasets import imagefolder, npz, official, parquet, tfds
 from cifar_jax.datasets.cache import cached
 from cifar_jax.datasets.cifar import IMAGE_SHAPE, Cifar
 from cifar_jax.datasets.download import download
@@ -17,14 +18,19 @@ from cifar_jax.datasets.layout import Layout
 from cifar_jax.datasets.partial import PREFIX
 from cifar_jax.errors import UserError
 
-LAYOUTS = (tfds.LAYOUT, official.LAYOUT)
+LAYOUTS = (tfds.LAYOUT, official.LAYOUT, npz.LAYOUT, parquet.LAYOUT, imagefolder.LAYOUT)
 
 
 def load_files(info: Cifar, data_dir: str | os.PathLike[str] | None) -> Dataset:
     """Finds, downloads if need be, decodes and checks a dataset. Raises: UserError, naming the file."""
     layout, path = _locate(info, None if data_dir is None else _user_path(data_dir, "--data-dir"))
     cache, files = _cache_folder(), layout.files(info, path)
-    arrays = cached(info, cache, files, lambda: _checked(info, layout.read(info, path), path))
+
+    def decode() -> Arrays:
+        print(f"decoding {path}", file=sys.stderr)
+        return _checked(info, layout.read(info, path), path)
+
+    arrays = cached(info, cache, files, decode)
     return Dataset(**arrays, info=info, source=str(path))
 
 
@@ -121,12 +127,17 @@ def _cache_folder() -> Path | None:
 
 
 def _checked(info: Cifar, arrays: Arrays, path: Path) -> Arrays:
-    """The arrays, labels as int32. Raises: UserError if a shape is not the dataset's or a label no class."""
+    """The arrays, labels as int32. Raises: UserError if a shape or the labels are not the dataset's."""
     for split in SPLITS:
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         if images.dtype != np.uint8 or images.shape != (info.size(split), *IMAGE_SHAPE):
             raise UserError(f"{path}: the {split} set has {len(images)} of {info.size(split)} images: {info.advice}")
         if labels.shape != (info.size(split),) or labels.min() < 0 or labels.max() >= info.num_classes:
             raise UserError(f"{path}: has a label outside 0…{info.num_classes - 1}: {info.advice}")
+        if split == "train" and (labels.min() > 0 or labels.max() < info.num_classes - 1):  # coarse labels, for one
+            raise UserError(
+                f"{path}: its labels go from {labels.min()} to {labels.max()}, those of {info.title} from 0 to "
+                f"{info.num_classes - 1}"
+            )
         arrays[f"{split}_labels"] = labels.astype(np.int32)
     return arrays

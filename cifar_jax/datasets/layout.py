@@ -26,6 +26,15 @@ class Layout:
     wanted: Callable[[Cifar], str]
 
 
+def starts_with(path: Path, magic: bytes) -> bool:
+    """Whether a file is of a format, whatever its name."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(magic)) == magic
+    except OSError:
+        return False
+
+
 def read_regular(path: Path, limit: int, info: Cifar) -> bytes:
     """The bytes of a file of at most `limit`. Raises: UserError for any other, and what is no file, as a pipe."""
     try:

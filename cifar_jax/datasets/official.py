@@ -12,7 +12,7 @@ import numpy as np
 
 from cifar_jax.datasets.cifar import PIXELS, Cifar, OfficialFiles
 from cifar_jax.datasets.info import SPLITS, Arrays
-from cifar_jax.datasets.layout import Layout, read_regular
+from cifar_jax.datasets.layout import Layout, read_regular, starts_with
 from cifar_jax.datasets.pickles import read_batch
 from cifar_jax.errors import UserError
 
@@ -22,7 +22,7 @@ _BLOCK = 512  # of a tar archive
 def find(info: Cifar, folder: Path, named: bool) -> Path | None:
     """The folder or archive; `named` if the user named `folder`: it may also be the unpacked folder itself."""
     kinds = info.python, info.binary
-    if named and os.path.isfile(folder):
+    if named and os.path.isfile(folder) and not any(starts_with(folder, magic) for magic in (b"PK\3\4", b"PAR1")):
         return folder
     for place in (folder, folder / info.keras_folder):
         for unpacked in [place / kind.folder for kind in kinds] + ([place] if named else []):
@@ -41,7 +41,9 @@ def read(info: Cifar, path: Path) -> Arrays:
         present: Callable[[str], bool] = members.__contains__
     else:
         present = lambda name: os.path.isfile(path / name)
-    kind = next((kind for kind in (info.python, info.binary) if any(map(present, kind.names))), info.python)
+    kind = next((kind for kind in (info.python, info.binary) if any(map(present, kind.names))), None)
+    if kind is None:
+        raise UserError(f"{path}: holds no file of {info.title}, as {info.python.names[0]}: name its archive or folder")
     if missing := [name for name in kind.names if not present(name)]:
         raise UserError(f"{path}: lacks {missing[0]}, so it is not all of {info.title}: {info.advice}")
     arrays: Arrays = {}
@@ -84,7 +86,8 @@ def _read_batch(
     try:
         return read_batch(data, info.label_key, count)
     except Exception as error:  # a hostile or cut pickle can raise anything
-        raise UserError(f"{path}: not a batch of {info.title} ({str(error)[:200]}): {info.advice}") from error
+        reason = " ".join(str(error)[:200].split()) or type(error).__name__
+        raise UserError(f"{path}: not a batch of {info.title} ({reason}): {info.advice}") from error
 
 
 def _size_limit(images: int) -> int:

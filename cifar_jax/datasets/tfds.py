@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
 
-import numpy as np
-
-from cifar_jax.datasets.cifar import IMAGE_SHAPE, Cifar
+from cifar_jax.datasets.cifar import Cifar
 from cifar_jax.datasets.info import SPLITS, Arrays
 from cifar_jax.datasets.layout import Layout
+from cifar_jax.datasets.records import read_records
 from cifar_jax.errors import UserError
 
 
@@ -31,32 +31,26 @@ def find(info: Cifar, folder: Path, named: bool) -> Path | None:
 
 def read(info: Cifar, path: Path) -> Arrays:
     """The folder of a version to arrays, in the order of the examples' ids. Raises: UserError."""
-    try:  # here: importing them costs a second, and a cached start does not need it
-        import array_record.python.array_record_module  # noqa: F401  # not on every platform; TFDS reads with it
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise UserError(
-            f"{path}: reading it needs tensorflow-datasets and array-record ({error}): install them, or name an "
-            "official archive with --data-dir"
-        ) from error
+    for package in ("tensorflow_datasets", "array_record"):  # the latter is not on every platform
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"{path}: reading it needs tensorflow-datasets and array-record: install them, or name an official "
+                "archive with --data-dir"
+            )
+    name = info.tfds.partition("/")[0]
     arrays: Arrays = {}
     for split in SPLITS:
+        request = {"kind": "tfds", "name": info.tfds.replace("/", ":"), "split": split, "label": info.tfds_label}
+        files = sorted(path.glob(f"{name}-{split}.array_record*"))
         try:
-            source = tfds.data_source(
-                info.tfds.replace("/", ":"), split=split, data_dir=path.absolute().parents[1], download=False
+            images, labels, ids = read_records(
+                {**request, "folder": str(path.absolute().parents[1])}, files, info.size(split)
             )
-            # TFDS shuffles; the ids (train_00000, …) number the examples as they were read from their origin.
-            examples = sorted(source.__getitems__(range(len(source))), key=lambda example: example["id"])
-            images = np.stack([example["image"] for example in examples])
-            labels = np.array([example[info.tfds_label] for example in examples])
-        except Exception as error:  # the readers below TFDS raise whatever they like for a damaged file
-            shard = _damaged_shard(info, path, split)
-            raise UserError(f"{shard}: can't read the {split} split ({error}): prepare the folder anew") from error
-        if images.shape != (info.size(split), *IMAGE_SHAPE):
-            raise UserError(
-                f"{path}: the {split} split has {len(images)} of {info.size(split)} images: prepare it anew"
-            )
-        arrays[f"{split}_images"], arrays[f"{split}_labels"] = images, labels
+        except ValueError as error:
+            raise UserError(f"{path}: can't read the {split} split ({error}): prepare the folder anew") from error
+        # TFDS shuffles; the ids (train_00000, …) number the examples as they were read from their origin.
+        order = sorted(range(len(ids)), key=ids.__getitem__)
+        arrays[f"{split}_images"], arrays[f"{split}_labels"] = images[order], labels[order]
     return arrays
 
 
@@ -65,15 +59,3 @@ def _files(info: Cifar, path: Path) -> list[Path]:
 
 
 LAYOUT = Layout(find, read, _files, lambda info: f"{info.tfds} of TFDS")
-
-
-def _damaged_shard(info: Cifar, folder: Path, split: str) -> Path:
-    """The file that can't be read, which the readers' messages do not name; the folder if each can be."""
-    from array_record.python.array_record_module import ArrayRecordReader
-
-    for shard in sorted(folder.glob(f"{info.tfds.partition('/')[0]}-{split}.array_record*")):
-        try:
-            ArrayRecordReader(str(shard)).read_all()
-        except Exception:  # a C++ status, as RuntimeError or ValueError
-            return shard
-    return folder

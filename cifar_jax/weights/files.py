@@ -18,7 +18,7 @@ import os
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -32,9 +32,9 @@ from cifar_jax.weights import pytorch, safetensors_files
 from cifar_jax.weights.keras_files import read_keras, write_keras
 from cifar_jax.weights.keras_import import Found, check_architecture, import_keras_file, load_architecture
 from cifar_jax.weights.keras_layers import Architecture
+from cifar_jax.weights.metadata import FORMAT, read_metadata, write_metadata
 from cifar_jax.weights.params import create_module, has_final_relu, num_classes_of
 from cifar_jax.weights.pytorch_files import LEGACY_MAGIC, read_tensors
-from cifar_jax.weights.scaling import scaling_numbers
 
 NAMES = (".safetensors", ".pth", ".pt", ".weights.h5", ".h5", ".hdf5", ".keras")
 
@@ -115,17 +115,9 @@ def save_weights(path: Path, weights: Weights) -> None:
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}")
     kind = kind_of_name(path)
+    names = weights.dataset, weights.class_names
+    metadata = write_metadata(weights.model, weights.final_relu, weights.input_scaling, weights.num_classes, *names)
     if kind == ".safetensors":
-        mean, std = scaling_numbers(weights.input_scaling, weights.dataset)
-        metadata: dict[str, Any] = {
-            "model": weights.model,
-            "input_scaling": weights.input_scaling,
-            "mean": mean,
-            "std": std,
-        }
-        metadata |= {"final_relu": str(weights.final_relu), "num_classes": weights.num_classes}
-        known = {"dataset": weights.dataset, "class_names": weights.class_names}
-        metadata |= {name: value for name, value in known.items() if value is not None}
         data = safetensors_files.write_safetensors(weights.params, metadata)
     elif kind == ".pth":
         buffer = io.BytesIO()
@@ -133,7 +125,7 @@ def save_weights(path: Path, weights: Weights) -> None:
         pytorch.import_torch().save(state_dict, buffer)
         data = buffer.getvalue()
     else:
-        data = write_keras(kind, weights.params, weights.model, weights.final_relu)
+        data = write_keras(kind, weights.params, weights.model, weights.final_relu, metadata)
     write_atomically(path, data)
 
 
@@ -174,7 +166,7 @@ def _read(path: Path, model: str | None, declared: Architecture | None) -> Found
 
 def _read_safetensors(path: Path, model: str | None) -> Found:
     tensors, metadata = safetensors_files.read_safetensors(path)
-    if metadata.get("format") != "cifar_jax":
+    if metadata.get("format") != FORMAT:
         if not all(name.endswith((".weight", ".bias")) for name in tensors):
             raise UserError("not written by cifar_jax, and no PyTorch state_dict")
         params, found, notes = pytorch.params_from_arrays(list(tensors.items()), model)
@@ -182,12 +174,7 @@ def _read_safetensors(path: Path, model: str | None) -> Found:
     params, found = safetensors_files.own_params(tensors, metadata)
     if model not in (None, found):
         raise UserError(f"holds the weights of {found}, not of {model}")
-    scaling = metadata.get("input_scaling")
-    if scaling not in (None, *get_args(InputScaling)):
-        raise UserError(f"its metadata have an unknown input_scaling {scaling!r}")
-    final_relu = {"True": True, "False": False}.get(str(metadata.get("final_relu")))
-    names = safetensors_files.class_names(metadata, num_classes_of(params, found))
-    return Found(found, params, scaling, final_relu, metadata.get("dataset"), names)
+    return Found(found, params, **read_metadata(metadata, num_classes_of(params, found)))
 
 
 def _what_it_is(path: Path, head: bytes, members: list[str]) -> str:

@@ -3,7 +3,7 @@
 python -I hdf5_worker.py FILE FOLDER…: FOLDERs are where numpy and h5py lie. It imports nothing of this project.
 Standard output: the length of a JSON text (8 bytes, little-endian), the text, and the tensors' bytes one after another.
 The JSON is {'error': line}, or {'config': text or null, 'backend': [name], 'order': 'stated' or 'none',
-'tensors': [[name, type, shape], …]}.
+'metadata': text or null, 'tensors': [[name, type, shape], …]}.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ MAX_TENSORS = 1000
 MAX_CONFIG = 2**23
 MEMORY = 2**28  # bytes above what the libraries take, and above a legitimate member
 CPU_SECONDS = 8
+METADATA = "cifar_jax"  # the attribute in which our own files say more than Keras' do
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
@@ -149,6 +150,7 @@ def read(path: str, h5py: Any, numpy: Any) -> tuple[dict[str, Any], list[Any]]:
     with h5py.File(source, "r") as file:
         if config is None and "model_config" in file.attrs:
             config = text(file.attrs["model_config"])
+        metadata = text(file.attrs[METADATA]) if METADATA in file.attrs else None
         root = find(h5py, file, "model_weights") if "model_weights" in file else file
         if not isinstance(root, h5py.Group):
             raise Refused("its model_weights are no group")
@@ -168,6 +170,7 @@ def read(path: str, h5py: Any, numpy: Any) -> tuple[dict[str, Any], list[Any]]:
     ]
     tensors = [[name, kind, list(array.shape)] for (name, kind, _), array in zip(described, arrays)]
     header = {"config": config, "backend": backend[:1], "order": "stated" if stated else "none", "tensors": tensors}
+    header["metadata"] = metadata
     return header, arrays
 
 

@@ -32,12 +32,16 @@ TYPES = ("<f2", "<f4", "<f8", "|i1", "|u1", "|b1", *(f"<{kind}{size}" for kind i
 
 @dataclasses.dataclass(frozen=True)
 class KerasFile:
-    """`config`: the architecture or None; `order`: see pairing; `flipped`: convolution kernels are turned by 180°."""
+    """`config`: the architecture; `order`: see pairing; `flipped`: convolution kernels are turned by 180°.
+
+    `metadata`: of a file that we wrote, see metadata.py.
+    """
 
     tensors: list[Named]
     config: Any
     order: Order
     flipped: bool
+    metadata: dict[str, str] | None
 
 
 def read_keras(path: Path) -> KerasFile:
@@ -60,10 +64,11 @@ def read_keras(path: Path) -> KerasFile:
     header = json.loads(output[8 : 8 + length])
     if "error" in header:
         raise UserError(header["error"])
-    try:
-        config = None if header["config"] is None else json.loads(header["config"])
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"damaged: its architecture is no JSON ({type(error).__name__})") from error
+    config, metadata = (
+        _parsed(header[name], what) for name, what in (("config", "architecture"), ("metadata", "metadata"))
+    )
+    if not isinstance(metadata, (dict, type(None))) or not all(isinstance(x, str) for x in (metadata or {}).values()):
+        raise UserError("its metadata are no texts by name")
     tensors, at = [], 8 + length
     for name, kind, shape in header["tensors"]:
         dtype = np.dtype("<u2" if kind == "bfloat16" else TYPES[TYPES.index(kind)])
@@ -71,10 +76,19 @@ def read_keras(path: Path) -> KerasFile:
         at += array.nbytes
         array = (array.astype(np.uint32) << 16).view(np.float32) if kind == "bfloat16" else array
         tensors.append((name.replace("\\", "/"), array))
-    return KerasFile(tensors, config, header["order"], header["backend"] == ["theano"])
+    return KerasFile(tensors, config, header["order"], header["backend"] == ["theano"], metadata)
 
 
-def write_keras(kind: str, params: Mapping[str, Any], model: str, final_relu: bool) -> bytes:
+def _parsed(text: str | None, what: str) -> Any:
+    try:
+        return None if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"damaged: its {what} can't be read as JSON ({type(error).__name__})") from error
+
+
+def write_keras(
+    kind: str, params: Mapping[str, Any], model: str, final_relu: bool, metadata: Mapping[str, str]
+) -> bytes:
     """A file of the kind '.h5', '.weights.h5' or '.keras'. Raises: UserError for a network without a twin in Keras."""
     import h5py
 
@@ -83,6 +97,7 @@ def write_keras(kind: str, params: Mapping[str, Any], model: str, final_relu: bo
     pairs = {layer["config"]["name"]: (next(weights), next(weights)) for layer in with_weights(architecture)}
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
+        file.attrs[hdf5_worker.METADATA] = json.dumps(metadata)
         if kind == ".h5":
             _write_by_attributes(file, architecture, pairs)
         else:
@@ -90,12 +105,25 @@ def write_keras(kind: str, params: Mapping[str, Any], model: str, final_relu: bo
     if kind != ".keras":
         return buffer.getvalue()
     archive = io.BytesIO()
-    metadata = {"keras_version": keras.WRITTEN_VERSION, "date_saved": "1980-01-01@00:00:00"}
+    version = {"keras_version": keras.WRITTEN_VERSION, "date_saved": "1980-01-01@00:00:00"}
     with zipfile.ZipFile(archive, "w") as members:
-        contents = [json.dumps(text).encode() for text in (metadata, architecture)] + [buffer.getvalue()]
+        contents = [json.dumps(text).encode() for text in (version, _with_modules(architecture))] + [buffer.getvalue()]
         for name, content in zip(("metadata.json", "config.json", "model.weights.h5"), contents):
             members.writestr(zipfile.ZipInfo(name), content)  # the same bytes whenever it is written
     return archive.getvalue()
+
+
+def _with_modules(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """The architecture as .keras wants it: it says in which module each class is."""
+    module: Callable[[str, dict[str, Any]], dict[str, Any]] = lambda name, parts: (
+        {"module": name, "registered_name": None} | parts
+    )
+    layers = []
+    for layer in architecture["config"]["layers"]:
+        fields = {name: module("keras.initializers", value) if name.endswith("_initializer") else value
+                  for name, value in layer["config"].items()}  # fmt: skip
+        layers.append(module("keras.layers", layer | {"config": fields}))
+    return module("keras", {**architecture} | {"config": architecture["config"] | {"layers": layers}})
 
 
 def with_weights(architecture: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -119,6 +147,7 @@ def _write_by_attributes(file: Any, architecture: Mapping[str, Any], pairs: Mapp
 
 
 def _write_by_paths(file: Any, architecture: Mapping[str, Any], pairs: Mapping[str, Any]) -> None:
+    file.create_group("vars")  # the network's own; Keras 2 wants them
     counts: dict[str, int] = {}
     for layer in architecture["config"]["layers"][1:]:
         kind = keras.snake_case(layer["class_name"])

@@ -14,6 +14,7 @@ from cifar_jax.weights.keras import TWINS, twin_layers
 from cifar_jax.weights.keras_files import KerasFile
 from cifar_jax.weights.keras_json import check_steps, read_architecture, shape_steps, twin_steps
 from cifar_jax.weights.keras_layers import Architecture, normalize
+from cifar_jax.weights.metadata import read_metadata
 from cifar_jax.weights.pairing import pair_tensors
 from cifar_jax.weights.params import (
     Named,
@@ -93,7 +94,10 @@ def import_keras_file(file: KerasFile, model: str | None, declared: Architecture
     final_relu = check_architecture(own, params, paired.model) if own and not declared else None
     if own and paired.model not in TWINS:
         notes.append(f"{paired.model} has no twin in Keras: of the architecture only its kernels are checked")
-    return Found(paired.model, params, scaling, final_relu, scales=scaling is not None, notes=tuple(notes))
+    said = read_metadata(file.metadata, num_classes_of(params, paired.model)) if file.metadata else {}
+    said |= {"input_scaling": scaling or said.get("input_scaling")}
+    said |= {"final_relu": final_relu if own else said.get("final_relu")}
+    return Found(paired.model, params, scales=scaling is not None, notes=tuple(notes), **said)
 
 
 def check_architecture(architecture: Architecture, params: Params, model: str) -> bool:

@@ -1,16 +1,10 @@
-"""Our own file: Flax params as LAYER/kernel and LAYER/bias, with metadata that say all that a network needs.
-
-Metadata (text): format 'cifar_jax', model, input_scaling, mean, std (three numbers each, of the channels), final_relu,
-num_classes, and where they are known dataset and class_names. Older files lack mean, std and what follows final_relu.
-"""
+"""Our own file: Flax params as LAYER/kernel and LAYER/bias, with metadata that say all that a network needs."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors
@@ -45,20 +39,5 @@ def own_params(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -
     return params, layers_from_params(params, metadata.get("model"))[1]
 
 
-def class_names(metadata: Mapping[str, str], num_classes: int) -> tuple[str, ...] | None:
-    """The names of the classes, if the file has them. Raises: UserError if they are not one name a class."""
-    if "class_names" not in metadata:
-        return None
-    try:
-        names = json.loads(metadata["class_names"])
-    except (ValueError, RecursionError):
-        names = None
-    if not isinstance(names, list) or len(names) != num_classes or not all(isinstance(name, str) for name in names):
-        raise UserError(f"its class_names are not the names of {num_classes} classes")
-    return tuple(names)
-
-
-def write_safetensors(params: Params, metadata: Mapping[str, Any]) -> bytes:
-    """Metadata that are no text become JSON."""
-    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
-    return safetensors.numpy.save(traverse_util.flatten_dict(params, sep="/"), {"format": "cifar_jax"} | texts)
+def write_safetensors(params: Params, metadata: Mapping[str, str]) -> bytes:
+    return safetensors.numpy.save(traverse_util.flatten_dict(params, sep="/"), dict(metadata))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cifar_jax.batches import INPUT_SCALINGS, pixel_statistics
+from cifar_jax.datasets import DATASETS
 from cifar_jax.errors import UserError
 from cifar_jax.weights.params import Layers
 
@@ -14,14 +15,14 @@ Channels = tuple[float, float, float]
 def scaling_numbers(input_scaling: str, dataset: str | None = None) -> tuple[Channels, Channels]:
     """(mean, deviation) by channel: a pixel from 0 to 255 becomes (pixel / 255 - mean) / deviation.
 
-    Args: dataset: whose statistics 'standardized' means; None: CIFAR-10.
+    Args: dataset: whose statistics 'standardized' means; unknown or None: CIFAR-10's.
     """
-    mean, std = pixel_statistics(input_scaling, dataset or "cifar10")
+    mean, std = pixel_statistics(input_scaling, dataset if dataset in DATASETS else "cifar10")
     return tuple(np.broadcast_to(mean, 3).tolist()), tuple(np.broadcast_to(std, 3).tolist())
 
 
 def describe_scaling(input_scaling: str, dataset: str | None = None) -> str:
-    """(pixel / 255 - (0.5, 0.5, 0.5)) / (0.5, 0.5, 0.5)"""
+    """Such as (pixel / 255 - (0.5, 0.5, 0.5)) / (0.5, 0.5, 0.5)."""
     mean, std = scaling_numbers(input_scaling, dataset)
     return f"(pixel / 255 - {mean}) / {std}"
 

@@ -1,0 +1,88 @@
+"""Labels and PNG files from formats of native libraries, which are run in a process of their own.
+
+A few damaged bytes make such a library crash, loop or fill the memory, which no `except` catches.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from cifar_jax.datasets.cifar import IMAGE_SHAPE
+from cifar_jax.datasets.png import decode_png
+from cifar_jax.errors import UserError
+
+IMPORT_FAILED = 3  # record_reader's exit status
+_READER = Path(__file__).with_name("record_reader.py")
+
+
+def read_records(
+    request: dict[str, Any], files: Sequence[Path], count: int
+) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
+    """Runs record_reader on a request for `count` records of `files`.
+
+    Returns: images uint8 [count, 32, 32, 3], labels int64 [count], the records' keys.
+    Raises: ValueError, saying what is wrong with the files; UserError if a library can't be imported.
+    """
+    if not files or not all(os.path.isfile(file) for file in files):
+        raise ValueError("there are no such files")
+    request = {**request, "count": count, "bytes": sum(file.stat().st_size for file in files)}
+    environment = {**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "2"}
+    command = [sys.executable, "-P", str(_READER), json.dumps(request)]
+    with tempfile.TemporaryFile() as errors:
+        reader = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=environment
+        )
+        assert reader.stdout is not None
+        try:
+            with reader.stdout:
+                return _receive(reader.stdout, count)
+        except EOFError as error:
+            status = reader.wait()
+            reason = _reason(status, errors) or str(error)
+            if status == IMPORT_FAILED:
+                raise UserError(f"{files[0]}: a package that reads it can't be imported ({reason})") from None
+            raise ValueError(reason) from None
+        finally:
+            reader.kill()
+            reader.wait()
+
+
+def _receive(stream: IO[bytes], count: int) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
+    """Reads what the reader writes. Raises: EOFError if it ended too early; ValueError for a bad PNG file."""
+    images, labels, keys = np.empty((count, *IMAGE_SHAPE), np.uint8), np.empty(count, np.int64), []
+    for i in range(count):
+        head = stream.read(12)
+        if len(head) < 12:
+            raise EOFError(f"{i} records in place of {count}")
+        label, key_length, length = struct.unpack("<qHH", head)
+        keys.append(stream.read(key_length))
+        data = stream.read(length)
+        try:
+            labels[i], images[i] = label, decode_png(data)
+        except ValueError as error:
+            raise ValueError(f"record {i}: {error}") from error
+    if stream.read(1):
+        raise ValueError(f"more than {count} records")
+    return images, labels, keys
+
+
+def _reason(status: int, errors: IO[bytes]) -> str:
+    """Why the reader ended; empty if it says nothing."""
+    if status == -signal.SIGXCPU:
+        return "it takes too long for its size"
+    if status < 0:
+        return f"the library that reads it ended by {signal.Signals(-status).name}"
+    errors.seek(0)
+    lines = errors.read(2**20).decode(errors="replace").strip().splitlines()
+    return lines[-1][:300] if status and lines else ""
