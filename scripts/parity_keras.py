@@ -16,14 +16,17 @@ os.environ["KERAS_BACKEND"] = "torch"  # gradients are taken through torch.autog
 
 import jax
 import numpy as np
-import parity
-from parity import Arguments, Check, torch
+from parity import command
+from parity.check import WHY_FLOAT64, Check, difference
+from parity.distributions import distribution_checks
+from parity.ours import scaled
+from parity.reference import not_installed, torch, torch_loss
 
 from cifar_jax import augment
 from cifar_jax.configs import RECIPES
 from cifar_jax.configs.base import Config
 from cifar_jax.datasets import Dataset
-from cifar_jax.weights import keras as interop_keras
+from cifar_jax.weights import keras as keras_weights
 from cifar_jax.weights.params import Params
 
 try:
@@ -31,14 +34,16 @@ try:
     from keras.src.backend.common import dtypes
     from keras_preprocessing.image import ImageDataGenerator
 except ImportError as error:
-    parity.not_installed(error)
+    not_installed(error)
+
+RECIPE = "all_cnn_reference"
 
 # Except with TensorFlow, Keras computes dense layers and means of float64 in float32; the float64 checks need them.
 dtypes.BIT64_TO_BIT32_DTYPE["float64"] = "float64"
 
 
 class KerasReference:
-    """parity.Reference of cifar_jax.weights.keras."""
+    """parity.reference.Reference of cifar_jax.weights.keras."""
 
     def __init__(
         self, model: str, params: Params | None = None, dtype: str = "float32", final_relu: bool = False
@@ -48,14 +53,14 @@ class KerasReference:
         keras.config.set_dtype_policy(dtype)
         # Keras draws initial weights from seeds that Python's random makes: tie them to torch.manual_seed's state.
         keras.utils.set_random_seed(torch.initial_seed() % 2**32)
-        self.network = interop_keras.create_model(model, final_relu=final_relu)
+        self.network = keras_weights.create_model(model, final_relu=final_relu)
         keras.config.set_floatx("float32")
         keras.config.set_dtype_policy("float32")
         if params is not None:
-            self.network.set_weights(interop_keras.params_to_keras(params))
+            self.network.set_weights(keras_weights.params_to_keras(params))
 
     def params(self) -> Params:
-        return interop_keras.params_from_keras(self.network, self.model)
+        return keras_weights.params_from_keras(self.network, self.model)
 
     def logits(self, images: np.ndarray, dropout: bool = False) -> torch.Tensor:
         return self.network(torch.tensor(images), training=dropout)
@@ -63,7 +68,7 @@ class KerasReference:
     def gradients(self, loss: torch.Tensor) -> Params:
         variables = [variable.value for variable in self.network.trainable_weights]
         gradients = torch.autograd.grad(loss, variables)
-        return interop_keras.params_from_keras([gradient.numpy() for gradient in gradients], self.model)
+        return keras_weights.params_from_keras([gradient.numpy() for gradient in gradients], self.model)
 
     def activations(self, images: np.ndarray) -> list[np.ndarray]:
         outputs: list[np.ndarray] = []
@@ -78,7 +83,7 @@ class KerasReference:
         optimizer = sgd(config)
         for images, labels in batches:
             variables = self.network.trainable_weights
-            loss = parity.torch_loss(self.logits(images), labels)
+            loss = torch_loss(self.logits(images), labels)
             gradients = torch.autograd.grad(loss, [variable.value for variable in variables])
             with torch.no_grad():
                 optimizer.apply(list(gradients), variables)
@@ -103,7 +108,7 @@ def fed_optimizer(config: Config, params: Params, gradients: Sequence[Params]) -
 
 def check_augmentation(images: np.ndarray) -> list[Check]:
     """The same drawn parameters through keras-preprocessing's warp and flip, and through ours."""
-    config = RECIPES["all_cnn_reference"]
+    config = RECIPES[RECIPE]
     generator = ImageDataGenerator(
         rotation_range=config.rotation_degrees, width_shift_range=config.shift_fraction,
         height_shift_range=config.shift_fraction, horizontal_flip=True,
@@ -116,22 +121,22 @@ def check_augmentation(images: np.ndarray) -> list[Check]:
     count, result = len(images), []
     for dtype, tolerance, reason in (
         ("float32", 2e-5, "float32 coordinates: floor 2.4e-6"),
-        ("float64", 1e-12, "the same formula: float64 rounding alone"),
+        ("float64", 1e-12, WHY_FLOAT64),
     ):
-        inputs = parity.scaled(images, "all_cnn").astype(dtype)
+        inputs = scaled(images, config.model).astype(dtype)
         theirs = np.stack([generator.apply_transform(image, draw) for image, draw in zip(inputs, drawn)])
         parameters = (values[:count].astype(dtype) for values in (angle, shift_y, shift_x))
         with jax.enable_x64(dtype == "float64"):
             ours = np.asarray(jax.jit(jax.vmap(augment.affine))(inputs, *parameters))
         ours = np.where(flip[:count, None, None, None], ours[:, :, ::-1], ours)
-        error = parity.difference(ours, theirs)
+        error = difference(ours, theirs)
         result.append(Check(f"augmentation of {count} images, {dtype}", error, tolerance, reason))
     keys = jax.random.split(jax.random.key(0), len(drawn))
     draw_affine = lambda key: augment.draw_affine(key, config.rotation_degrees, config.shift_fraction)
     our_draws = [np.asarray(values) for values in jax.jit(jax.vmap(draw_affine))(keys)]
     names = ("angle", "height shift", "width shift")
     for name, a, b in zip(names, our_draws, (angle, shift_y, shift_x)):
-        result += parity.distribution_checks(f"augmentation: {name}", a, b)
+        result += distribution_checks(f"augmentation: {name}", a, b)
     marked = np.arange(2, dtype=np.float32).reshape(1, 2, 1)
     flips = np.asarray(jax.vmap(lambda key: augment.random_flip(key, marked))(keys))[:, 0, 0, 0]
     spread = 5 * float(np.sqrt(0.5 / len(drawn)))
@@ -139,11 +144,11 @@ def check_augmentation(images: np.ndarray) -> list[Check]:
     return result
 
 
-def checks(arguments: Arguments, dataset: Dataset) -> list[Check]:
-    recipe = RECIPES["all_cnn_reference"]
-    result = parity.common_checks(KerasReference, recipe, fed_optimizer, arguments, dataset)
+def checks(arguments: command.Arguments, dataset: Dataset) -> list[Check]:
+    recipe = RECIPES[RECIPE]
+    result = command.common_checks(KerasReference, recipe, fed_optimizer, arguments, dataset)
     return result + check_augmentation(dataset.test_images[:500])
 
 
 if __name__ == "__main__":
-    sys.exit(parity.run("scripts/parity_keras.py", ("keras", "torch", "keras-preprocessing"), checks))
+    sys.exit(command.run("scripts/parity_keras.py", ("keras", "torch", "keras-preprocessing"), checks))

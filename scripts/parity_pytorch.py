@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import parity
-from parity import Arguments, Check, torch
+from parity import command, predictions
+from parity.check import Check
+from parity.reference import torch, torch_loss
 
 from cifar_jax.configs import RECIPES
 from cifar_jax.configs.base import Config
@@ -22,7 +23,7 @@ from cifar_jax.weights.params import Params
 
 
 class PyTorchReference:
-    """parity.Reference of cifar_jax.weights.pytorch."""
+    """parity.reference.Reference of cifar_jax.weights.pytorch."""
 
     def __init__(
         self, model: str, params: Params | None = None, dtype: str = "float32", final_relu: bool = False
@@ -59,7 +60,7 @@ class PyTorchReference:
         optimizer = sgd(config, self.network.parameters())
         for images, labels in batches:
             optimizer.zero_grad()
-            parity.torch_loss(self.logits(images), labels).backward()
+            torch_loss(self.logits(images), labels).backward()
             optimizer.step()
         return self.params()
 
@@ -79,15 +80,15 @@ def fed_optimizer(config: Config, params: Params, gradients: Sequence[Params]) -
     return {name: parameter.detach().numpy() for name, parameter in parameters.items()}
 
 
-def checks(arguments: Arguments, dataset: Dataset) -> list[Check]:
+def checks(arguments: command.Arguments, dataset: Dataset) -> list[Check]:
     recipe = RECIPES["lenet5_reference"]
-    result = parity.common_checks(PyTorchReference, recipe, fed_optimizer, arguments, dataset)
+    result = command.common_checks(PyTorchReference, recipe, fed_optimizer, arguments, dataset)
     test = dataset.test_images[: arguments.test_images], dataset.test_labels[: arguments.test_images]
     for path in arguments.weights:
-        if load_weights(path).model == "lenet5":  # only the notebook tests with dropout on
-            result += parity.check_dropout_at_test(PyTorchReference, path, *test)
+        if load_weights(path).model == recipe.model:  # only the notebook tests with dropout on
+            result += predictions.check_dropout_at_test(PyTorchReference, path, *test)
     return result
 
 
 if __name__ == "__main__":
-    sys.exit(parity.run("scripts/parity_pytorch.py", ("torch",), checks))
+    sys.exit(command.run("scripts/parity_pytorch.py", ("torch",), checks))

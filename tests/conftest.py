@@ -28,7 +28,7 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from cifar_jax import evaluate, ops, plots, train
+from cifar_jax import evaluate, ops, plots, training
 from cifar_jax.configs.base import Config
 from cifar_jax.datasets import DATASETS, Dataset, load_dataset
 from cifar_jax.datasets.cifar import CIFAR
@@ -94,7 +94,7 @@ def tiny_dataset():
 @pytest.fixture
 def use_tiny_dataset(monkeypatch, tiny_dataset):
     """Whatever is asked for, training and evaluation get the tiny dataset."""
-    for module in (train, evaluate):
+    for module in (training, evaluate):
         monkeypatch.setattr(module, "load_dataset", lambda name, data_dir: tiny_dataset)
 
 

@@ -16,11 +16,12 @@ import parity
 import parity_keras
 import parity_pytorch
 import pytest
+from parity import check, command, distributions, forward, ours, predictions, training
 
-from cifar_jax import augment, models
+from cifar_jax import augment, ops
 from cifar_jax.configs import RECIPES
 from cifar_jax.models import MODELS
-from cifar_jax.weights import pytorch as interop_pytorch
+from cifar_jax.weights import pytorch as pytorch_weights
 from cifar_jax.weights.files import Weights, save_weights
 
 SCRIPTS = {"parity_pytorch": parity_pytorch, "parity_keras": parity_keras}
@@ -35,7 +36,7 @@ def batch():
 @pytest.fixture(autouse=True)
 def _compiled_anew():
     """A broken initialiser must not be hidden by what an earlier test compiled, nor stay behind."""
-    caches = (parity.jitted_init, parity.initial_params)
+    caches = (ours.jitted_init, ours.initial_params)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -51,11 +52,11 @@ def failed(checks):
 def test_the_script_passes(script, tmp_path, run_command):
     files = [tmp_path / f"{model}.safetensors" for model in MODELS]
     for model, path in zip(MODELS, files):
-        save_weights(path, Weights(model, parity.initial_params(model), "unit"))
+        save_weights(path, Weights(model, ours.initial_params(model), "unit"))
     sizes = {"images": 40, "steps": 3, "batch-size": 4, "seeds": 2, "test-images": 40}
     flags = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
     flags += ["--dataset", "digits", "--layers", "--json", "--out", tmp_path / "out.json", "--weights", *files]
-    main = lambda: parity.run(f"scripts/{script}.py", ("torch",), SCRIPTS[script].checks)
+    main = lambda: command.run(f"scripts/{script}.py", ("torch",), SCRIPTS[script].checks)
     status, output, errors = run_command(main, *flags)
     content = json.loads(output)
     assert [check for check in content["checks"] if not check["passed"]] == []
@@ -71,16 +72,16 @@ def test_the_script_passes(script, tmp_path, run_command):
 
 
 def test_a_failure_is_exit_status_1_and_named(run_command, tmp_path):
-    checks = lambda arguments, dataset: [parity.Check("good", 0.0, 0.0, ""), parity.Check("bad", np.nan, 1.0, "")]
+    checks = lambda arguments, dataset: [check.Check("good", 0.0, 0.0, ""), check.Check("bad", np.nan, 1.0, "")]
     flags = ("--dataset", "digits", "--out", tmp_path / "out.json")
-    status, output, _ = run_command(lambda: parity.run("scripts/x.py", (), checks), *flags)
+    status, output, _ = run_command(lambda: command.run("scripts/x.py", (), checks), *flags)
     assert status == 1
     assert json.loads((tmp_path / "out.json").read_text())["checks"][1]["error"] is None  # JSON has no NaN
     assert output.splitlines()[-2:] == ["bad        nan   1.0e+00 FAIL", "1 of 2 checks passed"]
 
 
 def test_a_nan_in_any_tensor_is_a_difference():
-    assert np.isnan(parity.difference({"a": 0.0, "b": np.nan}, {"a": 0.0, "b": 0.0}))
+    assert np.isnan(check.difference({"a": 0.0, "b": np.nan}, {"a": 0.0, "b": 0.0}))
 
 
 def test_bad_input_is_one_line(run_command, tmp_path):
@@ -88,7 +89,7 @@ def test_bad_input_is_one_line(run_command, tmp_path):
     bad += [("--seeds", "0"), ("--batch-size", "0"), ("--out", "absent/x.json"), ("--out", tmp_path)]
     bad += [("--dataset", "digits", "--steps", "400")]  # of 4 images, where there are 1,437
     for arguments in bad:
-        status, _, errors = run_command(lambda: parity.run("scripts/x.py", (), parity_pytorch.checks), *arguments)
+        status, _, errors = run_command(lambda: command.run("scripts/x.py", (), parity_pytorch.checks), *arguments)
         assert status == 2
         assert errors.count("\n") == 1
 
@@ -103,7 +104,7 @@ def test_a_framework_that_is_not_installed_is_one_line(script, package):
                     raise ModuleNotFoundError(name=name)
         sys.meta_path.insert(0, Finder())
         runpy.run_path({SCRIPTS[script].__file__!r})"""
-    path = os.pathsep.join(filter(None, [str(Path(parity.__file__).parent), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(Path(parity.__file__).parent.parent), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2
@@ -112,39 +113,39 @@ def test_a_framework_that_is_not_installed_is_one_line(script, package):
 
 def test_wrong_flatten_order_is_seen(monkeypatch, batch):
     """PyTorch's fc1 taken over without the permutation of NCHW to NHWC."""
-    convert = interop_pytorch.params_to_pytorch
+    convert = pytorch_weights.params_to_pytorch
 
     def wrong(params):
         return convert(params) | {"fullyc1.weight": np.asarray(params["Dense_0"]["kernel"]).T.copy()}
 
-    monkeypatch.setattr(interop_pytorch, "params_to_pytorch", wrong)
-    checks = parity.check_logits(parity_pytorch.PyTorchReference, "lenet5", batch[0])
+    monkeypatch.setattr(pytorch_weights, "params_to_pytorch", wrong)
+    checks = forward.check_logits(parity_pytorch.PyTorchReference, "lenet5", batch[0])
     assert failed(checks)
     assert checks[0].error > 1e-3
-    name, *_ = parity.check_activations(parity_pytorch.PyTorchReference, "lenet5", batch[0])[2:3]
+    name, *_ = forward.check_activations(parity_pytorch.PyTorchReference, "lenet5", batch[0])[2:3]
     assert not name.passed  # --layers points at the first dense layer
-    assert failed(parity.check_activations(parity_pytorch.PyTorchReference, "lenet5", batch[0]))[0].endswith("Dense_0")
+    assert failed(forward.check_activations(parity_pytorch.PyTorchReference, "lenet5", batch[0]))[0].endswith("Dense_0")
 
 
 def test_the_rate_outside_keras_velocity_is_seen(monkeypatch):
     config = RECIPES["all_cnn_reference"]
-    assert not failed(parity.check_optimizer(config, parity_keras.fed_optimizer))
+    assert not failed(training.check_optimizer(config, parity_keras.fed_optimizer))
     rate = lambda step: 0.01 / (1 + 5e-5 * jnp.asarray(step, jnp.float32))
-    monkeypatch.setattr(parity, "create_tx", lambda config, steps_per_epoch: optax.sgd(rate, 0.9, nesterov=True))
-    assert len(failed(parity.check_optimizer(config, parity_keras.fed_optimizer))) == 2
+    monkeypatch.setattr(training, "create_tx", lambda config, steps_per_epoch: optax.sgd(rate, 0.9, nesterov=True))
+    assert len(failed(training.check_optimizer(config, parity_keras.fed_optimizer))) == 2
 
 
 def test_wrong_momentum_is_seen(batch):
     config = dataclasses.replace(RECIPES["lenet5_reference"], momentum=0.8)
     theirs = lambda config, *args: parity_pytorch.fed_optimizer(RECIPES["lenet5_reference"], *args)
-    assert len(failed(parity.check_optimizer(config, theirs))) == 2
+    assert len(failed(training.check_optimizer(config, theirs))) == 2
     images, labels = batch
 
     class Other(parity_pytorch.PyTorchReference):
         def train(self, config, batches):
             return super().train(RECIPES["lenet5_reference"], batches)
 
-    assert failed(parity.check_trajectory(Other, config, images, labels, 4))
+    assert failed(training.check_trajectory(Other, config, images, labels, 4))
 
 
 def test_truncated_initialisers_are_seen(monkeypatch):
@@ -154,15 +155,15 @@ def test_truncated_initialisers_are_seen(monkeypatch):
     def truncated(scale, mode, distribution):
         return scaling(scale, mode, "truncated_normal" if distribution == "normal" else distribution)
 
-    monkeypatch.setattr(models.nn.initializers, "variance_scaling", truncated)
-    names = failed(parity.check_initial(parity_pytorch.PyTorchReference, "lenet5", 2))
+    monkeypatch.setattr(nn.initializers, "variance_scaling", truncated)
+    names = failed(distributions.check_initial(parity_pytorch.PyTorchReference, "lenet5", 2))
     assert names
     assert all("initial kernel 3" in name for name in names)
     monkeypatch.undo()
-    parity.jitted_init.cache_clear()
-    parity.initial_params.cache_clear()
-    monkeypatch.setattr(models.nn.initializers, "glorot_uniform", nn.initializers.glorot_normal)
-    assert len(failed(parity.check_initial(parity_keras.KerasReference, "all_cnn", 1))) >= 9
+    ours.jitted_init.cache_clear()
+    ours.initial_params.cache_clear()
+    monkeypatch.setattr(nn.initializers, "glorot_uniform", nn.initializers.glorot_normal)
+    assert len(failed(distributions.check_initial(parity_keras.KerasReference, "all_cnn", 1))) >= 9
 
 
 def test_swapped_shift_axes_are_seen(monkeypatch, batch):
@@ -189,16 +190,16 @@ def test_a_wrong_layer_is_seen(monkeypatch, tmp_path, batch, model, reference):
     """A max pool whose result is a thousandth too large; for All-CNN without Winograd's form, which compiles long."""
     images, labels = batch[0][:4], batch[1][:4]
     path, other = tmp_path / "weights.safetensors", REFERENCES[reference]
-    save_weights(path, Weights(model, parity.initial_params(model), "unit"))
+    save_weights(path, Weights(model, ours.initial_params(model), "unit"))
     if model == "all_cnn":
-        monkeypatch.setattr(models.ops, "winograd_pays", lambda kernel, size: False)
-    pool = models.ops.max_pool
-    monkeypatch.setattr(models.ops, "max_pool", lambda x, **size: pool(x, **size) * jnp.asarray(1.001, x.dtype))
-    parity.jitted_apply.cache_clear()
+        monkeypatch.setattr(ops, "winograd_pays", lambda kernel, size: False)
+    pool = ops.max_pool
+    monkeypatch.setattr(ops, "max_pool", lambda x, **size: pool(x, **size) * jnp.asarray(1.001, x.dtype))
+    ours.jitted_apply.cache_clear()
     jax.clear_caches()
-    checks = parity.check_logits(other, model, images)
-    checks += parity.check_gradients(other, model, images, labels)
-    checks += parity.check_predictions(other, path, images, labels)
+    checks = forward.check_logits(other, model, images)
+    checks += forward.check_gradients(other, model, images, labels)
+    checks += predictions.check_predictions(other, path, images, labels)
     names = " ".join(failed(checks))
     expected = ["logits", "gradients, float64", "loss, float64"]
     # The initial All-CNN's logits are near 0: a thousandth of them is below the loss's rounding.
@@ -206,28 +207,28 @@ def test_a_wrong_layer_is_seen(monkeypatch, tmp_path, batch, model, reference):
     for part in expected:
         assert part in names
     monkeypatch.undo()
-    parity.jitted_apply.cache_clear()
+    ours.jitted_apply.cache_clear()
     jax.clear_caches()
 
 
 @pytest.mark.parametrize("model", list(MODELS))
 def test_a_lost_gradient_is_seen(monkeypatch, batch, model):
     """One tensor's gradient is zero: in float32 as well, where the All-CNN's tolerance is widest."""
-    compute = parity.jax_loss_and_gradients
+    compute = ours.jax_loss_and_gradients
 
     def lossy(*args):
         loss, gradients = compute(*args)
         return loss, gradients | {"Conv_0": gradients["Conv_0"] | {"bias": 0 * gradients["Conv_0"]["bias"]}}
 
-    monkeypatch.setattr(parity, "jax_loss_and_gradients", lossy)
-    names = failed(parity.check_gradients(parity_pytorch.PyTorchReference, model, batch[0][:4], batch[1][:4]))
+    monkeypatch.setattr(ours, "jax_loss_and_gradients", lossy)
+    names = failed(forward.check_gradients(parity_pytorch.PyTorchReference, model, batch[0][:4], batch[1][:4]))
     assert [name.split(",")[1] for name in names] == [" float32", " float64", " float64"]
 
 
 def test_a_trajectory_with_dropout_left_on_is_seen(monkeypatch, batch):
-    monkeypatch.setattr(parity, "without_randomness", lambda config: config)
+    monkeypatch.setattr(training, "without_randomness", lambda config: config)
     config = RECIPES["lenet5_reference"]
-    assert failed(parity.check_trajectory(parity_pytorch.PyTorchReference, config, *batch, 4))
+    assert failed(training.check_trajectory(parity_pytorch.PyTorchReference, config, *batch, 4))
 
 
 def test_another_arg_max_is_seen(tmp_path, batch):
@@ -238,22 +239,22 @@ def test_another_arg_max_is_seen(tmp_path, batch):
             return super().logits(images, dropout).roll(1, dims=-1)
 
     path = tmp_path / "lenet5.safetensors"
-    save_weights(path, Weights("lenet5", parity.initial_params("lenet5"), "symmetric"))
-    names = failed(parity.check_predictions(Rolled, path, *batch))
+    save_weights(path, Weights("lenet5", ours.initial_params("lenet5"), "symmetric"))
+    names = failed(predictions.check_predictions(Rolled, path, *batch))
     assert any("differing arg-max" in name for name in names)
 
 
 def test_predictions_of_a_network_with_a_final_relu(tmp_path, batch):
     path = tmp_path / "all_cnn.safetensors"
-    save_weights(path, Weights("all_cnn", parity.initial_params("all_cnn"), "unit", final_relu=True))
+    save_weights(path, Weights("all_cnn", ours.initial_params("all_cnn"), "unit", final_relu=True))
     for reference in REFERENCES.values():
-        assert failed(parity.check_predictions(reference, path, batch[0][:4], batch[1][:4])) == []
+        assert failed(predictions.check_predictions(reference, path, batch[0][:4], batch[1][:4])) == []
 
 
 def test_other_biases_and_flips_are_seen(monkeypatch, batch):
     uniform = jax.random.uniform
     monkeypatch.setattr(jax.random, "uniform", lambda *args, **kwargs: 1.1 * uniform(*args, **kwargs))
-    names = failed(parity.check_initial(parity_pytorch.PyTorchReference, "lenet5", 4))
+    names = failed(distributions.check_initial(parity_pytorch.PyTorchReference, "lenet5", 4))
     assert any("bias" in name and "bounds" in name for name in names)
     monkeypatch.undo()
     monkeypatch.setattr(augment, "random_flip", lambda key, image: image)
@@ -268,9 +269,9 @@ def test_dropout_at_test_is_seen_to_differ(tmp_path, batch):
             return super().logits(images)
 
     images = np.repeat(batch[0], 20, axis=0)
-    params = parity.initial_params("lenet5")
-    top = np.asarray(parity.jax_logits("lenet5", params, parity.scaled(images, "lenet5"))).argmax(-1).astype(np.int32)
+    params = ours.initial_params("lenet5")
+    top = np.asarray(ours.jax_logits("lenet5", params, ours.scaled(images, "lenet5"))).argmax(-1).astype(np.int32)
     path = tmp_path / "lenet5.safetensors"
     save_weights(path, Weights("lenet5", params, "symmetric"))
-    assert not failed(parity.check_dropout_at_test(parity_pytorch.PyTorchReference, path, images, top))
-    assert failed(parity.check_dropout_at_test(NoDropout, path, images, top))
+    assert not failed(predictions.check_dropout_at_test(parity_pytorch.PyTorchReference, path, images, top))
+    assert failed(predictions.check_dropout_at_test(NoDropout, path, images, top))
