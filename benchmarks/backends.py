@@ -1,31 +1,26 @@
-"""The contenders of benchmarks.throughput: a workload, the process that each contender has to itself, and JAX's."""
+"""The backends that benchmarks.throughput times, and JAX's: the package's own Trainer and Evaluator."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-import os
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from cifar_jax.configs.base import Config
+from benchmarks.workloads import ORDER_STEPS, Workload
 from cifar_jax.environment import PACKAGES, describe_environment
-from cifar_jax.host import check_devices, cpu_cores, keep_memory, use_cpu_cores
+from cifar_jax.host import check_devices, cpu_cores, use_cpu_cores
 from cifar_jax.parallel import default_steps_per_call, replicate, select_devices
-from cifar_jax.train_step import create_eval_steps, create_history, create_train_state, create_train_steps
+from cifar_jax.train_step import create_train_state
+from cifar_jax.trainer import Evaluator, Trainer
 
-Phase = Literal["training", "training_augmented", "inference"]
 Family = Literal["jax", "pytorch", "pytorch-compile", "pytorch-cudagraphs", "keras"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
 FAMILIES: dict[Family, tuple[str, ...]] = {
     "jax": ("jax",),
     "pytorch": ("pytorch", "pytorch channels_last"),
@@ -33,28 +28,6 @@ FAMILIES: dict[Family, tuple[str, ...]] = {
     "pytorch-cudagraphs": ("pytorch-cudagraphs", "pytorch-cudagraphs channels_last"),
     "keras": ("keras",),
 }
-ORDER_STEPS = 1000  # steps until the order of the images repeats: the most that JAX runs in one call
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """A recipe without and with augmentation, at one batch size and dtype, on random images that stay on the device."""
-
-    plain: Config
-    augmented: Config
-
-    def config(self, phase: str) -> Config:
-        return self.augmented if phase == "training_augmented" else self.plain
-
-    def data(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Images uint8 [N, 32, 32, 3], labels int32 [N], and order int32 [ORDER_STEPS, batch], shuffled passes."""
-        batch = self.plain.batch_size
-        size = batch * max(4, 4096 // batch)
-        rng = np.random.default_rng(0)
-        images = rng.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8)
-        passes = [rng.permutation(size) for _ in range(-(-ORDER_STEPS * batch // size))]
-        order = np.concatenate(passes)[: ORDER_STEPS * batch].reshape(ORDER_STEPS, batch)
-        return images, rng.integers(0, 10, size, dtype=np.int32), order.astype(np.int32)
 
 
 def best_rate(multiply: Callable[[], Any], wait: Callable[[Any], Any], size: int) -> float:
@@ -75,7 +48,7 @@ def max_rss() -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-class Contender(abc.ABC):
+class Backend(abc.ABC):
     """A framework at work on a workload. What it compiles, it compiles at the first run of a phase."""
 
     def __init__(self, workload: Workload) -> None:
@@ -83,7 +56,8 @@ class Contender(abc.ABC):
         self._steps: dict[str, int] = {}
 
     @abc.abstractmethod
-    def describe(self) -> dict[str, Any]: ...
+    def describe(self) -> dict[str, Any]:
+        """{'threads'}, and of JAX {'platform', 'environment'}, as JSON values."""
 
     @abc.abstractmethod
     def run(self, phase: str, steps: int) -> float:
@@ -117,7 +91,7 @@ class Contender(abc.ABC):
         return round(steps * self._workload.plain.batch_size / self.run(phase, steps), 1)
 
 
-class JaxContender(Contender):
+class JaxBackend(Backend):
     """The package's own training and evaluation steps, as train.py and evaluate.py call them."""
 
     def __init__(self, workload: Workload) -> None:
@@ -128,6 +102,7 @@ class JaxContender(Contender):
         self._devices = select_devices(dataclasses.replace(workload.plain, num_devices=one))
         self._per_call = default_steps_per_call(workload.plain.model, self._devices)
         images, labels, order = workload.data()
+        # On the devices once: what is replicated already, Trainer and Evaluator do not copy.
         self._images, self._labels, self._order = replicate((images, labels, order.ravel()), self._devices)
         self._phases: dict[str, Callable[[int, int], Any]] = {}
 
@@ -142,7 +117,7 @@ class JaxContender(Contender):
 
     def run(self, phase: str, steps: int) -> float:
         if phase not in self._phases:
-            self._phases[phase] = self._compile(phase)
+            self._phases[phase] = self._create_evaluation() if phase == "inference" else self._create_training(phase)
         in_a_pass = self._steps_of_a_pass(phase)
         begin, done = time.perf_counter(), 0
         while done < steps:
@@ -156,27 +131,28 @@ class JaxContender(Contender):
     def _steps_of_a_pass(self, phase: str) -> int:
         return len(self._labels) // self._workload.plain.batch_size if phase == "inference" else ORDER_STEPS
 
-    def _compile(self, phase: str) -> Callable[[int, int], Any]:
+    def _create_training(self, phase: str) -> Callable[[int, int], Any]:
         """(first step, number of steps) → arrays of the state after them."""
-        config, devices = self._workload.config(phase), self._devices
-        steps = self._steps_of_a_pass(phase)
-        state, history = replicate((create_train_state(config, ORDER_STEPS), create_history(steps)), devices)
-        data, zero = (self._images, self._labels), np.int32(0)
-        if phase == "inference":
-            eval_steps = create_eval_steps(config, devices, self._per_call)(history, state, *data, zero, zero)
+        config = self._workload.config(phase)
+        trainer = Trainer(config, self._images, self._labels, self._devices, steps_per_epoch=ORDER_STEPS)
 
-            def call(first: int, count: int) -> Any:
-                nonlocal history
-                history = eval_steps(history, state, *data, np.int32(first), np.int32(count))
-                return history
-        else:
-            compile_for = create_train_steps(config, devices, self._per_call)
-            train_steps = compile_for(state, history, *data, self._order, zero, zero)
+        def call(first: int, count: int) -> Any:
+            loss = trainer.run_steps(self._order, first, count)
+            return trainer.state, loss
 
-            def call(first: int, count: int) -> Any:
-                nonlocal state, history
-                state, history, loss = train_steps(state, history, *data, self._order, np.int32(first), np.int32(count))
-                return state, loss
+        return call
+
+    def _create_evaluation(self) -> Callable[[int, int], Any]:
+        """(first step, number of steps) → the metrics after them."""
+        config, devices = self._workload.plain, self._devices
+        state = replicate(create_train_state(config, ORDER_STEPS), devices)
+        evaluator = Evaluator(config, state, self._images, self._labels, devices)
+        history = evaluator.create_history()
+
+        def call(first: int, count: int) -> Any:
+            nonlocal history
+            history = evaluator.run_steps(history, state, first, count)
+            return history
 
         return call
 
@@ -190,43 +166,13 @@ class JaxContender(Contender):
         return statistics["peak_bytes_in_use"] if statistics else max_rss()
 
 
-def serve(connection: Connection, contender: str, workload: Workload, platform: str | None) -> None:
-    """A worker process: builds the contender, then answers (method, *arguments) with (error in one line, result).
-
-    `platform`: the one JAX found; None for JAX itself.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    # Set before a framework wakes up: they share the GPU, or none may use it. OMP_WAIT_POLICY stays as it is: an idle
-    # worker's OpenMP threads were seen to use no CPU, and PASSIVE could cost PyTorch the time of waking them.
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    if platform == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    keep_memory()  # PyTorch gains from it, too
-    in_one_line = lambda error: f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-    # Whatever a framework fails with is the reason for its absence.
-    failure, worker = None, None
-    try:
-        worker = create_contender(contender, workload, platform)
-    except Exception as error:
-        failure = in_one_line(error)
-    while True:
-        try:
-            method, *arguments = connection.recv()
-        except EOFError:
-            return
-        try:
-            answer = (failure, None if failure else getattr(worker, method)(*arguments))
-        except Exception as error:
-            answer = (in_one_line(error), None)
-        connection.send(answer)
-
-
-def create_contender(contender: str, workload: Workload, platform: str | None) -> Contender:
-    if contender == "jax":
-        return JaxContender(workload)
-    if "cudagraphs" in contender and platform == "cpu":
+def create_backend(name: str, workload: Workload, platform: str | None) -> Backend:
+    """A backend of FAMILIES. Args: platform: the one JAX found; None for JAX itself."""
+    if name == "jax":
+        return JaxBackend(workload)
+    if "cudagraphs" in name and platform == "cpu":
         raise RuntimeError("CUDA graphs need a GPU")
-    from benchmarks import pytorch_contenders  # here: it imports torch
+    from benchmarks import pytorch_backends  # here: it imports torch
 
-    kind = pytorch_contenders.KerasContender if contender == "keras" else pytorch_contenders.PyTorchContender
-    return kind(contender, workload, platform)
+    kind = pytorch_backends.KerasBackend if name == "keras" else pytorch_backends.PyTorchBackend
+    return kind(name, workload, platform)

@@ -27,17 +27,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import output_file
-from benchmarks.throughput import create_workload
-from cifar_jax import host, ops, train_step
+from benchmarks.workloads import create_workload
+from cifar_jax import host, ops, trainer
 from cifar_jax.cli import command, parse_arguments
 from cifar_jax.configs import RECIPES
 from cifar_jax.configs.base import Config
+from cifar_jax.datasets import DATASETS
 from cifar_jax.environment import describe_command, describe_environment
 from cifar_jax.errors import UserError
 from cifar_jax.host import check_devices, keep_memory, use_cpu_cores
 from cifar_jax.io import write_json
 from cifar_jax.parallel import replicate, select_devices
-from cifar_jax.train_step import create_history, create_train_state, create_train_steps
+from cifar_jax.trainer import Trainer
 
 # name: (config, steps of a round)
 WORKLOADS = {
@@ -79,7 +80,7 @@ def only(parts: tuple[str, ...]) -> Iterator[None]:
         mock.patch.object(ops, "bernoulli_mask", mask),
         mock.patch.object(ops, "_CHANNELS", channels),
         mock.patch.object(ops, "_LARGE_KERNEL", large_kernel),
-        mock.patch.object(train_step, "compiler_options", options),
+        mock.patch.object(trainer, "compiler_options", options),
         mock.patch.object(ops, "winograd_pays", pays),
         mock.patch.object(ops, "unpadded_convolution", unpadded),
     ):
@@ -88,19 +89,17 @@ def only(parts: tuple[str, ...]) -> Iterator[None]:
 
 def create_timer(config: Config) -> Callable[[int], float]:
     """Compiles the step; the timer takes a number of steps and returns milliseconds a step."""
-    devices, batch_size = select_devices(config), config.batch_size
-    images = np.random.default_rng(0).integers(0, 256, (4 * batch_size, 32, 32, 3), dtype=np.uint8)
-    labels = np.arange(4 * batch_size, dtype=np.int32) % 10
-    data = replicate((images, labels, jnp.arange(4 * batch_size, dtype=jnp.int32)), devices)
-    state, history = replicate((create_train_state(config, 4), create_history(4)), devices)
-    train_steps = create_train_steps(config, devices, steps_per_call=1)(state, history, *data, np.int32(0), np.int32(0))
+    devices, size = select_devices(config), 4 * config.batch_size
+    images = np.random.default_rng(0).integers(0, 256, (size, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(size, dtype=np.int32) % len(DATASETS[config.dataset].class_names)
+    steps = Trainer(dataclasses.replace(config, steps_per_call=1), images, labels, devices)
+    order = replicate(jnp.arange(size, dtype=jnp.int32), devices)
 
     def timer(num_steps: int) -> float:
-        nonlocal state, history
         start = time.perf_counter()
         for i in range(num_steps):
-            state, history, _ = train_steps(state, history, *data, np.int32(i % 4), np.int32(1))
-        jax.block_until_ready(state)
+            steps.run_steps(order, i % 4, 1)
+        jax.block_until_ready(steps.state)
         return (time.perf_counter() - start) / num_steps * 1000
 
     timer(2)

@@ -1,4 +1,4 @@
-"""PyTorch and Keras (on PyTorch) at their best, as contenders of benchmarks.throughput: see benchmarks.contenders.
+"""PyTorch and Keras (on PyTorch) at their best, as backends of benchmarks.throughput: see benchmarks.backends.
 
 Data, augmentation and loss stay on the device; augmentation is batched there.
 """
@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.contenders import ORDER_STEPS, Contender, Workload, best_rate, max_rss
-from cifar_jax.batches import SCALINGS
+from benchmarks.backends import Backend, best_rate, max_rss
+from benchmarks.workloads import ORDER_STEPS, Workload
+from cifar_jax.batches import pixel_statistics
 from cifar_jax.configs.base import Config
 from cifar_jax.host import cpu_cores
-from cifar_jax.weights import keras as interop_keras
-from cifar_jax.weights import pytorch as interop_pytorch
+from cifar_jax.weights import keras as keras_weights
+from cifar_jax.weights import pytorch as pytorch_weights
 
 
-def scaling(input_scaling: str) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, shift), float32 [3, 1, 1] or [1, 1, 1]: image · scale + shift is datasets.scale_images."""
-    mean, std = (np.reshape(values, (-1, 1, 1)) for values in SCALINGS[input_scaling])
+def scaling(config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """(scale, shift), float32 [3, 1, 1] or [1, 1, 1]: image · scale + shift is cifar_jax.batches.scale_images."""
+    statistics = pixel_statistics(config.input_scaling, config.dataset)
+    mean, std = (np.reshape(values, (-1, 1, 1)) for values in statistics)
     return np.float32(1 / (255 * std)), np.float32(-mean / std)
 
 
@@ -64,38 +66,38 @@ def augment(images: Tensor, config: Config) -> Tensor:
     return images
 
 
-class PyTorchContender(Contender):
+class PyTorchBackend(Backend):
     """Eager, compiled or captured as a CUDA graph, contiguous or channels_last, as its name says."""
 
-    def __init__(self, contender: str, workload: Workload, platform: str | None) -> None:
+    def __init__(self, name: str, workload: Workload, platform: str | None) -> None:
         super().__init__(workload)
         if platform != "cpu" and not torch.cuda.is_available():
             raise RuntimeError(f"PyTorch finds no GPU, where JAX has a {platform}")
-        self._captured = "cudagraphs" in contender
+        self._captured = "cudagraphs" in name
         # max-autotune tries kernels, and captures CUDA graphs of its own.
-        self._autotuned = "compile" in contender and platform != "cpu"
+        self._autotuned = "compile" in name and platform != "cpu"
         torch.manual_seed(0)
         torch.set_num_threads(cpu_cores())
         if platform != "cpu":
             torch.set_float32_matmul_precision("high")  # TF32, as JAX's default; cuDNN has it by default
             torch.backends.cudnn.benchmark = True
         self._device = torch.device("cpu" if platform == "cpu" else "cuda")
-        self._format = torch.channels_last if "channels_last" in contender else torch.contiguous_format
+        self._format = torch.channels_last if "channels_last" in name else torch.contiguous_format
         on_device = lambda array: torch.from_numpy(array).to(self._device)
         images, labels, order = workload.data()
         self._images = on_device(images.transpose(0, 3, 1, 2)).contiguous(memory_format=self._format)
         self._labels, self._order = on_device(labels).long(), on_device(order).long()
         self._rows = self._order.unbind()
         self._position = torch.zeros(1, dtype=torch.int64, device=self._device)
-        self._scale, self._shift = map(on_device, scaling(workload.plain.input_scaling))
+        self._scale, self._shift = map(on_device, scaling(workload.plain))
         self._total = torch.zeros((), device=self._device)
         self._correct = torch.zeros((), dtype=torch.int64, device=self._device)
         self._graphs: dict[str, Any] = {}
-        self._create_network("compile" in contender)
+        self._create_network("compile" in name)
 
     def _create_network(self, compiled: bool) -> None:
         config = self._workload.plain
-        network = interop_pytorch.create_model(config.model, config.dropout_rates)
+        network = pytorch_weights.create_model(config.model, config.dropout_rates)
         self._network = network.to(self._device, memory_format=self._format)
         self._optimizer = torch.optim.SGD(
             network.parameters(),
@@ -190,14 +192,14 @@ class PyTorchContender(Contender):
         return torch.cuda.max_memory_allocated() if self._device.type == "cuda" else max_rss()
 
 
-class KerasContender(PyTorchContender):
+class KerasBackend(PyTorchBackend):
     """Keras' own loop of train_on_batch and test_on_batch, on the same data and augmentation."""
 
     def _create_network(self, compiled: bool) -> None:
-        config, keras = self._workload.plain, interop_keras.import_keras()
+        config, keras = self._workload.plain, keras_weights.import_keras()
         if config.dtype == "bfloat16":
             keras.mixed_precision.set_global_policy("mixed_bfloat16")
-        model = interop_keras.create_model(config.model, config.dropout_rates)
+        model = keras_weights.create_model(config.model, config.dropout_rates)
         model.compile(
             # Its weight decay is not the recipe's L2, but costs the same.
             keras.optimizers.SGD(

@@ -2,12 +2,12 @@
 
 python -m benchmarks.throughput --out DIR [--models …] [--batch-sizes …] [--frameworks …] [--dtype bfloat16] …
 
-Each contender has a process of its own; they are compiled and warmed up one by one, then take turns, phase by phase
+Each backend has a process of its own; they are compiled and warmed up one by one, then take turns, phase by phase
 and round by round, forth and back, so that a drifting machine hurts all alike. Training is the whole loop: batches
 gathered by a shuffled order from uint8 images on the device, scaling, augmentation if any, forward with dropout,
 backward, update. Inference is the whole evaluation: gather, scaling, forward, loss and number of correct ones. Medians
-over the rounds go to DIR/NAME.json, written anew after each workload. A contender that fails is named there with its
-reason.
+over the rounds go to DIR/NAME.json, written anew after each workload. A backend that fails is named there with its
+reason. The file calls backends contenders, as files that were measured earlier do.
 
 Measure on a quiet machine: where others compute, PyTorch's OpenMP threads wait for each other in vain, and it slows
 down tenfold.
@@ -16,9 +16,6 @@ down tenfold.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-import multiprocessing
 import os
 import statistics
 import sys
@@ -27,98 +24,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 from benchmarks import output_file
-from benchmarks.contenders import FAMILIES, PHASES, Family, Phase, Workload, serve
+from benchmarks.backends import FAMILIES, Family
+from benchmarks.worker import Absent, Worker
+from benchmarks.workloads import PHASES, Phase, Workload, create_workload, default_batch_sizes, flops_per_image
 from cifar_jax.cli import command, parse_arguments
-from cifar_jax.configs import RECIPES
+from cifar_jax.configs.base import ModelName
 from cifar_jax.environment import describe_command
 from cifar_jax.errors import UserError
 from cifar_jax.io import write_json
 from cifar_jax.models import MODELS
-from cifar_jax.weights.params import expected_shapes
 
-BATCH_SIZES = {"lenet5": (4, 128), "all_cnn": (64,)}
-# LeNet-5's usual training with larger batches, as every framework can do it.
-LARGE_BATCH = {"dropout_rates": (0.0, 0.0), "learning_rate": 0.05, "nesterov": True, "weight_decay": 1e-3}
-LARGE_BATCH |= {"input_scaling": "standardized"}
 MATRIX_SIZES = {"cpu": (1024, 2048)}  # and 4096, 8192 elsewhere
 FLOPS = "forward: sum over layers of 2·H_out·W_out·kh·kw·I·O (dense: 2·I·O); training: 3·forward - first layer's"
-
-
-class Worker:
-    """A contender in its own process."""
-
-    def __init__(self, contender: str, workload: Workload, platform: str | None, timeout: float) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._timeout = timeout
-        self._connection, theirs = context.Pipe()
-        arguments = (theirs, contender, workload, platform)
-        self._process = context.Process(target=serve, args=arguments, daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        """What the contender's method returns. Raises Absent if it fails, hangs or its process ends."""
-        try:
-            self._connection.send((method, *arguments))
-            if not self._connection.poll(self._timeout):
-                raise Absent(f"no answer in {self._timeout:g} s")
-            failure, result = self._connection.recv()
-        except (EOFError, ConnectionError) as error:
-            self._process.join()
-            raise Absent(f"its process ended with status {self._process.exitcode}") from error
-        if failure is not None:
-            raise Absent(failure)
-        return result
-
-    def close(self) -> None:
-        self._connection.close()  # the process ends, unless it hangs
-        self._process.join(2)
-        self._process.kill()
-        self._process.join()
-        self._process.close()
-
-
-class Absent(Exception):
-    """Why a contender takes no part, in one line."""
-
-
-def layer_flops(model: str, image_size: int = 32) -> list[int]:
-    """FLOPs of the products of each layer in the forward pass of one image; a multiplication and an addition are 2.
-
-    A convolution has 2·H_out·W_out·kh·kw·I·O, a dense layer 2·I·O.
-    """
-    init = functools.partial(MODELS[model]().init_with_output, capture_intermediates=True)
-    images = jnp.zeros((1, image_size, image_size, 3))
-    shapes = jax.eval_shape(init, jax.random.key(0), images)[1]["intermediates"]
-    positions = lambda name: math.prod(shapes[name]["__call__"][0].shape[1:-1])
-    return [2 * positions(name) * math.prod(kernel) for name, kernel, _ in expected_shapes(model)]
-
-
-def flops_per_image(model: str, image_size: int = 32) -> dict[str, int]:
-    """FLOPs by phase. Backward takes two products where forward takes one, but none for the image's gradient."""
-    layers = layer_flops(model, image_size)
-    training = 3 * sum(layers) - layers[0]
-    return {"training": training, "training_augmented": training, "inference": sum(layers)}
-
-
-def create_workload(model: str, batch_size: int, dtype: str) -> tuple[str, Workload]:
-    """The recipe's name, and the recipe at this batch size without and with augmentation."""
-    recipe = f"{model}_reference"
-    changes: dict[str, Any] = {
-        "batch_size": batch_size,
-        "eval_batch_size": batch_size,
-        "dtype": dtype,
-    }
-    if model == "lenet5" and batch_size != 4:
-        changes |= LARGE_BATCH
-    config = dataclasses.replace(RECIPES[recipe], **changes)
-    # LeNet-5's original has no augmentation, and neither has crops or cutout.
-    added: dict[str, Any] = {"crop_padding": 3, "random_flip": True} if model == "lenet5" else {}
-    off: dict[str, Any] = {"rotation_degrees": 0.0, "shift_fraction": 0.0, "random_flip": False}
-    return recipe, Workload(dataclasses.replace(config, **off), dataclasses.replace(config, **added))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,10 +48,10 @@ class Arguments:
     """Folder for the JSON file."""
     name: str = "throughput"
     """Name of the JSON file, without .json."""
-    models: tuple[Literal["lenet5", "all_cnn"], ...] = ("lenet5", "all_cnn")
+    models: tuple[ModelName, ...] = tuple(MODELS)
     """The networks."""
     batch_sizes: tuple[int, ...] | None = None
-    """Of all networks; None: 4 and 128 for lenet5, 64 for all_cnn."""
+    """Of all networks; None: the reference recipe's, 64 for all_cnn, 4 for lenet5 and then 128."""
     frameworks: tuple[Family, ...] = ("jax", "pytorch", "pytorch-compile", "keras")
     """Who takes part, JAX always; PyTorch's contiguous and channels_last."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -140,14 +59,14 @@ class Arguments:
     phases: tuple[Phase, ...] = PHASES
     """What is measured."""
     rounds: int = 7
-    """Each contender is timed once a round."""
+    """Each backend is timed once a round."""
     seconds_per_round: float = 2.0
-    """How long a contender runs in a round, one step at least."""
+    """How long a backend runs in a round, one step at least."""
     timeout: float = 600.0
-    """Seconds after which a contender that does not answer is left out."""
+    """Seconds after which a backend that does not answer is left out."""
 
 
-def measure(workload: Workload, contenders: list[str], arguments: Arguments) -> dict[str, Any]:
+def measure(workload: Workload, backends: list[str], arguments: Arguments) -> dict[str, Any]:
     """{'environment', 'contenders': raw values by name, 'absent': reasons by name}.
 
     Raises: UserError if JAX fails.
@@ -156,7 +75,7 @@ def measure(workload: Workload, contenders: list[str], arguments: Arguments) -> 
     absent: dict[str, str] = {}
 
     def ask(method: str, *args: Any) -> Iterator[tuple[str, Any]]:
-        """(name, answer) of one contender after the other; one that fails takes no part any more."""
+        """(name, answer) of one backend after the other; one that fails takes no part any more."""
         for name in list(workers):
             try:
                 answer = workers[name].call(method, *args)
@@ -172,7 +91,7 @@ def measure(workload: Workload, contenders: list[str], arguments: Arguments) -> 
     try:
         workers["jax"] = Worker("jax", workload, None, arguments.timeout)
         jax_itself = dict(ask("describe"))["jax"]
-        for name in contenders[1:]:  # they start side by side, and are compiled one by one
+        for name in backends[1:]:  # they start side by side, and are compiled one by one
             workers[name] = Worker(name, workload, jax_itself["platform"], arguments.timeout)
         results = {name: {"threads": answer["threads"], "phases": {}} for name, answer in ask("describe")}
         for phase in arguments.phases:
@@ -201,20 +120,20 @@ def measure(workload: Workload, contenders: list[str], arguments: Arguments) -> 
 def summarize(workloads: dict[str, dict[str, Any]]) -> float:
     """Adds medians, JAX's ratios and shares of the matrix-product rate to measured workloads, and returns that rate.
 
-    The rate, in FLOP/s, is the highest that any contender reached in any size: the device's practical limit.
+    The rate, in FLOP/s, is the highest that any backend reached in any size: the device's practical limit.
     """
-    everyone = [contender for workload in workloads.values() for contender in workload["contenders"].values()]
-    limit = max(rate for contender in everyone for rate in contender["matrix_products"].values())
+    everyone = [backend for workload in workloads.values() for backend in workload["contenders"].values()]
+    limit = max(rate for backend in everyone for rate in backend["matrix_products"].values())
     for workload in workloads.values():
-        contenders = workload["contenders"]
-        for contender in contenders.values():
-            for phase, values in contender["phases"].items():
+        backends = workload["contenders"]
+        for backend in backends.values():
+            for phase, values in backend["phases"].items():
                 median = statistics.median(values["rounds"])
                 values["images_per_second"] = median
                 values["share_of_matrix_rate"] = round(median * workload["flops_per_image"][phase] / limit, 4)
         workload["best_pytorch"] = {}
-        for phase in contenders["jax"]["phases"]:
-            medians = {name: values["phases"][phase]["images_per_second"] for name, values in contenders.items()}
+        for phase in backends["jax"]["phases"]:
+            medians = {name: values["phases"][phase]["images_per_second"] for name, values in backends.items()}
             pytorch = [name for name in medians if name.startswith("pytorch")]
             if pytorch:
                 best = max(pytorch, key=medians.__getitem__)
@@ -230,42 +149,43 @@ def main() -> int:
         raise UserError("--rounds, --batch-sizes, --seconds-per-round and --timeout take numbers above 0")
     if not (arguments.models and arguments.phases):
         raise UserError("--models and --phases: name one or more")
-    contenders = [name for family in FAMILIES if family in {"jax", *arguments.frameworks} for name in FAMILIES[family]]
+    backends = [name for family in FAMILIES if family in {"jax", *arguments.frameworks} for name in FAMILIES[family]]
+    sizes_of = lambda model: arguments.batch_sizes or default_batch_sizes(model)
+    tasks = [(model, size) for model in arguments.models for size in sizes_of(model)]
     file = output_file(arguments.out, arguments.name)
     jax.config.update("jax_platforms", "cpu")  # this process only counts FLOPs: a GPU is all the workers'
     load_average = os.getloadavg()[0]
     workloads: dict[str, dict[str, Any]] = {}
-    for model in arguments.models:
-        for batch_size in arguments.batch_sizes or BATCH_SIZES[model]:
-            recipe, workload = create_workload(model, batch_size, arguments.dtype)
-            measured = measure(workload, contenders, arguments)
-            environment = measured.pop("environment")
-            name = f"{model}_batch{batch_size}"
-            workloads[name] = {
-                "model": model,
-                "batch_size": batch_size,
-                "recipe": recipe,
-                "config": dataclasses.asdict(workload.plain),
-                "config_augmented": dataclasses.asdict(workload.augmented),
-                "flops_per_image": flops_per_image(model),
-                **measured,
-            }
-            limit = summarize(workloads)
-            content = {
-                "command": describe_command("-m benchmarks.throughput", sys.argv[1:]),
-                **environment,
-                "load_average_before": load_average,
-                "dtype": arguments.dtype,
-                "rounds": arguments.rounds,
-                "seconds_per_round": arguments.seconds_per_round,
-                "flops": FLOPS,
-                "matrix_flops_per_second": limit,
-                "workloads": workloads,
-            }
-            write_json(file, content)
-            for contender, values in workloads[name]["contenders"].items():
-                rates = (f"{values['phases'][phase]['images_per_second']:12,.1f}" for phase in arguments.phases)
-                print(f"{name:18} {contender:32} {' '.join(rates)} images/s ({', '.join(arguments.phases)})")
+    for model, batch_size in tasks:
+        recipe, workload = create_workload(model, batch_size, arguments.dtype)
+        measured = measure(workload, backends, arguments)
+        environment = measured.pop("environment")
+        name = f"{model}_batch{batch_size}"
+        workloads[name] = {
+            "model": model,
+            "batch_size": batch_size,
+            "recipe": recipe,
+            "config": dataclasses.asdict(workload.plain),
+            "config_augmented": dataclasses.asdict(workload.augmented),
+            "flops_per_image": flops_per_image(workload.plain),
+            **measured,
+        }
+        limit = summarize(workloads)
+        content = {
+            "command": describe_command("-m benchmarks.throughput", sys.argv[1:]),
+            **environment,
+            "load_average_before": load_average,
+            "dtype": arguments.dtype,
+            "rounds": arguments.rounds,
+            "seconds_per_round": arguments.seconds_per_round,
+            "flops": FLOPS,
+            "matrix_flops_per_second": limit,
+            "workloads": workloads,
+        }
+        write_json(file, content)
+        for backend, values in workloads[name]["contenders"].items():
+            rates = (f"{values['phases'][phase]['images_per_second']:12,.1f}" for phase in arguments.phases)
+            print(f"{name:18} {backend:32} {' '.join(rates)} images/s ({', '.join(arguments.phases)})")
     return 0
 
 

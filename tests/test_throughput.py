@@ -15,17 +15,19 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import pytorch_contenders, throughput
-from benchmarks.contenders import FAMILIES, PHASES, Contender, JaxContender
+from benchmarks import pytorch_backends, throughput, workloads
+from benchmarks.backends import FAMILIES, Backend, JaxBackend
 from benchmarks.report.figures import draw_throughput
 from benchmarks.report.performance import throughput_table
 from benchmarks.report.results import ROOT
+from benchmarks.worker import Absent, Worker
+from benchmarks.workloads import PHASES, create_workload
 from cifar_jax import augment
-from cifar_jax.batches import scale_images
+from cifar_jax.batches import pixel_statistics, scale_images
 from cifar_jax.configs import RECIPES
 from cifar_jax.models import MODELS
 from cifar_jax.train_step import cross_entropy
-from cifar_jax.weights import pytorch as interop_pytorch
+from cifar_jax.weights import pytorch as pytorch_weights
 
 
 @pytest.fixture(autouse=True)
@@ -36,14 +38,15 @@ def _quick_workers(monkeypatch):
 
 def test_flops_are_those_counted_by_hand():
     conv1, conv2 = 2 * 28 * 28 * 25 * 3 * 32, 2 * 10 * 10 * 25 * 32 * 64
-    assert throughput.layer_flops("lenet5") == [conv1, conv2, 2 * 1600 * 200, 2 * 200 * 100, 2 * 100 * 10]
+    lenet5, all_cnn = RECIPES["lenet5_reference"], RECIPES["all_cnn_reference"]
+    assert workloads.layer_flops(lenet5) == [conv1, conv2, 2 * 1600 * 200, 2 * 200 * 100, 2 * 100 * 10]
     forward = 14_685_200
-    assert throughput.flops_per_image("lenet5") == {
+    assert workloads.flops_per_image(lenet5) == {
         "training": 3 * forward - 3_763_200,
         "training_augmented": 3 * forward - 3_763_200,
         "inference": forward,
     }
-    assert throughput.layer_flops("all_cnn") == [
+    assert workloads.layer_flops(all_cnn) == [
         5_308_416, 169_869_312, 169_869_312,  # 32×32
         74_649_600, 112_140_288, 112_140_288,  # 15×15, then 13×13
         23_887_872, 2_654_208, 138_240,  # 6×6
@@ -56,7 +59,7 @@ def phase(*rounds):
 
 def measured(**rates):
     """A workload as `measure` leaves it, with training alone."""
-    contenders = {
+    backends = {
         name.replace("_", " ", 1): {
             "threads": 2,
             "phases": {"training": phase(*rounds)},
@@ -70,7 +73,7 @@ def measured(**rates):
         "model": "lenet5",
         "batch_size": 4,
         "flops_per_image": {"training": 10_000_000},
-        "contenders": contenders,
+        "contenders": backends,
         "absent": absent,
     }
 
@@ -127,10 +130,10 @@ def test_a_tiny_run(tmp_path, run_command, monkeypatch):
     assert set(workload["absent"]) == {"pytorch-cudagraphs", "pytorch-cudagraphs channels_last"}
     assert all(reason == "RuntimeError: CUDA graphs need a GPU" for reason in workload["absent"].values())
     assert "pytorch-cudagraphs is absent: RuntimeError: CUDA graphs need a GPU" in error
-    for contender in workload["contenders"].values():
-        assert contender["peak_memory_bytes"] > 2**20
-        assert set(contender["matrix_products"]) == {"64", "128"}
-        for values in contender["phases"].values():
+    for backend in workload["contenders"].values():
+        assert backend["peak_memory_bytes"] > 2**20
+        assert set(backend["matrix_products"]) == {"64", "128"}
+        for values in backend["phases"].values():
             assert len(values["rounds"]) == 1
             assert values["images_per_second"] == values["rounds"][0] > 0
     assert set(workload["best_pytorch"]) == {"training_augmented", "inference"}
@@ -158,23 +161,23 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, run_command, flags, messag
 
 
 def test_a_worker_that_dies_or_hangs_is_absent_with_the_reason():
-    _, workload = throughput.create_workload("lenet5", 4, "float32")
-    worker = throughput.Worker("pytorch-cudagraphs", workload, "cpu", 60)
-    with pytest.raises(throughput.Absent, match="CUDA graphs need a GPU"):
+    _, workload = create_workload("lenet5", 4, "float32")
+    worker = Worker("pytorch-cudagraphs", workload, "cpu", 60)
+    with pytest.raises(Absent, match="CUDA graphs need a GPU"):
         worker.call("describe")
     worker._timeout = 0.1
     os.kill(worker._process.pid, signal.SIGSTOP)
-    with pytest.raises(throughput.Absent, match=r"no answer in 0\.1 s"):
+    with pytest.raises(Absent, match=r"no answer in 0\.1 s"):
         worker.call("describe")
     os.kill(worker._process.pid, signal.SIGKILL)
     worker._process.join()
-    with pytest.raises(throughput.Absent, match="its process ended with status -9"):
+    with pytest.raises(Absent, match="its process ended with status -9"):
         worker.call("describe")
     worker.close()
 
 
 def test_workloads_are_the_recipes():
-    recipe, workload = throughput.create_workload("all_cnn", 64, "bfloat16")
+    recipe, workload = create_workload("all_cnn", 64, "bfloat16")
     assert recipe == "all_cnn_reference"
     assert (workload.augmented.rotation_degrees, workload.augmented.shift_fraction) == (10, 0.1)
     assert workload.augmented.random_flip
@@ -183,7 +186,7 @@ def test_workloads_are_the_recipes():
         workload.augmented, rotation_degrees=0.0, shift_fraction=0.0, random_flip=False
     )
     assert [workload.config(phase) is workload.augmented for phase in PHASES] == [False, True, False]
-    lenet5 = throughput.create_workload("lenet5", 128, "float32")[1]
+    lenet5 = create_workload("lenet5", 128, "float32")[1]
     assert (lenet5.plain.crop_padding, lenet5.augmented.crop_padding, lenet5.augmented.random_flip) == (0, 3, True)
     assert (lenet5.plain.optimizer, lenet5.plain.ema_decay, lenet5.plain.weight_decay) == ("sgd", 0, 1e-3)
     images, labels, order = workload.data()
@@ -207,7 +210,7 @@ def test_pytorchs_affine_is_the_packages(images):
     rng = np.random.default_rng(1)
     parameters = [rng.uniform(-bound, bound, 8).astype(np.float32) for bound in (math.radians(10), 3.2, 3.2)]
     expected = jax.vmap(augment.affine)(images, *map(jnp.asarray, parameters))
-    result = pytorch_contenders.affine(nchw(images), *map(torch.from_numpy, parameters))
+    result = pytorch_backends.affine(nchw(images), *map(torch.from_numpy, parameters))
     np.testing.assert_allclose(result.numpy().transpose(0, 2, 3, 1), expected, atol=1e-4)
 
 
@@ -215,46 +218,48 @@ def test_pytorchs_crop_is_the_packages(images):
     offsets = np.random.default_rng(2).integers(0, 7, (8, 2))
     padded = np.pad(images, ((0, 0), (3, 3), (3, 3), (0, 0)), mode="reflect")
     expected = np.stack([image[y : y + 32, x : x + 32] for image, (y, x) in zip(padded, offsets)])
-    result = pytorch_contenders.crop(nchw(images), 3, *torch.from_numpy(offsets).T)
+    result = pytorch_backends.crop(nchw(images), 3, *torch.from_numpy(offsets).T)
     np.testing.assert_array_equal(result.numpy().transpose(0, 2, 3, 1), expected)
 
 
 @pytest.mark.parametrize("input_scaling", ["unit", "symmetric", "standardized"])
 def test_pytorchs_scaling_is_the_packages(input_scaling):
     images = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
-    scale, shift = pytorch_contenders.scaling(input_scaling)
-    expected = np.asarray(scale_images(images, input_scaling)).transpose(0, 3, 1, 2)
+    config = dataclasses.replace(RECIPES["lenet5_reference"], input_scaling=input_scaling)
+    scale, shift = pytorch_backends.scaling(config)
+    expected = scale_images(images, *pixel_statistics(input_scaling, config.dataset))
+    expected = np.asarray(expected).transpose(0, 3, 1, 2)
     np.testing.assert_allclose(images.transpose(0, 3, 1, 2) * scale + shift, expected, atol=1e-6)
 
 
 def test_pytorchs_augmentation_draws_for_each_image():
     shades = (np.mgrid[:32, :32].sum(axis=0) ** 1.5).astype(np.float32)
     images = torch.from_numpy(np.broadcast_to(shades, (64, 3, 32, 32)).copy())
-    plain = dataclasses.replace(throughput.create_workload("lenet5", 4, "float32")[1].plain)
+    plain = dataclasses.replace(create_workload("lenet5", 4, "float32")[1].plain)
     different = lambda images: len(np.unique(images.numpy().reshape(64, -1), axis=0))
-    assert different(pytorch_contenders.augment(images, plain)) == 1
-    flipped = pytorch_contenders.augment(images, dataclasses.replace(plain, random_flip=True))
+    assert different(pytorch_backends.augment(images, plain)) == 1
+    flipped = pytorch_backends.augment(images, dataclasses.replace(plain, random_flip=True))
     mirrored = [torch.equal(image, images[0].flip(-1)) for image in flipped]
     assert 0 < sum(mirrored) < 64
     assert sum(torch.equal(image, images[0]) for image in flipped) == 64 - sum(mirrored)
-    assert different(pytorch_contenders.augment(images, dataclasses.replace(plain, crop_padding=3))) > 15
-    for lever in ({"rotation_degrees": 10.0}, {"shift_fraction": 0.1}):
-        assert different(pytorch_contenders.augment(images, dataclasses.replace(plain, **lever))) == 64
+    assert different(pytorch_backends.augment(images, dataclasses.replace(plain, crop_padding=3))) > 15
+    for setting in ({"rotation_degrees": 10.0}, {"shift_fraction": 0.1}):
+        assert different(pytorch_backends.augment(images, dataclasses.replace(plain, **setting))) == 64
 
 
 def test_pytorch_and_keras_see_the_same_images_and_compute_the_same_loss():
-    _, workload = throughput.create_workload("lenet5", 4, "float32")
+    _, workload = create_workload("lenet5", 4, "float32")
     images, labels, order = workload.data()
-    inputs = np.asarray(scale_images(jnp.asarray(images), "symmetric"))
-    contender = pytorch_contenders.PyTorchContender("pytorch", workload, "cpu")
-    params = interop_pytorch.params_from_pytorch(contender._network.state_dict(), "lenet5")
+    inputs = np.asarray(scale_images(jnp.asarray(images), *pixel_statistics("symmetric", "cifar10")))
+    backend = pytorch_backends.PyTorchBackend("pytorch", workload, "cpu")
+    params = pytorch_weights.params_from_pytorch(backend._network.state_dict(), "lenet5")
     rows = order[:2].ravel()
     logits = MODELS["lenet5"]().apply({"params": params}, inputs[rows])
-    contender.run("inference", 2)
-    np.testing.assert_allclose(contender._total, cross_entropy(logits, labels[rows]).sum(), rtol=1e-5)
-    assert int(contender._correct) == int((logits.argmax(-1) == labels[rows]).sum())
+    backend.run("inference", 2)
+    np.testing.assert_allclose(backend._total, cross_entropy(logits, labels[rows]).sum(), rtol=1e-5)
+    assert int(backend._correct) == int((logits.argmax(-1) == labels[rows]).sum())
     seen = []
-    keras = pytorch_contenders.KerasContender("keras", workload, "cpu")
+    keras = pytorch_backends.KerasBackend("keras", workload, "cpu")
     keras._network.train_on_batch = lambda *batch: seen.append(batch)
     keras.run("training", 2)
     np.testing.assert_allclose(torch.cat([batch[0] for batch in seen]), inputs[rows], atol=1e-6)
@@ -263,16 +268,16 @@ def test_pytorch_and_keras_see_the_same_images_and_compute_the_same_loss():
     assert not np.allclose(torch.cat([batch[0] for batch in seen[2:]]), inputs[rows])
 
 
-def test_contenders_take_turns_forth_and_back(monkeypatch):
+def test_backends_take_turns_forth_and_back(monkeypatch):
     rounds = []
 
     class Stub:
-        def __init__(self, contender, *_):
-            self._contender = contender
+        def __init__(self, backend, *_):
+            self._backend = backend
 
         def call(self, method, *arguments):
             if method == "run_round":
-                rounds.append((self._contender, *arguments))
+                rounds.append((self._backend, *arguments))
                 return 1.0
             environment = {"threads": 1, "platform": "cpu", "environment": {}}
             return {"describe": environment, "warm_up": {}}.get(method, 1)
@@ -290,35 +295,35 @@ def test_contenders_take_turns_forth_and_back(monkeypatch):
 
 
 def test_every_phase_of_pytorch_and_keras_trains_or_leaves_the_weights_alone():
-    _, workload = throughput.create_workload("lenet5", 4, "float32")
+    _, workload = create_workload("lenet5", 4, "float32")
     for kind, name in (
-        (pytorch_contenders.PyTorchContender, "pytorch channels_last"),
-        (pytorch_contenders.KerasContender, "keras"),
+        (pytorch_backends.PyTorchBackend, "pytorch channels_last"),
+        (pytorch_backends.KerasBackend, "keras"),
     ):
-        contender = kind(name, workload, "cpu")
-        weights = lambda contender=contender: torch.cat([p.detach().ravel() for p in contender._network.parameters()])
+        backend = kind(name, workload, "cpu")
+        weights = lambda backend=backend: torch.cat([p.detach().ravel() for p in backend._network.parameters()])
         for phase, changes in (("training", True), ("training_augmented", True), ("inference", False)):
             before = weights()
-            assert contender.run(phase, 2) > 0
+            assert backend.run(phase, 2) > 0
             assert torch.equal(before, weights()) != changes
 
 
 def test_jax_goes_over_the_data_again_and_again():
-    _, workload = throughput.create_workload("lenet5", 4, "float32")
-    contender = JaxContender(workload)
+    _, workload = create_workload("lenet5", 4, "float32")
+    backend = JaxBackend(workload)
     calls = []
-    contender._phases = dict.fromkeys(("training", "inference"), lambda *call: calls.append(call))
-    contender._per_call = 1
-    contender.run("inference", 1026)
+    backend._phases = dict.fromkeys(("training", "inference"), lambda *call: calls.append(call))
+    backend._per_call = 1
+    backend.run("inference", 1026)
     assert calls[1022:] == [(1022, 1), (1023, 1), (0, 1), (1, 1)]
     calls.clear()
-    contender._per_call = 1000  # as on an accelerator
-    contender.run("training", 1500)
-    contender.run("inference", 1500)
+    backend._per_call = 1000  # as on an accelerator
+    backend.run("training", 1500)
+    backend.run("inference", 1500)
     assert calls == [(0, 1000), (0, 500), (0, 1000), (1000, 24), (0, 476)]
     calls.clear()
-    contender._per_call = 16  # as on the CPU: 1,000 is no multiple of it
-    contender.run("training", 1020)
+    backend._per_call = 16  # as on the CPU: 1,000 is no multiple of it
+    backend.run("training", 1020)
     assert calls[:2] == [(0, 16), (16, 16)]
     assert calls[61:] == [(976, 16), (992, 8), (0, 16), (16, 4)]
 
@@ -326,17 +331,17 @@ def test_jax_goes_over_the_data_again_and_again():
 def test_slow_first_calls_leave_the_length_of_a_round_alone(monkeypatch):
     """A compiled PyTorch compiles in the first call, and captures its CUDA graph in the second."""
     seconds = iter([20.0, 0.3])
-    monkeypatch.setattr(Contender, "__abstractmethods__", frozenset())
-    contender = Contender(None)
-    contender.run = lambda phase, steps: next(seconds, 0.001 * steps)
-    assert contender.warm_up("training", 0.5)["steps_of_a_round"] == 500
+    monkeypatch.setattr(Backend, "__abstractmethods__", frozenset())
+    backend = Backend(None)
+    backend.run = lambda phase, steps: next(seconds, 0.001 * steps)
+    assert backend.warm_up("training", 0.5)["steps_of_a_round"] == 500
 
 
 def test_jax_takes_one_of_several_gpus(monkeypatch):
     """So PyTorch does; and a batch need not divide over all."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    _, workload = throughput.create_workload("lenet5", 64, "float32")
-    assert JaxContender(workload)._devices == jax.devices()[:1]
+    _, workload = create_workload("lenet5", 64, "float32")
+    assert JaxBackend(workload)._devices == jax.devices()[:1]
 
 
 def test_the_gpu_campaign_takes_8_minutes_at_most():
@@ -353,8 +358,8 @@ def test_the_gpu_campaign_takes_8_minutes_at_most():
     flags = re.search(r"\${CAMPAIGN_FLAGS-([^}]*)}", script)[1].split()
     flags = dict(zip(flags[::2], map(float, flags[1::2])))
     for _, _, sizes, frameworks, limit in (spec.split(":") for spec in parts["THROUGHPUT"]):
-        contenders = sum(len(FAMILIES[family]) for family in frameworks.split(","))
-        calls = len(sizes.split(",")) * contenders * len(PHASES) * flags["--rounds"]
+        backends = sum(len(FAMILIES[family]) for family in frameworks.split(","))
+        calls = len(sizes.split(",")) * backends * len(PHASES) * flags["--rounds"]
         assert calls * flags["--seconds-per-round"] < int(limit) / 4
         assert flags["--timeout"] < int(limit)
 
