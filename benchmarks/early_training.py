@@ -12,41 +12,40 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import output_file
-from cifar_jax.augment import create_augment
-from cifar_jax.batches import augmentation_keys, epoch_order, scale_images
+from benchmarks.pytorch_training import check_classes
+from cifar_jax.augment import augmentation_keys, create_augment
+from cifar_jax.batches import epoch_order, pixel_statistics, scale_images
 from cifar_jax.cli import command, parse_arguments
 from cifar_jax.configs import RECIPES
-from cifar_jax.configs.base import Config
+from cifar_jax.configs.base import Config, DatasetName
 from cifar_jax.datasets import Dataset, load_dataset
 from cifar_jax.environment import PACKAGES, describe_command, describe_environment
 from cifar_jax.errors import UserError
 from cifar_jax.host import check_devices
 from cifar_jax.io import write_json
 from cifar_jax.optimizer import create_schedule
-from cifar_jax.parallel import replicate, select_devices
-from cifar_jax.train_step import create_history, create_train_state, create_train_steps
+from cifar_jax.parallel import select_devices
+from cifar_jax.train_step import create_train_state
+from cifar_jax.trainer import Trainer
 from cifar_jax.weights import pytorch
+
+RECIPE = "all_cnn_reference"
 
 
 def losses_in_jax(config: Config, dataset: Dataset, num_steps: int) -> list[float]:
     """The batch losses of cifar_jax.train's first steps."""
-    devices = select_devices(config)
-    num_images = len(dataset.train_labels)
-    steps_per_epoch = -(-num_images // config.batch_size)
-    state, history = replicate((create_train_state(config, steps_per_epoch), create_history(num_steps)), devices)
-    data = (dataset.train_images, dataset.train_labels, epoch_order(config.seed, 0, num_images))
-    data = replicate(data, devices)
-    train_steps = create_train_steps(config, devices, 1)(state, history, *data, np.int32(0), np.int32(0))
-    for step in range(num_steps):
-        state, history, _ = train_steps(state, history, *data, np.int32(step), np.int32(1))
-    return [float(loss) for loss in np.asarray(history["loss"])]
+    trainer = Trainer(config, dataset.train_images, dataset.train_labels, select_devices(config))
+    order = trainer.order(0)
+    for step in range(0, num_steps, trainer.steps_per_call):
+        trainer.run_steps(order, step, min(trainer.steps_per_call, num_steps - step))
+    return [float(loss) for loss in trainer.epoch_metrics()["batch_loss"][:num_steps]]
 
 
 def losses_in_pytorch(config: Config, dataset: Dataset, num_steps: int) -> list[float]:
@@ -57,6 +56,7 @@ def losses_in_pytorch(config: Config, dataset: Dataset, num_steps: int) -> list[
     keys_of = jax.jit(lambda step: augmentation_keys(state.rng, step, jnp.arange(config.batch_size)))
     order = np.asarray(epoch_order(config.seed, 0, len(dataset.train_labels)))
     schedule = create_schedule(config, 1)
+    statistics = pixel_statistics(config.input_scaling, config.dataset)
     torch.manual_seed(config.seed)
     network = pytorch.create_model(config.model, config.dropout_rates)
     pytorch.load_params(network, state.params)
@@ -66,7 +66,7 @@ def losses_in_pytorch(config: Config, dataset: Dataset, num_steps: int) -> list[
     losses = []
     for step in range(num_steps):
         batch = order[step * config.batch_size : (step + 1) * config.batch_size]
-        images = scale_images(jnp.asarray(dataset.train_images[batch]), config.input_scaling)
+        images = scale_images(jnp.asarray(dataset.train_images[batch]), *statistics)
         images = np.array(augment(keys_of(step), images))
         labels = torch.tensor(dataset.train_labels[batch], dtype=torch.int64)
         loss = torch.nn.functional.cross_entropy(network(torch.tensor(images).permute(0, 3, 1, 2)), labels)
@@ -90,10 +90,10 @@ class Arguments:
     """Each gives initial weights, order and augmentation."""
     num_steps: int = 260
     """Of batch 64."""
-    dataset: Literal["cifar10", "digits"] = "cifar10"
+    dataset: DatasetName = RECIPES[RECIPE].dataset
     """The data."""
     data_dir: str | None = None
-    """Where to look for CIFAR-10 first."""
+    """Where to look for the dataset first."""
 
 
 @command
@@ -102,7 +102,8 @@ def main() -> int:
     check_devices()
     pytorch.import_torch()  # now, not after JAX's part
     dataset = load_dataset(arguments.dataset, arguments.data_dir)
-    most = len(dataset.train_labels) // RECIPES["all_cnn_reference"].batch_size
+    check_classes(dataset, RECIPE)
+    most = len(dataset.train_labels) // RECIPES[RECIPE].batch_size
     if not 5 <= arguments.num_steps <= most:
         raise UserError(f"--num-steps {arguments.num_steps}: must be from 5 to {most}, the whole batches of an epoch")
     if not arguments.seeds:
@@ -111,7 +112,7 @@ def main() -> int:
     file = output_file(arguments.out, "early_training")
     with jax.default_matmul_precision("highest"):  # else TensorFloat-32 on NVIDIA's GPUs; the environment tells it
         for seed in arguments.seeds:
-            config = dataclasses.replace(RECIPES["all_cnn_reference"], seed=seed, num_devices=1)
+            config = dataclasses.replace(RECIPES[RECIPE], dataset=arguments.dataset, seed=seed, num_devices=1)
             for framework, losses_of in (("jax", losses_in_jax), ("pytorch", losses_in_pytorch)):
                 losses = losses_of(config, dataset, arguments.num_steps)
                 runs.append({"framework": framework, "seed": seed, "batch_loss": [round(loss, 5) for loss in losses]})

@@ -1,18 +1,22 @@
 import dataclasses
+import itertools
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 
-from benchmarks import accuracy, throughput
+from benchmarks import ablation, accuracy, parity_training, pytorch_training, seeds, workloads
+from cifar_jax import trainer
 from cifar_jax.batches import epoch_order
-from cifar_jax.checkpoint import Progress
 from cifar_jax.configs import RECIPES
 from cifar_jax.errors import UserError
-from cifar_jax.train import DeadTraining, Interrupted, train_and_evaluate
+from cifar_jax.train import train_and_evaluate
 from cifar_jax.train_step import create_train_state
+from cifar_jax.training import FailedTraining
 
 pytestmark = pytest.mark.usefixtures("direct_convolutions", "no_figures")
 
@@ -20,13 +24,19 @@ pytestmark = pytest.mark.usefixtures("direct_convolutions", "no_figures")
 @pytest.fixture
 def quick_recipe(monkeypatch, tiny_dataset, use_tiny_dataset):
     recipe = dataclasses.replace(RECIPES["lenet5_reference"], learning_rate=0.02, num_devices=1, eval_batch_size=30)
-    monkeypatch.setattr(accuracy, "RECIPES", {"lenet5_reference": recipe})
-    monkeypatch.setattr(accuracy, "load_dataset", lambda name, data_dir: tiny_dataset)
+    for module in (seeds, workloads):
+        monkeypatch.setattr(module, "RECIPES", {"lenet5_reference": recipe})
+    for module in (accuracy, ablation, parity_training):
+        monkeypatch.setattr(module, "load_dataset", lambda name, data_dir: tiny_dataset)
+
+
+def never():
+    return False
 
 
 def test_compare_is_welchs_test():
     ours, theirs = [0.70, 0.72, 0.71], [0.69, 0.70, 0.695]
-    result = accuracy.compare({"jax": ours, "pytorch": theirs})
+    result = parity_training.compare({"jax": ours, "pytorch": theirs})
     assert result["jax"] == {"mean": pytest.approx(0.71), "std": pytest.approx(0.01), "n": 3}
     assert result["difference"] == pytest.approx(0.015)
     assert result["p_value"] == pytest.approx(scipy.stats.ttest_ind(ours, theirs, equal_var=False).pvalue)
@@ -36,7 +46,7 @@ def test_compare_is_welchs_test():
 
 
 def test_seeds_that_do_not_differ_have_no_p_value():
-    result = accuracy.compare({"jax": [0.5, 0.5], "pytorch": [0.5, 0.5]})
+    result = parity_training.compare({"jax": [0.5, 0.5], "pytorch": [0.5, 0.5]})
     assert result["difference"] == 0
     assert result["p_value"] is result["confidence_interval_95"] is None
 
@@ -45,13 +55,13 @@ def test_parity_asks_for_pytorch_before_it_trains(quick_recipe, tmp_path, run_co
     def absent():
         raise UserError("PyTorch is not installed")
 
-    monkeypatch.setattr(accuracy.pytorch, "import_torch", absent)
-    monkeypatch.setitem(accuracy.TRAINERS, "jax", None)
+    monkeypatch.setattr(pytorch_training.pytorch, "import_torch", absent)
+    monkeypatch.setitem(parity_training.TRAINERS, "jax", None)
     status, _, errors = run_command(accuracy.main, "--parity", "lenet5", "--out", tmp_path)
     assert (status, errors) == (2, "error: PyTorch is not installed\n")
 
 
-def test_parity_in_parts_and_together(quick_recipe, tmp_path, run_command):
+def test_parity_in_parts_and_together(quick_recipe, tiny_dataset, tmp_path, run_command):
     """PyTorch's part in two calls, stopped between epochs, is what one call gives; then both are compared."""
     flags = ("--seeds", "0", "1", "--num-epochs", "2")
     parts = ("--parity", "lenet5", "--out", tmp_path / "parts", "--runs", tmp_path / "parts")
@@ -78,9 +88,10 @@ def test_parity_in_parts_and_together(quick_recipe, tmp_path, run_command):
     status, _, errors = run_command(accuracy.main, *parts, *flags)
     assert status == 2
     assert "is of another recipe" in errors
-    shorter = accuracy.configure(accuracy.Arguments(tmp_path, num_epochs=1, runs=tmp_path), "lenet5_reference", "", 0)
+    shorter = seeds.configure(seeds.Arguments(tmp_path, num_epochs=1, runs=tmp_path), "lenet5_reference", "", 0)
     shorter = dataclasses.replace(shorter, workdir=str(tmp_path / "whole" / "parity_lenet5" / "pytorch_seed0"))
-    assert len(accuracy.train_in_pytorch(shorter)["metrics"]) == 1  # of the two in its checkpoint
+    metrics = pytorch_training.train_in_pytorch(shorter, tiny_dataset, never)["metrics"]
+    assert len(metrics) == 1  # of the two in its checkpoint
     assert np.shape(curves["jax"]) == np.shape(curves["pytorch"]) == (2, 2)
     assert min(run[-1] for runs in curves.values() for run in runs) > 0.2  # both learn
     assert results[0]["last_epoch"]["jax"]["mean"] == pytest.approx(np.mean([run[-1] for run in curves["jax"]]))
@@ -119,30 +130,31 @@ def test_a_recipe_over_seeds(quick_recipe, tmp_path, run_command):
 @pytest.mark.parametrize(("dropout", "rate"), [(0.0, 0.02), (0.5, 1e-12)])
 def test_pytorch_trains_the_recipe(dropout, rate, quick_recipe, tiny_dataset, tmp_path, monkeypatch):
     """From JAX's weights in JAX's order: without dropout the same losses; with it, and no steps, the same test."""
-    config = accuracy.configure(accuracy.Arguments(tmp_path, num_epochs=2), "lenet5_reference", "", 0)
+    config = seeds.configure(seeds.Arguments(tmp_path, num_epochs=2), "lenet5_reference", "", 0)
     config = dataclasses.replace(config, dropout_rates=(dropout, dropout), learning_rate=rate)
     ours = train_and_evaluate(dataclasses.replace(config, workdir=str(tmp_path / "jax")))
-    create_model = accuracy.pytorch.create_model
+    create_model = pytorch_training.pytorch.create_model
 
     def from_jax(*arguments):
         network = create_model(*arguments)
-        accuracy.pytorch.load_params(network, create_train_state(config, 1).params)
+        pytorch_training.pytorch.load_params(network, create_train_state(config, 1).params)
         return network
 
     orders = iter(range(2))
-    monkeypatch.setattr(accuracy.pytorch, "create_model", from_jax)
+    monkeypatch.setattr(pytorch_training.pytorch, "create_model", from_jax)
     in_order = lambda count: torch.tensor(np.array(epoch_order(config.seed, next(orders), count)))
     monkeypatch.setattr(torch, "randperm", in_order)
-    theirs = accuracy.train_in_pytorch(dataclasses.replace(config, workdir=str(tmp_path / "pytorch")))
+    config = dataclasses.replace(config, workdir=str(tmp_path / "pytorch"))
+    theirs = pytorch_training.train_in_pytorch(config, tiny_dataset, never)
     for field in ("test_loss", "test_accuracy", *([] if dropout else ["train_loss"])):
         values = [[row[field] for row in result["metrics"]] for result in (ours, theirs)]
         np.testing.assert_allclose(*values, rtol=1e-4, err_msg=field)
 
 
 def test_the_ablation_holds_images_out(quick_recipe, tmp_path, run_command, monkeypatch):
-    monkeypatch.setattr(accuracy, "HOLDOUT", 10)
+    monkeypatch.setattr(ablation, "HOLDOUT", 10)
     variants = {"the recipe": {}, "no dropout": {"dropout_rates": (0.0, 0.0)}}
-    monkeypatch.setattr(accuracy, "ABLATIONS", {"lenet5_reference": variants})
+    monkeypatch.setattr(ablation, "ABLATIONS", {"lenet5_reference": variants})
     flags = ("--ablation", "lenet5_reference", "--seeds", "0", "--num-epochs", "1", "--runs", tmp_path)
     status, _, errors = run_command(accuracy.main, *flags, "--out", tmp_path)
     assert (status, errors) == (0, "")
@@ -164,9 +176,9 @@ def test_the_ablation_holds_images_out(quick_recipe, tmp_path, run_command, monk
 
 
 def test_a_variant_that_diverges_does_not_stop_the_ablation(quick_recipe, tmp_path, run_command, monkeypatch):
-    monkeypatch.setattr(accuracy, "HOLDOUT", 10)
+    monkeypatch.setattr(ablation, "HOLDOUT", 10)
     variants = {"the recipe": {}, "wild": {"learning_rate": 1e30}}
-    monkeypatch.setattr(accuracy, "ABLATIONS", {"lenet5_reference": variants})
+    monkeypatch.setattr(ablation, "ABLATIONS", {"lenet5_reference": variants})
     flags = ("--ablation", "lenet5_reference", "--seeds", "0", "--num-epochs", "1", "--runs", tmp_path)
     status, output, _ = run_command(accuracy.main, *flags, "--out", tmp_path)
     assert status == 0
@@ -181,62 +193,95 @@ def test_a_variant_that_diverges_does_not_stop_the_ablation(quick_recipe, tmp_pa
 
 def test_a_shorter_training_has_fewer_epochs_of_each_image_size(tmp_path):
     for num_epochs in range(1, RECIPES["all_cnn_fast"].num_epochs + 1):
-        arguments = accuracy.Arguments(out=tmp_path, num_epochs=num_epochs)
-        sizes = accuracy.configure(arguments, "all_cnn_fast", "run", 0).image_sizes
+        arguments = seeds.Arguments(out=tmp_path, num_epochs=num_epochs)
+        sizes = seeds.configure(arguments, "all_cnn_fast", "run", 0).image_sizes
         assert sum(epochs for _, epochs in sizes) < num_epochs
     assert sizes == RECIPES["all_cnn_fast"].image_sizes
-    assert accuracy.configure(arguments, "all_cnn_fast", "run", 0, image_sizes=()).image_sizes == ()
+    assert seeds.configure(arguments, "all_cnn_fast", "run", 0, image_sizes=()).image_sizes == ()
 
 
 def test_a_recipes_dataset_is_its_own(tmp_path):
     datasets = [
-        accuracy.configure(accuracy.Arguments(tmp_path, dataset=dataset), recipe, "run", 0).dataset
+        seeds.configure(seeds.Arguments(tmp_path, dataset=dataset), recipe, "run", 0).dataset
         for recipe, dataset in (("quickstart", None), ("lenet5", None), ("lenet5", "digits"))
     ]
     assert datasets == ["digits", "cifar10", "digits"]
 
 
-def test_an_ablations_hardware_is_that_of_its_trainings(tmp_path, monkeypatch):
+def test_an_ablations_hardware_is_that_of_its_trainings(quick_recipe, tmp_path, monkeypatch):
     """Another process may have made them."""
-    monkeypatch.setattr(accuracy, "ABLATIONS", {"lenet5": {"the recipe": {}, "SAM": {"sam_rho": 0.05}}})
+    monkeypatch.setattr(ablation, "HOLDOUT", 10)
+    monkeypatch.setattr(ablation, "ABLATIONS", {"lenet5_reference": {"the recipe": {}, "SAM": {"sam_rho": 0.05}}})
     summaries = iter([("an abacus", "2026-01-02"), ("a quipu", "2026-01-01")])
 
-    def train(config):
+    def train(config, dataset, stop):
         hardware, date = next(summaries)
         origin = {"hardware": hardware, "versions": {"jax": "1"}, "date": date}
         return {"test_accuracy": 0.5, "train_accuracy": 0.75} | origin
 
-    monkeypatch.setattr(accuracy, "train_and_evaluate", train)
-    content = accuracy.run_ablation(accuracy.Arguments(tmp_path, seeds=(0,)), "lenet5")
+    monkeypatch.setattr(ablation, "train_and_evaluate", train)
+    content = ablation.run_ablation(seeds.Arguments(tmp_path, seeds=(0,)), "lenet5_reference", never)
     assert [variant["holdout_accuracy"]["mean"] for variant in content["variants"].values()] == [0.5, 0.5]
     assert [variant["train_accuracy"]["mean"] for variant in content["variants"].values()] == [0.75, 0.75]
     assert content["hardware"] == "a quipu; an abacus"
     assert (content["versions"], content["date"]) == ({"jax": "1"}, "2026-01-01 and 2026-01-02")
 
 
-def test_an_interrupted_training_is_one_line(quick_recipe, tmp_path, run_command, monkeypatch):
-    def interrupted(config):
-        raise Interrupted(15, Progress(1, 2), 6)
+@pytest.mark.parametrize(
+    ("mode", "number", "saved"),
+    [
+        (("--recipe", "lenet5_reference"), signal.SIGTERM, "1 epochs and 16/23 steps"),
+        (("--ablation", "lenet5_reference"), signal.SIGINT, "1 epochs and 16/20 steps"),
+        (("--parity", "lenet5", "--frameworks", "jax"), signal.SIGHUP, "1 epochs and 16/23 steps"),
+        (("--parity", "lenet5", "--frameworks", "pytorch"), signal.SIGTERM, "1 epochs and 0/23 steps"),
+    ],
+)
+def test_a_signal_saves_and_the_same_command_goes_on(
+    mode, number, saved, quick_recipe, tmp_path, run_command, monkeypatch, request
+):
+    """In JAX within an epoch, in PyTorch after the one that is complete; the signal's own exit status."""
+    monkeypatch.setattr(ablation, "HOLDOUT", 10)
+    monkeypatch.setattr(ablation, "ABLATIONS", {"lenet5_reference": {"the recipe": {}}})
+    previous = signal.signal(number, signal.SIG_DFL)  # it may be ignored where the tests are started
+    request.addfinalizer(lambda: signal.signal(number, previous))
 
-    monkeypatch.setattr(accuracy, "train_and_evaluate", interrupted)
-    status, _, errors = run_command(accuracy.main, "--recipe", "lenet5_reference", "--out", tmp_path)
-    assert status == 143
-    assert errors == "saved after 1 epochs and 2/6 steps; the same command goes on from there\n"
+    def signal_in(function, call_number):
+        calls = itertools.count(1)
+
+        def call(*arguments):
+            result = function(*arguments)
+            if next(calls) == call_number:
+                os.kill(os.getpid(), number)
+            return result
+
+        return call
+
+    monkeypatch.setattr(pytorch_training.Run, "save", signal_in(pytorch_training.Run.save, 1))
+    monkeypatch.setattr(trainer.Trainer, "run_steps", signal_in(trainer.Trainer.run_steps, 3))
+    flags = (*mode, "--seeds", "0", "--num-epochs", "2", "--runs", tmp_path, "--out", tmp_path)
+    status, _, errors = run_command(accuracy.main, *flags)
+    assert status == 128 + number
+    assert errors.splitlines()[-1] == f"saved after {saved}; the same command goes on from there"
+    assert not list(tmp_path.glob("*.json"))
+    status, output, _ = run_command(accuracy.main, *flags)
+    assert status == 0
+    assert ("epoch  2 test" if "pytorch" in mode else f"resuming after {saved}") in output
+    assert "epoch  1 test" not in output
 
 
 @pytest.mark.parametrize("mode", [("--recipe", "lenet5_reference"), ("--parity", "lenet5")])
 def test_a_diverged_seed_is_one_line(mode, quick_recipe, tmp_path, run_command, monkeypatch):
-    def diverge(config):
-        raise DeadTraining("training diverged in epoch 1", config)
+    def diverge(config, dataset, stop):
+        raise FailedTraining("training diverged in epoch 1", config)
 
-    monkeypatch.setattr(accuracy, "train_and_evaluate", diverge)
+    monkeypatch.setattr(seeds, "train_and_evaluate", diverge)
     status, _, errors = run_command(accuracy.main, *mode, "--out", tmp_path)
     assert status == 2
     assert errors == "error: seed 0: training diverged in epoch 1: change the recipe\n"
 
 
 def test_every_ablations_variants_are_valid():
-    for recipe, variants in accuracy.ABLATIONS.items():
+    for recipe, variants in ablation.ABLATIONS.items():
         configs = [dataclasses.replace(RECIPES[recipe], **changes) for changes in variants.values()]
         assert configs.count(RECIPES[recipe]) == 1  # each of the others changes something
 
@@ -246,7 +291,7 @@ def test_time_and_cost():
     assert [accuracy.time_to(metrics, value) for value in (0.5, 0.7, 0.75, 0.81)] == [2.0, 4.0, 8.0, None]
     config = dataclasses.replace(RECIPES["all_cnn_reference"], num_epochs=3, image_sizes=((16, 1),))
     cost = accuracy.training_cost(config, 10)
-    flops = lambda size: throughput.flops_per_image("all_cnn", size)["training"]
+    flops = lambda size: workloads.flops_per_image(config, size)["training"]
     assert cost == {"images": 30, "flops": 10 * (flops(16) + 2 * flops(32))}
     assert 0.15 < flops(16) / flops(32) < 0.25
 
@@ -255,13 +300,14 @@ def test_time_and_cost():
     ("flags", "message"),
     [
         ((), "name one of --recipe"),
-        (("--recipe", "resnet"), "unknown recipe 'resnet': choose one of lenet5"),
+        (("--recipe", "resnet"), "unknown recipe 'resnet': choose one of all_cnn"),
         (("--ablation", "quickstart"), "choose one of lenet5"),
         (("--parity", "lenet5", "--seeds", "1", "1"), "each once"),
         (
             ("--parity", "lenet5", "--dtype", "bfloat16"),
             "--dtype bfloat16: --parity compares in the notebook's float32",
         ),
+        (("--parity", "all_cnn"), "does not know optimizer, nesterov, schedule, lr_decay, rotation_degrees"),
         (("--parity", "lenet5", "--frameworks", "jax", "jax"), "--frameworks jax jax: name one or more, each once"),
         (("--recipe", "lenet5", "--frameworks", "pytorch"), "--frameworks goes with --parity: --recipe trains in JAX"),
         (("--parity", "lenet5", "--frameworks"), "--frameworks : name one or more, each once"),

@@ -1,0 +1,104 @@
+"""The --ablation of benchmarks.accuracy: a recipe, and variants that differ from it in one setting each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from benchmarks.seeds import Arguments, Stop, configure, origin, spread
+from cifar_jax.datasets import load_dataset
+from cifar_jax.environment import describe_environment
+from cifar_jax.errors import UserError
+from cifar_jax.train import train_and_evaluate
+from cifar_jax.training import FailedTraining
+
+HOLDOUT = 5000
+
+# Changes that take one setting of a recipe away or add one.
+ABLATIONS_OF_ALL: dict[str, dict[str, Any]] = {
+    "the recipe": {},
+    "no flip": {"alternating_flip": False},
+    "random flip": {"alternating_flip": False, "random_flip": True},
+    "no crop": {"crop_padding": 0},
+    "cutmix": {"cutmix_alpha": 1.0},
+    "no weight decay": {"weight_decay": 0.0},
+    "no label smoothing": {"label_smoothing": 0.0},
+    "no average of weights, no cycles": {"ema_decay": 0.0, "swa_fraction": 0.0},
+    "no averaged cycles": {"swa_fraction": 0.0},
+    "the original's initial weights": {"initializer": "original"},
+    "LSUV": {"initializer": "lsuv"},
+    "TrivialAugment": {"trivial_augment": True},
+    "SAM": {"sam_rho": 0.05},
+    "cosine": {"schedule": "cosine"},
+}
+SGD = {"optimizer": "sgd", "learning_rate": 0.05, "momentum": 0.9}
+# By recipe.
+ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "lenet5": {
+        **ABLATIONS_OF_ALL,
+        "mirror symmetry": {"mirror_symmetry": True},
+        "smaller crop": {"crop_padding": 2},
+        "no cutout": {"cutout_size": 0},
+        "mixup": {"mixup_alpha": 0.2},
+        "the original's dropout": {"dropout_rates": (0.2, 0.2)},
+        "gradient clipping": {"gradient_clip": 2.0},
+        "no warm-up": {"warmup_fraction": 0.0},
+        "SGD": SGD | {"swa_learning_rate": 0.025, "weight_decay": 1e-3},
+        "batch 512, rates doubled": {"batch_size": 512, "learning_rate": 0.024, "swa_learning_rate": 0.012},
+    },
+    "all_cnn_fast": {
+        **ABLATIONS_OF_ALL,
+        "no mirror symmetry": {"mirror_symmetry": False},
+        "cutout": {"cutout_size": 8},
+        "light dropout": {"dropout_rates": (0.0, 0.05, 0.1)},
+        "32 pixels throughout": {"image_sizes": ()},
+        "SGD": SGD | {"swa_learning_rate": 0.02, "weight_decay": 5e-4},
+    },
+}
+
+
+def run_ablation(arguments: Arguments, recipe: str, stop: Stop) -> dict[str, Any]:
+    """The content of ablation_RECIPE.json. A variant that diverges has null for its accuracies.
+
+    Raises: UserError for a recipe that has no entry, and for data that are too few; Interrupted.
+    """
+    if recipe not in ABLATIONS:
+        raise UserError(f"--ablation {recipe}: choose one of {', '.join(ABLATIONS)}")
+    config = configure(arguments, recipe, "", arguments.seeds[0])
+    dataset = load_dataset(config.dataset, arguments.data_dir)
+    if len(dataset.train_labels) <= HOLDOUT:
+        raise UserError(f"--dataset {config.dataset}: has too few images to hold {HOLDOUT:,} out, as --ablation does")
+    variants, all_runs = {}, []
+    for name, changes in ABLATIONS[recipe].items():
+        runs = []
+        for seed in arguments.seeds:
+            workdir = f"ablation_{recipe}/{name.replace(' ', '_')}/seed{seed}"
+            variant = configure(arguments, recipe, workdir, seed, holdout=HOLDOUT, **changes)
+            try:
+                runs.append(train_and_evaluate(variant, dataset, stop))
+            except FailedTraining as failed:
+                print(f"{name}: {failed.what}", flush=True)
+                break
+        all_runs += runs
+        diverged = len(runs) < len(arguments.seeds)
+        accuracies = {
+            part: None if diverged else spread([run[f"{part}_accuracy"] for run in runs]) for part in ("test", "train")
+        }
+        variants[name] = {
+            "changes": changes,
+            "holdout_accuracy": accuracies["test"],
+            "train_accuracy": accuracies["train"],
+        }
+        if accuracies["test"] is not None:
+            print(f"{name:32} {accuracies['test']['mean']:.2%}", flush=True)
+    return {
+        "recipe": recipe,
+        "dataset": config.dataset,
+        **(origin(all_runs) if all_runs else describe_environment(jax.local_devices())),
+        "holdout": HOLDOUT,
+        "dtype": config.dtype,
+        "num_epochs": config.num_epochs,
+        "seeds": list(arguments.seeds),
+        "variants": variants,
+    }

@@ -1,0 +1,85 @@
+"""The --parity of benchmarks.accuracy: a reference recipe trained in JAX and in PyTorch, and the means compared."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+import scipy.stats
+
+from benchmarks.pytorch_training import check_classes, train_in_pytorch, unsupported_fields
+from benchmarks.seeds import Arguments, Stop, configure, origin, spread, train_in_jax
+from benchmarks.workloads import reference_recipe
+from cifar_jax.datasets import load_dataset
+from cifar_jax.errors import UserError
+from cifar_jax.weights import pytorch
+
+TRAINERS = {"jax": train_in_jax, "pytorch": train_in_pytorch}
+
+
+def compare(accuracies: dict[str, list[float]]) -> dict[str, Any]:
+    """Last test accuracies by framework → mean, standard deviation (n - 1) and Welch's t-test of the two means.
+
+    The test's results are None where no seed differs from another.
+    """
+    results: dict[str, Any] = {name: spread(values) for name, values in accuracies.items()}
+    statistics: dict[str, Any] = {"confidence_interval_95": None, "p_value": None}
+    if any(len(set(values)) > 1 for values in accuracies.values()):
+        test = scipy.stats.ttest_ind(accuracies["jax"], accuracies["pytorch"], equal_var=False)
+        interval = [float(bound) for bound in test.confidence_interval(0.95)]
+        statistics = {"confidence_interval_95": interval, "p_value": float(test.pvalue)}
+    difference = results["jax"]["mean"] - results["pytorch"]["mean"]
+    return results | {"difference": difference} | statistics
+
+
+def _check(arguments: Arguments, recipe: str) -> bool:
+    """Whether both frameworks are asked for. Raises: UserError for what can't be compared."""
+    if arguments.dtype == "bfloat16":
+        raise UserError("--dtype bfloat16: --parity compares in the notebook's float32")
+    if len(set(arguments.frameworks)) < max(1, len(arguments.frameworks)):
+        raise UserError(f"--frameworks {' '.join(arguments.frameworks)}: name one or more, each once")
+    compared = set(arguments.frameworks) == set(TRAINERS)
+    if compared and len(set(arguments.seeds)) < 2:
+        raise UserError("--seeds: a comparison needs two or more")
+    fields = unsupported_fields(configure(arguments, recipe, "", 0))
+    if fields:
+        raise UserError(f"--parity: of {recipe} the training in PyTorch does not know {', '.join(fields)}")
+    if "pytorch" in arguments.frameworks:
+        pytorch.import_torch()  # now, not after JAX's first training
+    return compared
+
+
+def run_parity(arguments: Arguments, model: str, stop: Stop) -> dict[str, Any] | None:
+    """The content of parity_MODEL.json; None if one framework alone was asked for.
+
+    Raises: UserError for what can't be compared; Interrupted.
+    """
+    recipe = reference_recipe(model)
+    compared = _check(arguments, recipe)
+    config = configure(arguments, recipe, "", 0)
+    dataset = load_dataset(config.dataset, arguments.data_dir)
+    check_classes(dataset, recipe)
+    all_runs: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.frameworks}
+    for seed in arguments.seeds:
+        for name in arguments.frameworks:
+            run = configure(arguments, recipe, f"parity_{model}/{name}_seed{seed}", seed)
+            all_runs[name].append(TRAINERS[name](run, dataset, stop))
+    if not compared:
+        return None
+    curves = {
+        name: [[row["test_accuracy"] for row in run["metrics"]] for run in runs] for name, runs in all_runs.items()
+    }
+    trained = origin(all_runs["jax"])  # PyTorch's runs do not say theirs
+    trained["versions"]["torch"] = importlib.metadata.version("torch")
+    result = compare({name: [run[-1] for run in runs] for name, runs in curves.items()})
+    p = "none, as no seed differs" if result["p_value"] is None else f"{result['p_value']:.2f}"
+    print(f"difference {result['difference']:+.2%}, p = {p}")
+    return {
+        "recipe": recipe,
+        "dataset": config.dataset,
+        "num_epochs": config.num_epochs,
+        **trained,
+        "seeds": list(arguments.seeds),
+        "test_accuracy_by_epoch": curves,
+        "last_epoch": result,
+    }
