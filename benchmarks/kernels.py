@@ -32,7 +32,7 @@ from cifar_jax import host, ops, trainer
 from cifar_jax.cli import command, parse_arguments
 from cifar_jax.configs import RECIPES
 from cifar_jax.configs.base import Config
-from cifar_jax.datasets import DATASETS
+from cifar_jax.datasets import get_dataset
 from cifar_jax.environment import describe_command, describe_environment
 from cifar_jax.errors import UserError
 from cifar_jax.host import check_devices, keep_memory, use_cpu_cores
@@ -95,7 +95,7 @@ def create_timer(config: Config) -> Callable[[int], float]:
     """Compiles the step; the timer takes a number of steps and returns milliseconds a step."""
     devices, size = select_devices(config), 4 * config.batch_size
     images = np.random.default_rng(0).integers(0, 256, (size, 32, 32, 3), dtype=np.uint8)
-    labels = np.arange(size, dtype=np.int32) % len(DATASETS[config.dataset].class_names)
+    labels = np.arange(size, dtype=np.int32) % get_dataset(config.dataset).num_classes
     steps = Trainer(dataclasses.replace(config, steps_per_call=1), images, labels, devices)
     order = replicate(jnp.arange(size, dtype=jnp.int32), devices)
 

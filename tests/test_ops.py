@@ -101,9 +101,9 @@ def test_winograds_form_is_exact_but_for_rounding(images, kernel, padding):
 
 
 def test_winograds_form_is_taken_where_it_saves():
-    pays = lambda kernel, size, dtype=np.dtype("float32"): winograd.pays(kernel, size, dtype)
+    pays = lambda kernel, size: winograd.pays(kernel, size, jnp.dtype("float32"))
     assert [size for size in range(1, 17) if not pays((3, 3, 8, 8), size)] == [1, 2, 5]
-    assert not pays((3, 3, 8, 8), 16, jnp.dtype("bfloat16"))
+    assert not winograd.pays((3, 3, 8, 8), 16, jnp.dtype("bfloat16"))
     assert not pays((3, 3, 4, 8), 16)
     assert not pays((3, 1, 8, 8), 16)
     assert not pays((3, 6, 8, 8), 16)  # more points than there are
@@ -300,7 +300,7 @@ def test_gradients_by_example(name):
     """vmap of grad: their mean is the batch's gradient."""
     with jax.enable_x64(True):
         network, shape = NETWORKS[name]
-        model, images = network(dtype=np.float64), np.asarray(normal(0, NETWORKS[name][1]), np.float64)
+        model, images = network(dtype=np.float64), np.asarray(normal(0, shape), np.float64)
         params = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.jit(model.init)(jax.random.key(1), images))
         loss = lambda params, images: (model.apply(params, images) ** 2).sum()
         by_example = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, images[:, None])
