@@ -90,7 +90,7 @@ def test_bad_input_is_one_line(run_command, tmp_path):
     bad += [("--seeds", "0"), ("--batch-size", "0"), ("--out", "absent/x.json"), ("--out", tmp_path)]
     bad += [("--dataset", "digits", "--steps", "400")]  # of 4 images, where there are 1,437
     params = jax.jit(MODELS["lenet5"](num_classes=3).init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    save_weights(tmp_path / "three.safetensors", Weights("lenet5", params, "unit"))
+    save_weights(tmp_path / "three.safetensors", Weights("lenet5", jax.device_get(params), "unit"))
     bad += [("--dataset", "digits", "--weights", tmp_path / "three.safetensors"), ("--dataset", "cifar100")]
     for arguments in bad:
         status, _, errors = run_command(lambda: command.run("scripts/x.py", (), parity_pytorch.checks), *arguments)
