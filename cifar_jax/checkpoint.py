@@ -5,23 +5,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import itertools
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
+from cifar_jax.checksums import find_damage, write_checksums
 from cifar_jax.console import say
 from cifar_jax.errors import UserError
-from cifar_jax.io import read_json, write_json
 from cifar_jax.metrics import EpochMetrics, RunLog
 from cifar_jax.train_step import Metrics, TrainState
 
@@ -50,30 +49,9 @@ class DamagedCheckpoint(UserError):
     """A checkpoint that can't be used."""
 
 
-_CHECKSUMS = "sha256.json"
 _MARGIN = 1.2  # room on the disk for a checkpoint, in sizes of its arrays
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ITEMS = ("state", "history", "batch_loss", "progress")
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != _CHECKSUMS)
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
-def _verify(folder: Path) -> None:
-    """Raises DamagedCheckpoint if a checkpoint's files are not those that were saved.
-
-    Orbax lets some changed bytes through, and for others prints the tracebacks of its threads.
-    """
-    try:
-        saved = read_json(folder / _CHECKSUMS)
-    except (OSError, ValueError):  # the save was cut between Orbax' commit and ours; Orbax vouches for it
-        return
-    actual = _checksums(folder)
-    wrong = next((name for name in saved if saved[name] != actual.get(name)), None)
-    if wrong is not None:
-        raise DamagedCheckpoint(f"{folder / wrong}: damaged or missing")
 
 
 def _padded(losses: np.ndarray) -> np.ndarray:
@@ -81,20 +59,35 @@ def _padded(losses: np.ndarray) -> np.ndarray:
     return np.append(losses, np.float32(0))
 
 
-def _accuracy(metrics: dict[str, float]) -> float:
-    return metrics["test_accuracy"]
+@dataclasses.dataclass
+class _LatestTwoAndBest:
+    """An Orbax preservation policy. Orbax' own for the best can't open a run with one damaged metric."""
+
+    best: int | None = None
+    accuracy: float = -1.0
+
+    def add(self, number: int, accuracy: float | None) -> None:
+        """Of equals the later one is the best."""
+        if accuracy is not None and accuracy >= self.accuracy:
+            self.best, self.accuracy = number, accuracy
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        numbers = [checkpoint.step for checkpoint in checkpoints]
+        return [number in numbers[-2:] or number == self.best for number in numbers]
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps what Orbax' threads print about a failure from the terminal: it is raised as well."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [logger.level for logger in loggers]
+    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
+    sys.unraisablehook = lambda _: None
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
 
@@ -109,20 +102,26 @@ class Checkpoints:
                 f"{workdir}: checkpoints can't lie below a folder whose name has [, ], *, ?, \\ or is not UTF-8: "
                 "name another --workdir"
             )
-        policy = checkpoint_managers.AnyPreservationPolicy(
-            [
-                checkpoint_managers.LatestN(2),
-                checkpoint_managers.BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False),
-            ]
-        )
+        self._kept = _LatestTwoAndBest()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy, best_fn=_accuracy, enable_async_checkpointing=False, create=False
+            preservation_policy=self._kept, enable_async_checkpointing=False, create=False
         )
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=_ITEMS)
-            self._numbers, self._best = sorted(self._manager.all_steps()), self._manager.best_step()
-        except Exception as error:  # Orbax reads every checkpoint's metadata here, and passes on what that raises
+            self._list()
+        except Exception as error:  # whatever Orbax raises
             raise UserError(f"{self.directory}: can't open the checkpoints ({error}): use another --workdir") from error
+
+    def _list(self) -> None:
+        """Finds the checkpoints on the disk, and which is the best of those whose accuracy can be read."""
+        self._numbers, self._kept.best, self._kept.accuracy = sorted(self._manager.all_steps()), None, -1.0
+        self._unreadable: list[UserError] = []
+        for number in self._numbers:
+            try:
+                saved = self._restore(number, progress=ocp.args.JsonRestore()).progress
+                self._kept.add(number, saved.get("test_accuracy"))
+            except UserError as error:
+                self._unreadable.append(error)
 
     def save(
         self, state: TrainState, history: Metrics, progress: Progress, log: RunLog, test_accuracy: float | None
@@ -133,13 +132,13 @@ class Checkpoints:
         """
         number = max(self._numbers, default=0) + 1
         rows = [dataclasses.asdict(row) for row in log.rows]
+        described = {"test_accuracy": test_accuracy, "rows": rows, "num_losses": len(log.batch_loss)}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             history=ocp.args.StandardSave(history),
             batch_loss=ocp.args.StandardSave({"batch_loss": _padded(log.batch_loss)}),
-            progress=ocp.args.JsonSave({**progress._asdict(), "rows": rows, "num_losses": len(log.batch_loss)}),
+            progress=ocp.args.JsonSave({**progress._asdict(), **described}),
         )
-        metrics = None if test_accuracy is None else {"test_accuracy": test_accuracy}
         folder = self.directory / str(number)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -147,8 +146,9 @@ class Checkpoints:
             if shutil.disk_usage(self.directory).free < needed:
                 raise OSError(errno.ENOSPC, f"it needs {needed / 2**20:.0f} MiB, which the disk lacks")
             with _quiet():
-                self._manager.save(number, args=items, metrics=metrics)
-                write_json(folder / _CHECKSUMS, _checksums(folder))
+                self._kept.add(number, test_accuracy)
+                self._manager.save(number, args=items)
+                write_checksums(folder)
         except Exception as error:
             full = getattr(error, "errno", None) in _FULL or "ENOSPC" in str(error)  # the latter is TensorStore's
             advice = "make room" if full else "see that it can be written"
@@ -174,7 +174,7 @@ class Checkpoints:
                 _warn(f"{failure}: kept as {aside}; resuming from the checkpoint before it, after {where}")
             if failures:
                 self._manager.reload()
-                self._numbers, self._best = sorted(self._manager.all_steps()), self._manager.best_step()
+                self._list()
             return restored
         if failures:
             raise UserError(f"{failures[0]}, and no other checkpoint is whole: name another --workdir")
@@ -205,28 +205,31 @@ class Checkpoints:
     def restore_state(self, which: Literal["best", "latest"], state: TrainState) -> tuple[TrainState, Progress]:
         """The best or the latest checkpoint's state, and how far the run was. Nothing is changed on the disk.
 
-        A damaged latest one is passed over, and said on stderr. Raises: UserError if none is there, or whole.
+        Damaged ones are passed over, and said on stderr. Raises: UserError if none is there, or whole.
         """
-        numbers = [self._best] if which == "best" else list(reversed(self._numbers))
-        if not numbers or numbers[0] is None:
-            raise UserError(f"{self.directory}: no {which} checkpoint yet: train for an epoch first")
-        failure = None
+        numbers, failures = self._numbers[::-1], []
+        if which == "best":
+            numbers, failures = ([] if self._kept.best is None else [self._kept.best]), list(self._unreadable)
         for number in numbers:
             try:
                 items = self._restore(number, state=ocp.args.StandardRestore(state), progress=ocp.args.JsonRestore())
             except DamagedCheckpoint as error:
-                failure = failure or error
+                failures.append(error)
                 continue
-            if failure is not None:
-                _warn(f"{failure}: taking the checkpoint before it")
+            if failures:
+                others = "the best of the others" if which == "best" else "the checkpoint before it"
+                _warn(f"{failures[0]}: taking {others}")
             return items.state, _progress(items.progress)
-        advice = "use --checkpoint latest" if which == "best" else "no other checkpoint is whole"
-        raise UserError(f"{failure}: {advice}") from failure
+        if failures:
+            advice = "try --checkpoint latest" if which == "best" else "no other checkpoint is whole"
+            raise UserError(f"{failures[0]}: {advice}")
+        raise UserError(f"{self.directory}: no {which} checkpoint yet: train for an epoch first")
 
     def _restore(self, number: int, **items: Any) -> Any:
         folder = self.directory / str(number)
         try:
-            _verify(folder)
+            if (damaged := find_damage(folder)) is not None:  # Orbax lets some changed bytes through
+                raise DamagedCheckpoint(f"{damaged}: damaged or missing")
             with _quiet():
                 return self._manager.restore(number, args=ocp.args.Composite(**items))
         except Exception as error:  # whatever Orbax and TensorStore raise

@@ -35,6 +35,9 @@ class EpochMetrics:
     images_per_second: float
 
 
+_COLUMNS = [field.name for field in dataclasses.fields(EpochMetrics)]
+
+
 @dataclasses.dataclass
 class RunLog:
     """The rows of the complete epochs, and the loss of each of their steps, float32 [steps].
@@ -53,7 +56,7 @@ class RunLog:
     def write(self, workdir: Path) -> None:
         """Writes metrics.csv and batch_loss.npy. Raises: UserError if they can't be written."""
         text = io.StringIO()
-        table = csv.DictWriter(text, [field.name for field in dataclasses.fields(EpochMetrics)], lineterminator="\n")
+        table = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
         table.writeheader()
         table.writerows(dataclasses.asdict(row) for row in self.rows)
         write_atomically(workdir / "metrics.csv", text.getvalue().encode())
@@ -80,7 +83,10 @@ def read_metrics(workdir: Path) -> list[EpochMetrics]:
         return []
     try:
         with path.open(newline="") as file:
-            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+            table = csv.DictReader(file)
+            if table.fieldnames != _COLUMNS:
+                raise ValueError("other columns")
+            rows = [{name: float(value) for name, value in row.items()} for row in table]
         if not all(math.isfinite(value) for row in rows for value in row.values()):
             raise ValueError("a value is not finite")
         return [EpochMetrics(epoch=int(row.pop("epoch")), **row) for row in rows]
@@ -92,7 +98,8 @@ def read_batch_loss(workdir: Path) -> np.ndarray:
     """The loss of every training step, float32 [steps], empty if the file is not there. Raises: UserError."""
     path = workdir / "batch_loss.npy"
     try:
-        losses = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:  # numpy leaves one open that it can't read
+            losses = np.load(file, allow_pickle=False)
         if not isinstance(losses, np.ndarray) or losses.ndim != 1 or losses.dtype != np.float32:
             raise ValueError("not float32 [steps]")
         return losses

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
@@ -46,7 +47,7 @@ def read_config(workdir: Path) -> Config:
 
 def resolve_workdir(name: str) -> str:
     """A workdir's path with ~ expanded. Raises: UserError for an address such as gs://bucket/run."""
-    if "://" in name:
+    if re.match(r"\w+:/", name):  # a Path has one slash of two
         raise UserError(f"--workdir {name}: a run is written to a folder of this machine: name one, or a mounted one")
     return os.path.expanduser(name)
 

@@ -175,8 +175,8 @@ def test_trivial_augment_shifts_turns_and_shears():
     """The warps on a picture of coordinates, which they return but at the edges: straight lines within their bounds."""
     rows, columns = np.meshgrid(np.arange(32.0) * 4, np.arange(32.0) * 4, indexing="ij")
     grid = np.stack([rows, columns, np.zeros((32, 32))], -1).astype(np.float32)
-    augment = jax.vmap(lambda key: augment.trivial_augment(key, grid))
-    results = np.asarray(augment(jax.random.split(jax.random.key(0), 1500)))[..., :2] / 4
+    warp = jax.vmap(lambda key: augment.trivial_augment(key, grid))
+    results = np.asarray(warp(jax.random.split(jax.random.key(0), 1500)))[..., :2] / 4
     a = results[:, 17, 16] - results[:, 15, 16]  # the derivative down
     b = results[:, 16, 17] - results[:, 16, 15]
     middle = results[:, 16, 16] - 16

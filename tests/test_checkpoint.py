@@ -1,13 +1,21 @@
 import dataclasses
+import resource
+import shutil
+import signal
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from cifar_jax.checkpoint import Checkpoints, Progress
 from cifar_jax.errors import UserError
+from cifar_jax.metrics import EpochMetrics, RunLog
 from cifar_jax.parallel import replicate
-from cifar_jax.train_step import create_history, create_train_state
+from cifar_jax.train_step import create_train_state
+from cifar_jax.trainer import create_history
+
+ROW = EpochMetrics(1, 1.5, 0.25, 1.25, 0.5, 0.01, 2.0, 100.0)
 
 
 @pytest.fixture
@@ -20,27 +28,36 @@ def history():
     return replicate(create_history(6), jax.local_devices()[:1])
 
 
-def at_step(state, step):
-    return state.replace(step=state.step + step)
+@pytest.fixture
+def save(state, history):
+    """save(checkpoints, step, accuracy): a state of that step, and as many epochs in its log."""
+
+    def save(checkpoints, step, accuracy=None):
+        rows = [dataclasses.replace(ROW, epoch=epoch) for epoch in range(1, step + 1)]
+        log = RunLog(rows, np.arange(6 * step, dtype=np.float32))
+        checkpoints.save(state.replace(step=state.step + step), history, Progress(step, 2, 1.5), log, accuracy)
+
+    return save
 
 
-def test_latest_and_best_are_kept(state, history, tmp_path):
+def test_latest_two_and_best_are_kept(state, history, save, tmp_path):
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.restore_run(state, history) is None
     for step, accuracy in enumerate([0.1, 0.5, None, 0.3, 0.4, None], start=1):
-        checkpoints.save(at_step(state, step), history, Progress(step, 2, 1.5), accuracy)
-    assert {folder.name for folder in (tmp_path / "checkpoints").iterdir()} == {"2", "6"}
+        save(checkpoints, step, accuracy)
+    assert {folder.name for folder in (tmp_path / "checkpoints").iterdir()} == {"2", "5", "6"}
     checkpoints = Checkpoints(tmp_path)
-    restored, progress = checkpoints.restore_state("best", state)
-    assert (int(restored.step), progress) == (2, Progress(2, 2, 1.5))
-    restored, restored_history, progress = checkpoints.restore_run(state, history)
-    assert (int(restored.step), progress) == (6, Progress(6, 2, 1.5))
-    for a, b in zip(
-        jax.tree.leaves((restored.params, restored.opt_state)), jax.tree.leaves((state.params, state.opt_state))
-    ):
+    best, progress = checkpoints.restore_state("best", state)
+    assert (int(best.step), progress) == (2, Progress(2, 2, 1.5))
+    restored = checkpoints.restore_run(state, history)
+    assert (int(restored.state.step), restored.progress) == (6, Progress(6, 2, 1.5))
+    leaves = lambda state: jax.tree.leaves((state.params, state.opt_state))
+    for a, b in zip(leaves(restored.state), leaves(state)):
         np.testing.assert_array_equal(a, b)
-    np.testing.assert_array_equal(jax.random.key_data(restored.rng), jax.random.key_data(state.rng))
-    assert set(restored_history) == {"loss", "correct", "count"}
+    np.testing.assert_array_equal(jax.random.key_data(restored.state.rng), jax.random.key_data(state.rng))
+    assert set(restored.history) == {"loss", "correct", "count"}
+    assert restored.log.rows == [dataclasses.replace(ROW, epoch=epoch) for epoch in range(1, 7)]
+    np.testing.assert_array_equal(restored.log.batch_loss, np.arange(36, dtype=np.float32))
 
 
 def test_no_checkpoint_yet(state, tmp_path):
@@ -49,20 +66,28 @@ def test_no_checkpoint_yet(state, tmp_path):
             Checkpoints(tmp_path).restore_state(which, state)
 
 
-def test_restored_onto_more_devices(state, history, tmp_path):
-    Checkpoints(tmp_path).save(state, history, Progress(1), 0.5)
+def test_restored_onto_more_devices(state, save, tmp_path):
+    save(Checkpoints(tmp_path), 1, 0.5)
     (tmp_path / "checkpoints" / "1" / ".DS_Store").touch()  # a file manager's does no harm
     on_four = replicate(jax.device_get(state), jax.local_devices())
     restored, _ = Checkpoints(tmp_path).restore_state("latest", on_four)
     assert len(restored.params["Dense_0"]["kernel"].devices()) == 4
 
 
+def test_a_key_names_its_generator(state, save, tmp_path):
+    """So that a run is restored whatever the user's default is."""
+    with jax.default_prng_impl("rbg"):
+        save(Checkpoints(tmp_path), 1)
+    restored, _ = Checkpoints(tmp_path).restore_state("latest", state)
+    assert jax.random.key_impl(restored.rng) == "threefry2x32"
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
-def test_every_damaged_file_is_named_and_nothing_is_lost(damage, state, history, tmp_path):
+def test_any_damaged_file_of_the_latest_is_survived(damage, state, history, save, tmp_path, capsys):
+    """The run goes on with the checkpoint before it, one line says so, and the damaged one is kept as it is."""
     workdir = tmp_path / "run"
-    checkpoints = Checkpoints(workdir)
-    checkpoints.save(at_step(state, 1), history, Progress(1), 0.5)
-    checkpoints.save(at_step(state, 2), history, Progress(2), 0.4)
+    for step in (1, 2):
+        save(Checkpoints(workdir), step, 0.5)
     files = [file for file in (workdir / "checkpoints" / "2").rglob("*") if file.is_file()]
     assert len(files) > 10
     for damaged in files:
@@ -73,43 +98,159 @@ def test_every_damaged_file_is_named_and_nothing_is_lost(damage, state, history,
             damaged.unlink()
         else:
             damaged.write_bytes(data if damage == "flip" else data[: len(data) // 2])
-        if damaged.name == "sha256.json" and damage != "flip":  # a crash between the two writes: Orbax vouches
-            assert int(Checkpoints(workdir).restore_state("latest", state)[0].step) == 2
+        restored = Checkpoints(workdir).restore_run(state, history)
+        error = capsys.readouterr().err
+        aside = workdir / "checkpoints" / "damaged-2"
+        if damaged.name == "sha256.json" and not aside.exists():  # a crash between the two writes: Orbax vouches
+            assert int(restored.state.step) == 2
             damaged.write_bytes(whole)
             continue
-        name = ".*" if damaged.name == "sha256.json" else damaged.name  # its own bits accuse another file
-        with pytest.raises(UserError, match=rf"{name}: damaged or missing: move {workdir}/checkpoints/2 away"):
-            Checkpoints(workdir).restore_state("latest", state)
-        (workdir / "checkpoints" / "2").rename(tmp_path / "aside")
-        restored, progress = Checkpoints(workdir).restore_state("latest", state)
-        assert (int(restored.step), progress.epoch) == (1, 1)
-        (tmp_path / "aside").rename(workdir / "checkpoints" / "2")
+        assert (int(restored.state.step), restored.progress.epoch, len(restored.log.rows)) == (1, 1, 1), damaged
+        assert (error.count("\n"), "warning: " in error, "damaged-2" in error) == (1, True, True), damaged
+        if damage != "delete":
+            assert (aside / damaged.relative_to(workdir / "checkpoints/2")).read_bytes() != whole
+        aside.rename(workdir / "checkpoints" / "2")
         damaged.write_bytes(whole)
-    assert int(Checkpoints(workdir).restore_state("latest", state)[0].step) == 2  # nothing was changed by the refusals
+    assert int(Checkpoints(workdir).restore_run(state, history).state.step) == 2
 
 
-def test_another_models_checkpoint(state, history, tiny_config, tmp_path):
-    Checkpoints(tmp_path).save(state, history, Progress(1), 0.5)
+def damage(folder):
+    """Changes a byte of the largest file in a checkpoint."""
+    file = max(folder.rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x55
+    file.write_bytes(data)
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_damaged_checkpoint_is_never_overwritten(state, history, save, tmp_path, capsys):
+    """Also if that of the same number is damaged again."""
+    folder = tmp_path / "checkpoints"
+    save(Checkpoints(tmp_path), 1)
+    kept = []
+    for _ in range(3):
+        save(Checkpoints(tmp_path), 2)
+        damage(folder / "2")
+        kept.append(files_of(folder / "2"))
+        checkpoints = Checkpoints(tmp_path)
+        assert int(checkpoints.restore_run(state, history).state.step) == 1
+    for step in range(2, 6):
+        save(checkpoints, step)
+    asides = [files_of(path) for path in sorted(folder.iterdir()) if path.name.startswith("damaged-")]
+    assert asides == kept
+    assert capsys.readouterr().err.count("\n") == 3
+
+
+def test_two_damaged_checkpoints_before_a_whole_one(state, history, save, tmp_path, capsys):
+    for step, accuracy in ((1, 0.9), (2, 0.1), (3, 0.1)):
+        save(Checkpoints(tmp_path), step, accuracy)
+    for step in (2, 3):
+        damage(tmp_path / "checkpoints" / str(step))
+    assert int(Checkpoints(tmp_path).restore_run(state, history).state.step) == 1
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "damaged-2", "damaged-3"}
+    assert capsys.readouterr().err.count("warning: ") == 2
+
+
+def test_all_damaged_is_refused_and_nothing_is_touched(state, history, save, tmp_path, capsys):
+    for step in (1, 2):
+        save(Checkpoints(tmp_path), step, 0.5)
+        damage(tmp_path / "checkpoints" / str(step))
+    before = files_of(tmp_path)
+    with pytest.raises(UserError, match=r"checkpoints/2.*--workdir"):
+        Checkpoints(tmp_path).restore_run(state, history)
+    for which in ("latest", "best"):
+        with pytest.raises(UserError, match=r"checkpoints/[12]"):
+            Checkpoints(tmp_path).restore_state(which, state)
+    assert files_of(tmp_path) == before
+    assert capsys.readouterr().err == ""
+
+
+def test_reading_passes_over_a_damaged_checkpoint_and_changes_nothing(state, save, tmp_path, capsys):
+    for step, accuracy in ((1, 0.1), (2, 0.9)):
+        save(Checkpoints(tmp_path), step, accuracy)
+    damage(tmp_path / "checkpoints" / "2")
+    before = files_of(tmp_path)
+    assert int(Checkpoints(tmp_path).restore_state("latest", state)[0].step) == 1
+    assert int(Checkpoints(tmp_path).restore_state("best", state)[0].step) == 1
+    assert capsys.readouterr().err.count("warning: ") == 2
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, "[]", '{"a": {}}'])
+def test_damaged_checksums_are_no_traceback(content, state, save, tmp_path):
+    save(Checkpoints(tmp_path), 1)
+    (tmp_path / "checkpoints" / "1" / "sha256.json").write_text(content)
+    if content == '{"a": {}}':  # it names a file that is not there
+        with pytest.raises(UserError, match=r"checkpoints/1/a: "):
+            Checkpoints(tmp_path).restore_state("latest", state)
+    else:  # no more than after a crash between the two writes: Orbax vouches
+        assert int(Checkpoints(tmp_path).restore_state("latest", state)[0].step) == 1
+
+
+def test_another_models_checkpoint(save, tiny_config, tmp_path):
+    save(Checkpoints(tmp_path), 1, 0.5)
     other = dataclasses.replace(tiny_config, model="all_cnn", dropout_rates=(0.0, 0.0, 0.0))
-    with pytest.raises(UserError, match="damaged, or of another model"):
+    with pytest.raises(UserError, match="of another model"):
         Checkpoints(tmp_path).restore_state("latest", create_train_state(other, 6))
 
 
-def test_replaced_while_it_is_read(state, history, tmp_path):
+def test_replaced_while_it_is_read(state, save, tmp_path):
     writer = Checkpoints(tmp_path)
-    writer.save(state, history, Progress(1), None)
+    save(writer, 1)
     reader = Checkpoints(tmp_path)
-    writer.save(state, history, Progress(2), None)
-    with pytest.raises(UserError, match="replaced by a training that is under way: try again"):
+    for step in (2, 3):
+        save(writer, step)
+    with pytest.raises(UserError, match=r"checkpoints/1: .*try again"):
         reader.restore_state("latest", state)
 
 
-def test_a_full_disk(state, history, tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path)
+# --- A disk that is full ---
 
-    def full(*_, **__):
-        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
 
-    monkeypatch.setattr(checkpoints._manager, "save", full)
-    with pytest.raises(UserError, match=r"can't save .*No space left on device.*: make room"):
-        checkpoints.save(state, history, Progress(1), None)
+def test_room_is_asked_for_before_anything_is_written(save, tmp_path, monkeypatch):
+    save(Checkpoints(tmp_path), 1)
+    before = files_of(tmp_path)
+    usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"checkpoints: .*make room"):
+        save(Checkpoints(tmp_path), 2)
+    assert files_of(tmp_path) == before
+
+
+def test_a_full_disk_is_one_line_without_the_noise_of_threads(state, history, save, tmp_path, capfd):
+    """Files that may not grow are as good as a full disk: Orbax' threads fail, and would print their tracebacks."""
+    save(Checkpoints(tmp_path), 1)
+    capfd.readouterr()
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"checkpoints: ") as error:
+            save(Checkpoints(tmp_path), 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
+    assert int(Checkpoints(tmp_path).restore_run(state, history).state.step) == 1
+
+
+@pytest.mark.parametrize(
+    ("failure", "advice"),
+    [
+        (OSError(28, "No space left on device"), "make room"),
+        (OSError(122, "Disk quota exceeded"), "make room"),
+        (ValueError("RESOURCE_EXHAUSTED: Error writing: [OS error 28: ENOSPC No space left on device]"), "make room"),
+        (PermissionError(13, "Permission denied"), "can be written"),
+        (OSError(5, "Input/output error"), "can be written"),
+    ],
+)
+def test_the_advice_on_a_failed_save_is_true(failure, advice, save, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
+    with pytest.raises(UserError, match=advice):
+        save(Checkpoints(tmp_path), 1)

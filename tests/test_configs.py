@@ -8,7 +8,7 @@ from cifar_jax.errors import UserError
 
 
 def test_every_recipe_has_its_folder_file_and_description():
-    assert list(RECIPES) == ["lenet5", "lenet5_reference", "all_cnn", "all_cnn_fast", "all_cnn_reference", "quickstart"]
+    assert list(RECIPES) == ["all_cnn", "all_cnn_fast", "all_cnn_reference", "lenet5", "lenet5_reference", "quickstart"]
     for name, config in RECIPES.items():
         assert config.workdir == f"runs/{name}"
         assert importlib.import_module(f"cifar_jax.configs.{name}").CONFIG is config
@@ -29,18 +29,18 @@ def test_the_reference_recipes_are_the_originals():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "named"),
     [
-        ({"batch_size": 0}, "--batch-size 0: must be 1 or more"),
+        ({"batch_size": 0}, "--batch-size 0: .* 1 or more"),
         ({"num_epochs": -1}, "--num-epochs -1"),
-        ({"optimizer": "adamw"}, "--optimizer adamw: must be one of sgd, keras_sgd, muon"),
-        ({"model": "resnet"}, "--model resnet: must be one of"),
+        ({"optimizer": "adamw"}, "--optimizer adamw: .* sgd, keras_sgd, muon"),
+        ({"model": "resnet"}, "--model resnet: .* all_cnn, lenet5"),
         ({"cutout_size": 65}, "--cutout-size 65"),
         ({"learning_rate": float("nan")}, "--learning-rate nan"),
         ({"momentum": 1.0}, "--momentum 1.0"),
-        ({"dropout_rates": (0.1,)}, "must be 2 numbers for lenet5"),
+        ({"dropout_rates": (0.1,)}, "--dropout-rates .* 2 .*lenet5"),
         ({"dropout_rates": (0.1, 1.0)}, "--dropout-rates"),
-        ({"lr_decay": 0.1}, "unless --schedule inverse_time"),
+        ({"lr_decay": 0.1}, "--lr-decay 0.1: .* --schedule inverse_time"),
         ({"warmup_fraction": 1.0}, "--warmup-fraction 1.0"),
         ({"crop_padding": 32}, "--crop-padding 32"),
         ({"seed": -1}, "--seed -1"),
@@ -49,15 +49,15 @@ def test_the_reference_recipes_are_the_originals():
         ({"swa_cycles": 0}, "--swa-cycles 0"),
         ({"swa_learning_rate": 0.0}, "--swa-learning-rate 0.0"),
         ({"gradient_clip": -1.0}, "--gradient-clip -1.0"),
-        ({"mixup_alpha": 1.0, "cutmix_alpha": 1.0}, "must be 0 with --cutmix-alpha"),
-        ({"image_sizes": ((24, 2),)}, "must be empty for lenet5"),
-        ({"model": "all_cnn", "dropout_rates": (0.0,) * 3, "image_sizes": ((9, 2),)}, "from 14 to 32"),
-        ({"random_flip": True, "alternating_flip": True}, "--alternating-flip True: must be False with --random-flip"),
-        ({"warmup_fraction": 0.1, "schedule": "constant"}, "unless --schedule cosine or one_cycle"),
+        ({"mixup_alpha": 1.0, "cutmix_alpha": 1.0}, "--mixup-alpha 1.0: .* 0 with --cutmix-alpha"),
+        ({"image_sizes": ((24, 2),)}, "--image-sizes .*lenet5"),
+        ({"model": "all_cnn", "dropout_rates": (0.0,) * 3, "image_sizes": ((9, 2),)}, "--image-sizes .* 14 to 32"),
+        ({"random_flip": True, "alternating_flip": True}, "--alternating-flip True: .* --random-flip"),
+        ({"warmup_fraction": 0.1, "schedule": "constant"}, "--warmup-fraction 0.1: .* --schedule cosine or one_cycle"),
     ],
 )
-def test_impossible_values_are_refused(changes, message):
-    with pytest.raises(UserError, match=message):
+def test_impossible_values_are_refused(changes, named):
+    with pytest.raises(UserError, match=named):
         dataclasses.replace(RECIPES["lenet5"], **changes)
 
 

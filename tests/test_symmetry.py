@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cifar_jax.evaluate import load_run
-from cifar_jax.models import MODELS
+from cifar_jax.models import MODELS, LeNet5
 from cifar_jax.optimizer import create_tx
 from cifar_jax.parallel import AXIS
+from cifar_jax.sources import load_run
 from cifar_jax.symmetry import mirror, symmetric_part, symmetric_start
 from cifar_jax.train import train_and_evaluate
 from cifar_jax.train_step import create_train_state
@@ -20,39 +20,41 @@ SIDES = {"lenet5": 32, "all_cnn": 31}  # of images whose pools leave nothing out
 
 @pytest.fixture(params=list(MODELS), scope="module")
 def network(request):
-    """(apply, params, images): small random images, and biases that are not 0."""
+    """(apply, params, images, layers): small random images, and biases that are not 0."""
     model, side = MODELS[request.param](), SIDES[request.param]
     images = np.random.default_rng(0).normal(size=(3, side, side, 3)).astype(np.float32)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     shifted = {name: layer | {"bias": layer["bias"] + jnp.linspace(0, 0.1, len(layer["bias"]))}
                for name, layer in params.items()}  # fmt: skip
-    return jax.jit(lambda params, images: model.apply({"params": params}, images)), shifted, images
+    return jax.jit(lambda params, images: model.apply({"params": params}, images)), shifted, images, model.LAYERS
 
 
 def test_mirrored_weights_see_the_mirror_image(network):
-    apply, params, images = network
-    ours = apply(mirror(params), images)
+    apply, params, images, layers = network
+    ours = apply(mirror(params, layers), images)
     np.testing.assert_allclose(ours, apply(params, images[:, :, ::-1]), rtol=1e-4, atol=1e-6)
     assert np.abs(ours - apply(params, images)).max() > 1e-3
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(mirror(mirror(params))), jax.device_get(params))
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.device_get(mirror(mirror(params, layers), layers)), jax.device_get(params)
+    )
 
 
 def test_symmetric_weights_see_both_alike_and_keep_their_variance(network):
-    apply, params, images = network
-    start = symmetric_start(params)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(mirror(start)), jax.device_get(start))
+    apply, params, images, layers = network
+    start = symmetric_start(params, layers)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(mirror(start, layers)), jax.device_get(start))
     np.testing.assert_allclose(apply(start, images), apply(start, images[:, :, ::-1]), rtol=1e-4, atol=1e-6)
     for name, layer in params.items():
         assert float(start[name]["kernel"].std()) == pytest.approx(float(layer["kernel"].std()), rel=0.1)
 
 
 def test_a_symmetric_gradient_is_the_mean_over_both_images(network):
-    apply, params, images = network
+    apply, params, images, layers = network
     gradient = jax.grad(lambda params, images: (apply(params, images) ** 2).sum())
-    start = symmetric_start(params)
+    start = symmetric_start(params, layers)
     both = jax.tree.map(lambda a, b: (a + b) / 2, gradient(start, images), gradient(start, images[:, :, ::-1]))
     near = lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max())
-    jax.tree.map(near, symmetric_part(gradient(start, images)), both)
+    jax.tree.map(near, symmetric_part(gradient(start, images), layers), both)
 
 
 @pytest.mark.parametrize("changes", [{"optimizer": "sgd", "sam_rho": 0.05}, {"optimizer": "muon", "ema_decay": 0.9}])
@@ -60,13 +62,13 @@ def test_training_keeps_the_symmetry(tiny_config, tiny_dataset, changes):
     config = dataclasses.replace(tiny_config, num_epochs=1, mirror_symmetry=True, initializer="lsuv", **changes)
     config = dataclasses.replace(config, dropout_rates=(0.0, 0.0), weight_decay=0.1, gradient_clip=10.0)
     with jax.numpy_dtype_promotion("standard"):  # optax takes powers of an integer
-        train_and_evaluate(config)
+        train_and_evaluate(config, tiny_dataset)
     state = load_run(Path(config.workdir), "latest")[1]
     start = create_train_state(config, 1, tiny_dataset.train_images).params
     near = lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-5)
     for trained in (state.params, state.eval_params):
         assert np.abs(trained["Dense_0"]["kernel"] - start["Dense_0"]["kernel"]).max() > 1e-3
-        jax.tree.map(near, mirror(trained), trained)
+        jax.tree.map(near, mirror(trained, LeNet5.LAYERS), trained)
 
 
 def test_sam_climbs_to_symmetric_weights(tiny_config):
@@ -83,5 +85,5 @@ def test_sam_climbs_to_symmetric_weights(tiny_config):
     _, climbed = jax.jit(jax.vmap(update, axis_name=AXIS))(jnp.zeros(1))
     near = lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-6)
     climbed = jax.tree.map(lambda x: x[0], climbed)
-    jax.tree.map(near, mirror(climbed), climbed)
+    jax.tree.map(near, mirror(climbed, LeNet5.LAYERS), climbed)
     assert np.abs(climbed["Dense_0"]["kernel"] - params["Dense_0"]["kernel"]).max() > 0

@@ -1,11 +1,10 @@
 import csv
 import dataclasses
 import errno
+import fcntl
 import io
 import json
-import math
 import shutil
-import sys
 import threading
 import types
 from pathlib import Path
@@ -15,8 +14,7 @@ import numpy as np
 import pytest
 from small_runs import latest_state, stop_at, untimed_rows
 
-from cifar_jax import metrics, plots, trainer, training
-from cifar_jax.checkpoint import Checkpoints
+from cifar_jax import evaluate, metrics, plots, trainer, training
 from cifar_jax.configs import RECIPES
 from cifar_jax.errors import UserError
 from cifar_jax.metrics import read_batch_loss, read_metrics
@@ -27,9 +25,9 @@ from cifar_jax.training import Interrupted
 
 pytestmark = pytest.mark.usefixtures("direct_convolutions", "no_figures")
 
-# How often a run of 6 steps an epoch and 4 of evaluation, one a call, asks whether to stop: once before all epochs;
-# then in each before it, before its steps, and after each step of its evaluation.
-BEFORE, EPOCH = 1, 1 + 6 + 4
+# How often a run of 6 steps an epoch and 4 of evaluation, one a call, asks whether to stop: at first, with its
+# data, before its epochs and before it compiles; then before an epoch, before its steps, after each of its evaluation.
+START, BEFORE, EPOCH = 3, 4, 1 + 6 + 4
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +71,12 @@ def copied(uninterrupted, tmp_path):
 def test_a_run_writes_all_its_files(uninterrupted):
     folder = Path(uninterrupted.workdir)
     names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir()}
+    figures = {"accuracy.png", "loss.png", "batch_loss.png"}
     texts = {"config.json", "dataset.json", "metrics.csv", "summary.json"}
-    assert names == {".lock", "batch_loss.npy", "checkpoints"} | texts
+    assert names == {".lock", "batch_loss.npy", "checkpoints"} | texts | figures
+    for figure in figures:
+        assert (folder / figure).read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader(io.StringIO((folder / "metrics.csv").read_text())))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert list(rows[0]) == [
@@ -180,7 +182,7 @@ def test_a_finished_run_is_left_alone(uninterrupted, tiny_dataset, capsys):
 def test_small_images_to_the_end_are_warned_of(tiny_dataset, tiny_config, capsys):
     changes = {"model": "all_cnn", "dropout_rates": (0.0,) * 3, "image_sizes": ((14, 1),), "num_epochs": 1}
     with pytest.raises(Interrupted):
-        train_and_evaluate(dataclasses.replace(tiny_config, **changes), tiny_dataset, stop_at(1))
+        train_and_evaluate(dataclasses.replace(tiny_config, **changes), tiny_dataset, stop_at(START))
     assert "warning: --image-sizes" in capsys.readouterr().err
 
 
@@ -212,7 +214,7 @@ def test_other_devices_are_said_where_they_matter(tiny_dataset, tiny_config, cap
 def test_a_run_without_a_step_may_change(tiny_config, tiny_dataset):
     """As it may have been out of memory, and was told to lower its batch."""
     with pytest.raises(Interrupted, match="nothing was saved"):
-        train_and_evaluate(tiny_config, tiny_dataset, stop_at(1))
+        train_and_evaluate(tiny_config, tiny_dataset, stop_at(START))
     finished = dataclasses.replace(tiny_config, batch_size=10, num_epochs=1)
     train_and_evaluate(finished, tiny_dataset)
     workdir = Path(tiny_config.workdir)
@@ -224,7 +226,7 @@ def test_a_run_without_a_step_may_change(tiny_config, tiny_dataset):
             train_and_evaluate(tiny_config, tiny_dataset)
         (workdir / name).unlink()
     with pytest.raises(Interrupted):
-        train_and_evaluate(tiny_config, tiny_dataset, stop_at(1))
+        train_and_evaluate(tiny_config, tiny_dataset, stop_at(START))
 
 
 def test_settings_that_the_number_of_steps_forbids(tiny_config, tiny_dataset, capsys):
@@ -238,7 +240,9 @@ def test_settings_that_the_number_of_steps_forbids(tiny_config, tiny_dataset, ca
             train_and_evaluate(dataclasses.replace(tiny_config, **changes), tiny_dataset)
     assert not Path(tiny_config.workdir).exists()  # nothing was done, nothing is left
     with pytest.raises(Interrupted):
-        train_and_evaluate(dataclasses.replace(tiny_config, swa_fraction=0.5, swa_cycles=10), tiny_dataset, stop_at(1))
+        train_and_evaluate(
+            dataclasses.replace(tiny_config, swa_fraction=0.5, swa_cycles=10), tiny_dataset, stop_at(START)
+        )
     assert capsys.readouterr().err.startswith("warning: --swa-fraction")
 
 
@@ -265,13 +269,13 @@ def test_a_finished_run_without_its_checkpoints_is_left_alone(removed, copied, t
     assert {path.name: path.read_bytes() for path in workdir.iterdir() if path.is_file()} == before
     (workdir / "summary.json").unlink()
     with pytest.raises(Interrupted, match="nothing was saved"):  # of an unfinished one nothing is left
-        train_and_evaluate(copied, tiny_dataset, stop_at(1))
+        train_and_evaluate(copied, tiny_dataset, stop_at(START))
     assert "training from the start" in capsys.readouterr().err
     (workdir / "summary.json").write_bytes(before["summary.json"])
     other = dataclasses.replace(copied, seed=1)
     (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(other)))
     with pytest.raises(Interrupted, match="nothing was saved"):  # another recipe's summary is not this run's
-        train_and_evaluate(other, tiny_dataset, stop_at(1))
+        train_and_evaluate(other, tiny_dataset, stop_at(START))
 
 
 def test_a_run_goes_on_with_its_own_data_alone(copied, tiny_dataset):
@@ -319,7 +323,7 @@ def test_progressive_sizes_train_and_resume(tiny_config, tiny_dataset, monkeypat
     monkeypatch.setattr(training, "Evaluator", lambda *_: lambda state, stop: {"loss": 2.0, "accuracy": 0.1})
     monkeypatch.setattr(trainer, "MAX_PENDING_CALLS", 9)
     with pytest.raises(Interrupted, match="1 epochs and 1/2 steps"):
-        train_and_evaluate(config, tiny_dataset, stop_at(BEFORE + 3 + 3))
+        train_and_evaluate(config, tiny_dataset, stop_at(BEFORE + 2 + 3 + 3))
     assert (compiled, trained) == ({16, 24, 32}, [16, 16, 24])
     compiled.clear()
     trained.clear()
@@ -344,18 +348,8 @@ def test_a_stop_in_an_epoch_that_diverged_does_not_save_it(tiny_config, tiny_dat
     assert not any(Path(tiny_config.workdir).glob("checkpoints/[0-9]*"))
 
 
-def test_a_restarted_run_may_not_change(tiny_config, tiny_dataset):
-    """Though none of its folders keeps an epoch: the changed recipe would go on where the old one's restarts ended."""
-    config = dataclasses.replace(tiny_config, learning_rate=1e30, auto_restart=True)
-    with pytest.raises(UserError, match="diverged in epoch 1"):
-        train_and_evaluate(config, tiny_dataset)
-    with pytest.raises(UserError, match="restart3 .*learning_rate 1.25e\\+29 → 0.01"):
-        train_and_evaluate(dataclasses.replace(config, learning_rate=0.08), tiny_dataset)
-
-
 def test_stalled_training_is_warned_of_or_restarted(tiny_config, tiny_dataset, monkeypatch, capsys):
     """What happens when is_stalled says so; test_metrics.py has when it does."""
-    answers = iter(())
     monkeypatch.setattr(training, "is_stalled", lambda losses, classes: next(answers, False))
     answers = iter((True,))
     config = dataclasses.replace(tiny_config, learning_rate=1e-12, num_epochs=1)
@@ -365,7 +359,7 @@ def test_stalled_training_is_warned_of_or_restarted(tiny_config, tiny_dataset, m
     assert "--auto-restart" in warning
     answers = iter((True,))  # it goes on with the flag, as it was advised
     with pytest.raises(Interrupted, match="nothing was saved"):
-        train_and_evaluate(dataclasses.replace(config, auto_restart=True, seed=0, num_epochs=1), tiny_dataset, stop_at(1))
+        train_and_evaluate(dataclasses.replace(config, auto_restart=True), tiny_dataset, stop_at(START))
     assert f"starting again in {config.workdir}/restart1" in capsys.readouterr().err
 
     answers = iter((False, True))
@@ -385,14 +379,122 @@ def test_stalled_training_is_warned_of_or_restarted(tiny_config, tiny_dataset, m
 
 
 def test_a_stalled_training_is_found_by_its_losses(tiny_config, tiny_dataset, monkeypatch, capsys):
-    """Initial weights are at chance, and the rate is too small to leave that: 15 flat steps are more than two epochs.
+    """Forced: with weights of zero all logits are equal, and the rate is too small to leave that.
 
-    All restarts are the same, and there are three.
+    Its 15 flat steps are more than two epochs of 6. The next seed has a large bias, so not the loss at chance.
     """
+    create = trainer.create_train_state
+
+    def create_equal_logits(config, *arguments):
+        state = create(config, *arguments)
+        bias = np.arange(10, dtype=np.float32) * config.seed
+        equal = jax.tree.map(lambda leaf: bias if leaf.shape == (10,) else np.zeros_like(leaf), state.params)
+        return state.replace(params=equal)
+
+    monkeypatch.setattr(trainer, "create_train_state", create_equal_logits)
     monkeypatch.setattr(metrics, "STALLED_STEPS", 15)
     config = dataclasses.replace(tiny_config, learning_rate=1e-12, auto_restart=True)
-    with pytest.raises(UserError, match="stalled in epoch 3"):
+    assert train_and_evaluate(config, tiny_dataset)["config"]["seed"] == 1
+    assert "stalled in epoch 3" in capsys.readouterr().err
+    assert [row.epoch for row in read_metrics(Path(config.workdir))] == [1, 2]
+    assert len(read_metrics(Path(config.workdir) / "restart1")) == 3
+
+
+def test_restarts_end(tiny_config, tiny_dataset, capsys):
+    config = dataclasses.replace(tiny_config, learning_rate=1e30, auto_restart=True)
+    with pytest.raises(UserError, match=r"diverged in epoch 1.* another --seed$"):
         train_and_evaluate(config, tiny_dataset)
     assert capsys.readouterr().err.count("starting again in") == 3
-    for workdir in (config.workdir, *(f"{config.workdir}/restart{number}" for number in (1, 2, 3))):
-        assert [row.epoch for row in read_metrics(Path(workdir))] == [1, 2]
+    with pytest.raises(UserError, match=r"restart3 .*learning_rate 1.25e\+29 → 0.01"):  # a changed recipe can't go on
+        train_and_evaluate(dataclasses.replace(config, learning_rate=0.08), tiny_dataset)
+
+
+# --- Optional last steps, other surroundings ---
+
+
+def test_a_figure_that_fails_costs_one_line(tiny_config, tiny_dataset, monkeypatch, capsys):
+    def fail(workdir):
+        raise RuntimeError("no font\nat all")
+
+    monkeypatch.setattr(plots, "plot_run", fail)
+    summary = train_and_evaluate(dataclasses.replace(tiny_config, num_epochs=1), tiny_dataset)
+    error = capsys.readouterr().err
+    assert (error.count("\n"), error.startswith("warning: "), "no font at all" in error) == (1, True, True)
+    assert json.loads((Path(tiny_config.workdir) / "summary.json").read_text()) == json.loads(json.dumps(summary))
+
+
+def test_a_training_in_a_thread_where_nothing_can_be_locked(tiny_config, tiny_dataset, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    results = []
+    config = dataclasses.replace(tiny_config, num_epochs=1)
+    thread = threading.Thread(target=lambda: results.append(train_and_evaluate(config, tiny_dataset)))
+    thread.start()
+    thread.join()
+    assert results[0]["epochs"] == 1
+    assert capsys.readouterr().err.count("no locks available") == 1
+
+
+def test_another_default_generator_changes_nothing(tiny_config, tiny_dataset, run_command, use_tiny_dataset, capsys):
+    """A run made under JAX_DEFAULT_PRNG_IMPL=rbg is the same, and is evaluated and resumed without it."""
+    expected = dataclasses.replace(tiny_config, num_epochs=1)
+    train_and_evaluate(expected, tiny_dataset)
+    config = dataclasses.replace(tiny_config, workdir=f"{tiny_config.workdir}-rbg", num_epochs=1)
+    with jax.default_prng_impl("rbg"):
+        train_and_evaluate(config, tiny_dataset)
+    assert untimed_rows(config) == untimed_rows(expected)
+    capsys.readouterr()
+    status, output, _ = run_command(evaluate.main, "--workdir", config.workdir, "--json")
+    row = read_metrics(Path(config.workdir))[-1]
+    assert (status, json.loads(output)["test_accuracy"]) == (0, pytest.approx(row.test_accuracy))
+    with jax.default_prng_impl("rbg"):
+        assert run_command(evaluate.main, "--workdir", expected.workdir)[0] == 0
+
+
+# --- Logs that are lost or damaged: the checkpoint has what they held ---
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda run: (run / "metrics.csv").unlink(),
+        lambda run: (run / "metrics.csv").write_text("epoch\ninf\n"),
+        lambda run: (run / "batch_loss.npy").unlink(),
+        lambda run: (run / "batch_loss.npy").write_bytes(b""),
+        lambda run: (run / "batch_loss.npy").write_bytes((run / "batch_loss.npy").read_bytes()[:-9]),
+        lambda run: np.save(run / "batch_loss.npy", np.zeros((18, 2))),
+    ],
+)
+def test_a_damaged_log_is_rebuilt(damage, copied, uninterrupted, tiny_dataset):
+    workdir = Path(copied.workdir)
+    before = {name: (workdir / name).read_bytes() for name in ("metrics.csv", "batch_loss.npy")}
+    damage(workdir)
+    (workdir / "summary.json").unlink()  # else the run is complete, and left alone
+    summary = train_and_evaluate(copied, tiny_dataset)
+    assert {name: (workdir / name).read_bytes() for name in before} == before
+    assert [row["epoch"] for row in summary["metrics"]] == [1, 2, 3]
+
+
+def test_checkpoints_without_their_config_are_refused(copied, tiny_dataset):
+    (Path(copied.workdir) / "config.json").unlink()
+    with pytest.raises(UserError, match=r"no config\.json: .* --workdir"):
+        train_and_evaluate(copied, tiny_dataset)
+
+
+def test_a_damaged_checkpoint_costs_its_epoch_alone(copied, uninterrupted, tiny_dataset, capsys):
+    """The run goes on from the one before it, to the same end bit for bit; the damaged one is kept."""
+    workdir = Path(copied.workdir)
+    file = max((workdir / "checkpoints" / "3").rglob("*"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1])
+    (workdir / "summary.json").unlink()
+    capsys.readouterr()
+    train_and_evaluate(copied, tiny_dataset)
+    output = capsys.readouterr()
+    assert output.err.count("warning: ") == 1
+    assert "2 epochs" in output.err
+    assert (workdir / "checkpoints" / "damaged-3").is_dir()
+    assert untimed_rows(copied) == untimed_rows(uninterrupted)
+    for resumed, expected in zip(latest_state(copied), latest_state(uninterrupted)):
+        np.testing.assert_array_equal(resumed, expected)
