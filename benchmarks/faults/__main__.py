@@ -48,6 +48,7 @@ def prepare(folder: Path) -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "programs"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
     os.environ["CIFAR_JAX_CACHE"] = str(folder / "cache")
+    Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).mkdir(exist_ok=True)  # else reading a file would make it
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     if "device_count" not in os.environ["XLA_FLAGS"]:

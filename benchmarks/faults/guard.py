@@ -58,7 +58,7 @@ class _Watch:
         elif victims.writes(event, arguments) and isinstance(arguments[0], (str, bytes)):
             path = os.path.abspath(os.fsdecode(arguments[0]))
             if not path.startswith((self._folder, os.devnull)):
-                self.seen.append(f"{event} outside its folder")
+                self.seen.append(f"{event} outside its folder, {os.path.basename(path)}")
 
 
 def _read(task: Task, paths: list[Path], report: Path, folder: Path) -> None:

@@ -18,12 +18,13 @@ from unittest import mock
 import jax
 import numpy as np
 
-from cifar_jax import ops, plots, trainer, training
+from cifar_jax import plots, trainer, training
 from cifar_jax.checkpoint import Checkpoints
 from cifar_jax.configs.base import Config
 from cifar_jax.datasets import Dataset, load_dataset
 from cifar_jax.errors import UserError
 from cifar_jax.metrics import read_batch_loss, read_metrics
+from cifar_jax.ops import winograd
 from cifar_jax.parallel import replicate
 from cifar_jax.train import train_and_evaluate
 from cifar_jax.train_step import create_train_state
@@ -77,7 +78,7 @@ def tiny_dataset() -> Dataset:
 @contextlib.contextmanager
 def quickly_compiled() -> Iterator[None]:
     """Without Winograd's form a step compiles in half the time."""
-    with mock.patch.object(ops, "winograd_pays", return_value=False):
+    with mock.patch.object(winograd, "pays", return_value=False):
         yield
 
 

@@ -28,7 +28,8 @@ def mutate(data: bytes, rng: np.random.Generator) -> bytes:
             data = data[:at] + data[other : other + length] + data[at + length :]
         else:
             width = int(rng.choice([1, 2, 4, 8]))
-            value = int(rng.choice([0, 1, 2 ** (8 * width - 1) - 1, 2 ** (8 * width - 1), 2 ** (8 * width) - 1]))
+            limits = (0, 1, 2 ** (8 * width - 1) - 1, 2 ** (8 * width - 1), 2 ** (8 * width) - 1)
+            value = limits[int(rng.integers(len(limits)))]
             data = data[:at] + value.to_bytes(width, "little") + data[at + width :]
     return data
 
