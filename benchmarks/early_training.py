@@ -19,13 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import output_file
-from benchmarks.pytorch_training import check_classes
 from cifar_jax.augment import augmentation_keys, create_augment
 from cifar_jax.batches import epoch_order, pixel_statistics, scale_images
 from cifar_jax.cli import command, parse_arguments
 from cifar_jax.configs import RECIPES
 from cifar_jax.configs.base import Config, DatasetName
-from cifar_jax.datasets import Dataset, load_dataset
+from cifar_jax.datasets import Dataset, get_dataset, load_dataset
 from cifar_jax.environment import PACKAGES, describe_command, describe_environment
 from cifar_jax.errors import UserError
 from cifar_jax.host import check_devices
@@ -58,7 +57,8 @@ def losses_in_pytorch(config: Config, dataset: Dataset, num_steps: int) -> list[
     schedule = create_schedule(config, 1)
     statistics = pixel_statistics(config.input_scaling, config.dataset)
     torch.manual_seed(config.seed)
-    network = pytorch.create_model(config.model, config.dropout_rates)
+    num_classes = get_dataset(config.dataset).num_classes
+    network = pytorch.create_model(config.model, config.dropout_rates, num_classes=num_classes)
     pytorch.load_params(network, state.params)
     network = network.to(memory_format=torch.channels_last).train()
     parameters = list(network.parameters())
@@ -101,15 +101,14 @@ def main() -> int:
     arguments = parse_arguments(Arguments, prog="python -m benchmarks.early_training")
     check_devices()
     pytorch.import_torch()  # now, not after JAX's part
+    file = output_file(arguments.out, "early_training")
     dataset = load_dataset(arguments.dataset, arguments.data_dir)
-    check_classes(dataset, RECIPE)
     most = len(dataset.train_labels) // RECIPES[RECIPE].batch_size
     if not 5 <= arguments.num_steps <= most:
         raise UserError(f"--num-steps {arguments.num_steps}: must be from 5 to {most}, the whole batches of an epoch")
     if not arguments.seeds:
         raise UserError("--seeds: name one or more")
     runs: list[dict[str, Any]] = []
-    file = output_file(arguments.out, "early_training")
     with jax.default_matmul_precision("highest"):  # else TensorFloat-32 on NVIDIA's GPUs; the environment tells it
         for seed in arguments.seeds:
             config = dataclasses.replace(RECIPES[RECIPE], dataset=arguments.dataset, seed=seed, num_devices=1)

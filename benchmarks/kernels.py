@@ -1,4 +1,4 @@
-"""What each kernel of cifar_jax/ops.py gains in the whole training step, on this machine.
+"""What each form of cifar_jax/ops gains in the whole training step, on this machine.
 
 python -m benchmarks.kernels --out DIR [--rounds N] [--workloads …]
 
@@ -32,11 +32,13 @@ from cifar_jax import host, ops, trainer
 from cifar_jax.cli import command, parse_arguments
 from cifar_jax.configs import RECIPES
 from cifar_jax.configs.base import Config
-from cifar_jax.datasets import DATASETS
+from cifar_jax.datasets import get_dataset
 from cifar_jax.environment import describe_command, describe_environment
 from cifar_jax.errors import UserError
 from cifar_jax.host import check_devices, keep_memory, use_cpu_cores
 from cifar_jax.io import write_json
+from cifar_jax.ops import cpu, direct, winograd
+from cifar_jax.ops.reference import lax_convolution, lax_max_pool
 from cifar_jax.parallel import replicate, select_devices
 from cifar_jax.trainer import Trainer
 
@@ -66,23 +68,25 @@ FORMS: dict[str, tuple[str, ...]] = {
 
 @contextlib.contextmanager
 def only(parts: tuple[str, ...]) -> Iterator[None]:
-    """While entered, programs are traced with these parts of ops, and JAX's own form of the others."""
-    pool = ops.slices_max_pool if "pool" in parts else ops.lax_max_pool
+    """While entered, programs are traced and lowered for the CPU with these parts of ops, and JAX's own forms of the
+    others."""
+    convolution = ops.convolution if "gradient" in parts else lax_convolution
+    pool = cpu.max_pool if "pool" in parts else lax_max_pool
     mask = ops.bernoulli_mask if "dropout" in parts else jax.random.bernoulli
-    channels = ops._CHANNELS if "few channels" in parts else 1
-    pays = ops.winograd_pays if "winograd" in parts else lambda kernel, size: False
-    large_kernel = ops._LARGE_KERNEL if "large" in parts else sys.maxsize
+    channels = direct.CHANNELS if "few channels" in parts else 1
+    pays = winograd.pays if "winograd" in parts else lambda kernel, size, dtype: False
+    large_kernel = direct.LARGE_KERNEL if "large" in parts else sys.maxsize
     options = host.compiler_options if "memory" in parts else lambda *_: {}
-    unpadded = ops.unpadded_convolution if "row" in parts else functools.partial(ops.lax_convolution, padding="VALID")
+    unpadded = direct.unpadded_convolution if "row" in parts else functools.partial(lax_convolution, pads="VALID")
     with (
-        mock.patch.object(ops, "on_cpu", return_value="gradient" in parts),  # decides the convolution
+        mock.patch.object(ops, "convolution", convolution),
         mock.patch.object(ops, "max_pool", pool),
         mock.patch.object(ops, "bernoulli_mask", mask),
-        mock.patch.object(ops, "_CHANNELS", channels),
-        mock.patch.object(ops, "_LARGE_KERNEL", large_kernel),
+        mock.patch.object(direct, "CHANNELS", channels),
+        mock.patch.object(direct, "LARGE_KERNEL", large_kernel),
+        mock.patch.object(direct, "unpadded_convolution", unpadded),
+        mock.patch.object(winograd, "pays", pays),
         mock.patch.object(trainer, "compiler_options", options),
-        mock.patch.object(ops, "winograd_pays", pays),
-        mock.patch.object(ops, "unpadded_convolution", unpadded),
     ):
         yield
 
@@ -91,7 +95,7 @@ def create_timer(config: Config) -> Callable[[int], float]:
     """Compiles the step; the timer takes a number of steps and returns milliseconds a step."""
     devices, size = select_devices(config), 4 * config.batch_size
     images = np.random.default_rng(0).integers(0, 256, (size, 32, 32, 3), dtype=np.uint8)
-    labels = np.arange(size, dtype=np.int32) % len(DATASETS[config.dataset].class_names)
+    labels = np.arange(size, dtype=np.int32) % get_dataset(config.dataset).num_classes
     steps = Trainer(dataclasses.replace(config, steps_per_call=1), images, labels, devices)
     order = replicate(jnp.arange(size, dtype=jnp.int32), devices)
 
@@ -108,7 +112,7 @@ def create_timer(config: Config) -> Callable[[int], float]:
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Times the training step with each kernel of cifar_jax.ops by itself, and with all."""
+    """Times the training step with each form of cifar_jax.ops by itself, and with all."""
 
     out: Path
     """Folder for kernels.json."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import scipy.stats
 
-from benchmarks.pytorch_training import check_classes, train_in_pytorch, unsupported_fields
+from benchmarks.pytorch_training import train_in_pytorch, unsupported_fields
 from benchmarks.seeds import Arguments, Stop, configure, origin, spread, train_in_jax
 from benchmarks.workloads import reference_recipe
 from cifar_jax.datasets import load_dataset
@@ -58,7 +58,6 @@ def run_parity(arguments: Arguments, model: str, stop: Stop) -> dict[str, Any] |
     compared = _check(arguments, recipe)
     config = configure(arguments, recipe, "", 0)
     dataset = load_dataset(config.dataset, arguments.data_dir)
-    check_classes(dataset, recipe)
     all_runs: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.frameworks}
     for seed in arguments.seeds:
         for name in arguments.frameworks:

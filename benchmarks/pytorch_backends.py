@@ -18,6 +18,7 @@ from benchmarks.backends import Backend, best_rate, max_rss
 from benchmarks.workloads import ORDER_STEPS, Workload
 from cifar_jax.batches import pixel_statistics
 from cifar_jax.configs.base import Config
+from cifar_jax.datasets import get_dataset
 from cifar_jax.host import cpu_cores
 from cifar_jax.weights import keras as keras_weights
 from cifar_jax.weights import pytorch as pytorch_weights
@@ -97,7 +98,8 @@ class PyTorchBackend(Backend):
 
     def _create_network(self, compiled: bool) -> None:
         config = self._workload.plain
-        network = pytorch_weights.create_model(config.model, config.dropout_rates)
+        num_classes = get_dataset(config.dataset).num_classes
+        network = pytorch_weights.create_model(config.model, config.dropout_rates, num_classes=num_classes)
         self._network = network.to(self._device, memory_format=self._format)
         self._optimizer = torch.optim.SGD(
             network.parameters(),
@@ -199,7 +201,8 @@ class KerasBackend(PyTorchBackend):
         config, keras = self._workload.plain, keras_weights.import_keras()
         if config.dtype == "bfloat16":
             keras.mixed_precision.set_global_policy("mixed_bfloat16")
-        model = keras_weights.create_model(config.model, config.dropout_rates)
+        num_classes = get_dataset(config.dataset).num_classes
+        model = keras_weights.create_model(config.model, config.dropout_rates, num_classes=num_classes)
         model.compile(
             # Its weight decay is not the recipe's L2, but costs the same.
             keras.optimizers.SGD(

@@ -15,9 +15,8 @@ import numpy as np
 from benchmarks.seeds import Stop
 from cifar_jax.batches import pixel_statistics, scale_images
 from cifar_jax.checkpoint import Progress
-from cifar_jax.configs import RECIPES
 from cifar_jax.configs.base import EXECUTION_FIELDS, Config
-from cifar_jax.datasets import DATASETS, Dataset
+from cifar_jax.datasets import Dataset, get_dataset
 from cifar_jax.errors import UserError
 from cifar_jax.io import write_atomically
 from cifar_jax.training import Interrupted
@@ -28,14 +27,6 @@ _FIELDS = (  # what this training does as a recipe says; the other fields must h
     *("workdir", "model", "dropout_rates", "input_scaling", "batch_size", "num_epochs", "learning_rate"),
     *("momentum", "dataset", "seed", *EXECUTION_FIELDS),
 )
-
-
-def check_classes(dataset: Dataset, recipe: str) -> None:
-    """Raises: UserError if the data have more or fewer classes than the recipe's own, which PyTorch's network has."""
-    own = RECIPES[recipe].dataset
-    expected, found = len(DATASETS[own].class_names), len(dataset.class_names)
-    if found != expected:
-        raise UserError(f"--dataset: has {found} classes, where PyTorch's network has the {expected} of {own}")
 
 
 def unsupported_fields(config: Config) -> list[str]:
@@ -59,7 +50,8 @@ class Run:
         """From PyTorch's own initial weights, or from the checkpoint. Raises: UserError if that can't be used."""
         torch = pytorch.import_torch()
         torch.manual_seed(config.seed)
-        network = pytorch.create_model(config.model, config.dropout_rates)
+        num_classes = get_dataset(config.dataset).num_classes
+        network = pytorch.create_model(config.model, config.dropout_rates, num_classes=num_classes)
         optimizer = torch.optim.SGD(network.parameters(), config.learning_rate, config.momentum)
         run = cls(config, network, optimizer, [])
         run._restore()

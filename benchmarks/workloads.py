@@ -13,7 +13,7 @@ import numpy as np
 
 from cifar_jax.configs import RECIPES
 from cifar_jax.configs.base import Config
-from cifar_jax.datasets import DATASETS
+from cifar_jax.datasets import get_dataset
 from cifar_jax.errors import UserError
 from cifar_jax.models import get_model
 from cifar_jax.train_step import create_model
@@ -63,7 +63,7 @@ class Workload:
         images = rng.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8)
         passes = [rng.permutation(size) for _ in range(-(-ORDER_STEPS * batch // size))]
         order = np.concatenate(passes)[: ORDER_STEPS * batch].reshape(ORDER_STEPS, batch)
-        num_classes = len(DATASETS[self.plain.dataset].class_names)
+        num_classes = get_dataset(self.plain.dataset).num_classes
         return images, rng.integers(0, num_classes, size, dtype=np.int32), order.astype(np.int32)
 
 

@@ -45,6 +45,8 @@ dtypes.BIT64_TO_BIT32_DTYPE["float64"] = "float64"
 class KerasReference:
     """parity.reference.Reference of cifar_jax.weights.keras."""
 
+    MODELS = tuple(keras_weights.TWINS)
+
     def __init__(
         self, model: str, params: Params | None = None, dtype: str = "float32", final_relu: bool = False
     ) -> None:

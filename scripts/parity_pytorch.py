@@ -25,6 +25,8 @@ from cifar_jax.weights.params import Params
 class PyTorchReference:
     """parity.reference.Reference of cifar_jax.weights.pytorch."""
 
+    MODELS = tuple(pytorch.TWINS)
+
     def __init__(
         self, model: str, params: Params | None = None, dtype: str = "float32", final_relu: bool = False
     ) -> None:
@@ -48,13 +50,16 @@ class PyTorchReference:
         return pytorch.params_from_pytorch(dict(zip(names, torch.autograd.grad(loss, parameters))), self.model)
 
     def activations(self, images: np.ndarray) -> list[np.ndarray]:
-        outputs: list[np.ndarray] = []
+        outputs: list[torch.Tensor] = []
         x = self._images(images)
-        for name, layer in self.network.eval().named_children():
+        for layer in self.network.eval().children():
             x = layer(x)
-            if name.startswith("relu") or name in ("conv9", "fullyc3"):
-                outputs.append(x.detach().numpy().transpose(0, 2, 3, 1) if x.ndim == 4 else x.detach().numpy())
-        return outputs if self.model == "lenet5" else outputs[:9]
+            if isinstance(layer, torch.nn.ReLU):
+                outputs[-1] = x
+            elif list(layer.parameters()):
+                outputs.append(x)
+        to_nhwc = lambda x: x.permute(0, 2, 3, 1) if x.ndim == 4 else x
+        return [to_nhwc(output.detach()).numpy() for output in outputs]
 
     def train(self, config: Config, batches: Sequence[tuple[np.ndarray, np.ndarray]]) -> Params:
         optimizer = sgd(config, self.network.parameters())

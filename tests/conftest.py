@@ -28,10 +28,11 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from cifar_jax import evaluate, ops, plots, training
+from cifar_jax import evaluate, plots, training
 from cifar_jax.configs.base import Config
 from cifar_jax.datasets import DATASETS, Dataset, load_dataset
 from cifar_jax.datasets.cifar import CIFAR
+from cifar_jax.ops import winograd
 
 TFDS_DATA_DIR = os.environ.get("TFDS_DATA_DIR", "")
 
@@ -51,7 +52,7 @@ def _isolated(monkeypatch, tmp_path_factory):
 def direct_convolutions():
     """Without Winograd's form a step compiles two to three times as fast: for the tests of other things."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "winograd_pays", lambda kernel, size: False)
+        patch.setattr(winograd, "pays", lambda kernel, size, dtype: False)
         yield
 
 

@@ -135,8 +135,8 @@ def test_pytorch_trains_the_recipe(dropout, rate, quick_recipe, tiny_dataset, tm
     ours = train_and_evaluate(dataclasses.replace(config, workdir=str(tmp_path / "jax")))
     create_model = pytorch_training.pytorch.create_model
 
-    def from_jax(*arguments):
-        network = create_model(*arguments)
+    def from_jax(*arguments, **options):
+        network = create_model(*arguments, **options)
         pytorch_training.pytorch.load_params(network, create_train_state(config, 1).params)
         return network
 

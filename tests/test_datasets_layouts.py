@@ -1,6 +1,9 @@
 import importlib.util
+import io
 import os
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +144,17 @@ NO_CIFAR_IMAGE = {
 def test_png_files_of_another_kind(what):
     with pytest.raises(ValueError, match="not a PNG file of 32×32"):
         decode_png(png(NO_CIFAR_IMAGE[what]))
+
+
+def test_16_bits_are_not_cut_to_8():
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 32, 32, 16, 2, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(bytes(32 * (1 + 32 * 6))))
+    data = b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
+    with PIL.Image.open(io.BytesIO(data)) as image:
+        assert image.mode == "RGB"
+    with pytest.raises(ValueError, match="of 8 bits"):
+        decode_png(data)
 
 
 def test_png_files_as_programs_write_them(tmp_path):

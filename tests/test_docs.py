@@ -102,6 +102,8 @@ COMMANDS = {
     "python -m cifar_jax.predict photo.jpg --pretrained lenet5 --top 5 --json": Run(),
     "python -m cifar_jax.predict photo.jpg --workdir runs/first": Run(),
     "python -m cifar_jax.convert runs/mine lenet5.pth": Run(),
+    "python -m cifar_jax.convert model.pth model.keras": Run(),
+    "python -m cifar_jax.convert runs/first first.safetensors --checkpoint best": Run(),
     "python -m benchmarks.accuracy --recipe all_cnn_fast --seeds 0 1 2 --out benchmarks/results --runs runs": ACCURACY,
     "python -m benchmarks.accuracy --recipe lenet5 --seeds 0 1 2 --out benchmarks/results --runs runs": ACCURACY,
     "python -m benchmarks.accuracy --ablation lenet5 --num-epochs 10 --seeds 0 --out benchmarks/results --runs runs": (

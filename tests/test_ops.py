@@ -1,10 +1,18 @@
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import cifar_jax
 from cifar_jax import ops
+from cifar_jax.models import AllCNN, LeNet5
+from cifar_jax.ops import winograd
+from cifar_jax.ops.reference import lax_convolution, lax_max_pool
 
 # (images NHWC, kernel HWIO, padding): every shape of both networks in small batches, and odd ones.
 CONVOLUTIONS = [
@@ -34,6 +42,16 @@ def normal(seed, shape, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
+def assert_close(actual, expected, tolerance):
+    """Trees of arrays, relative to each array's largest value."""
+
+    def check(a, b):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
+
+    jax.tree.map(check, actual, expected)
+
+
 def value_and_gradients(function, *arguments):
     """The result, and the gradients for a fixed random cotangent, which bfloat16 holds exactly."""
     result = jax.eval_shape(function, *arguments)
@@ -49,18 +67,16 @@ def value_and_gradients(function, *arguments):
 @pytest.mark.parametrize(("images", "kernel", "padding"), CONVOLUTIONS)
 def test_cpu_convolution_is_laxs(images, kernel, padding):
     arguments = normal(0, images), normal(1, kernel)
-    actual = value_and_gradients(lambda x, k: ops.cpu_convolution(x, k, padding), *arguments)
-    expected = value_and_gradients(lambda x, k: ops.lax_convolution(x, k, padding), *arguments)
-    for a, b in zip(actual, expected, strict=True):
-        # Sums of up to thousands of products in another order.
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.abs(b).max())
+    actual = value_and_gradients(lambda x, k: ops.convolution(x, k, padding), *arguments)
+    expected = value_and_gradients(lambda x, k: lax_convolution(x, k, padding), *arguments)
+    assert_close(actual, expected, 4e-5)  # sums of up to thousands of products in another order
 
 
 @pytest.mark.parametrize("taps", [2, 3, 4, 5])
 def test_toom_cook_correlates(taps):
-    a, g, b = ops.toom_cook(ops._TILE, taps)
+    a, g, b = winograd.toom_cook(winograd.TILE, taps)
     kernel, data = np.random.default_rng(0).normal(size=taps), np.random.default_rng(1).normal(size=len(b))
-    assert len(b) == ops._TILE + taps - 1  # as many products
+    assert len(b) == winograd.TILE + taps - 1  # as many products
     np.testing.assert_allclose(a @ (g @ kernel * (b @ data)), np.correlate(data, kernel, "valid"), rtol=1e-12)
 
 
@@ -71,52 +87,50 @@ WINOGRAD = [c for c in CONVOLUTIONS if 1 < c[1][1] < 6 and c[1][2] > 4 and c[0][
 def test_winograds_form_is_exact_but_for_rounding(images, kernel, padding):
     """The sums are the same ones in float64; in float32 they are nearly as exact as the plain convolution's."""
     arguments = [np.asarray(normal(seed, shape)) for seed, shape in enumerate((images, kernel))]
-    ours = lambda x, k: ops.cpu_convolution(x, k, padding)
-    plain = lambda x, k: ops.lax_convolution(x, k, padding)
-    assert str(jax.make_jaxpr(ours)(*arguments)).count("= conv_general_dilated[") == kernel[1] + ops._TILE - 1
+    ours = lambda x, k: ops.convolution(x, k, padding)
+    plain = lambda x, k: lax_convolution(x, k, padding)
+    assert jax.jit(ours).lower(*arguments).as_text().count("stablehlo.convolution") == kernel[1] + winograd.TILE - 1
     in_float32 = value_and_gradients(ours, *arguments), value_and_gradients(plain, *arguments)
     with jax.enable_x64(True):
         doubles = [np.asarray(x, np.float64) for x in arguments]
         exact = value_and_gradients(plain, *doubles)
-        for a, b in zip(value_and_gradients(ours, *doubles), exact, strict=True):
-            np.testing.assert_allclose(a, b, rtol=0, atol=1e-13 * np.abs(b).max())
+        assert_close(value_and_gradients(ours, *doubles), exact, 1e-13)
     for a, p, b in zip(*in_float32, exact, strict=True):
         deviation = lambda x, b=b: float(np.sqrt(np.mean(np.square(x - np.asarray(b)))))
         assert deviation(a) < 5 * deviation(p) + 1e-7 * np.abs(b).max()
 
 
 def test_winograds_form_is_taken_where_it_saves():
-    kernel = normal(0, (3, 3, 8, 8))
-    assert [size for size in range(1, 17) if not ops.winograd_pays(kernel, size)] == [1, 2, 5]
-    assert not ops.winograd_pays(kernel.astype(jnp.bfloat16), 16)
-    assert not ops.winograd_pays(kernel[:, :, :4], 16)
-    assert not ops.winograd_pays(normal(0, (3, 1, 8, 8)), 16)
-    assert not ops.winograd_pays(normal(0, (3, 6, 8, 8)), 16)  # more points than there are
+    pays = lambda kernel, size: winograd.pays(kernel, size, jnp.dtype("float32"))
+    assert [size for size in range(1, 17) if not pays((3, 3, 8, 8), size)] == [1, 2, 5]
+    assert not winograd.pays((3, 3, 8, 8), 16, jnp.dtype("bfloat16"))
+    assert not pays((3, 3, 4, 8), 16)
+    assert not pays((3, 1, 8, 8), 16)
+    assert not pays((3, 6, 8, 8), 16)  # more points than there are
 
 
 @pytest.mark.parametrize("size", [3, 5])
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 def test_cpu_convolution_in_bfloat16(size, padding):
     images, kernel = normal(0, (16, 15, 15, 8), jnp.bfloat16), normal(1, (size, size, 8, 16), jnp.bfloat16)
-    actual = value_and_gradients(lambda x, k: ops.cpu_convolution(x, k, padding), images, kernel)
+    actual = value_and_gradients(lambda x, k: ops.convolution(x, k, padding), images, kernel)
     exact = value_and_gradients(
-        lambda x, k: ops.lax_convolution(x, k, padding), images.astype(jnp.float32), kernel.astype(jnp.float32)
+        lambda x, k: lax_convolution(x, k, padding), images.astype(jnp.float32), kernel.astype(jnp.float32)
     )
-    for a, b in zip(actual, exact, strict=True):
-        assert a.dtype == jnp.bfloat16
-        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.02 * np.abs(b).max())
+    assert {a.dtype for a in actual} == {jnp.dtype(jnp.bfloat16)}
+    assert_close(actual, exact, 0.02)
 
 
 @pytest.mark.parametrize(("images", "window", "stride"), POOLS + ODD_POOLS)
 @pytest.mark.parametrize("ties", [False, True])
-def test_slices_max_pool_is_laxs(images, window, stride, ties):
+def test_max_pool_is_laxs(images, window, stride, ties):
     x = normal(0, images)
     if ties:  # few values, so that most windows hold equals: their gradient goes to the first
         x = jnp.round(x)
-    actual = value_and_gradients(lambda x: ops.slices_max_pool(x, window, stride), x)
-    expected = value_and_gradients(lambda x: ops.lax_max_pool(x, window, stride), x)
+    actual = value_and_gradients(lambda x: ops.max_pool(x, window, stride), x)
+    expected = value_and_gradients(lambda x: lax_max_pool(x, window, stride), x)
     np.testing.assert_array_equal(actual[0], expected[0])
-    np.testing.assert_allclose(actual[1], expected[1], rtol=1e-6, atol=1e-6)
+    assert_close(actual[1], expected[1], 1e-6)
 
 
 @pytest.mark.parametrize(("size", "padding"), [(3, "SAME"), (5, "VALID"), (1, "SAME")])
@@ -136,7 +150,7 @@ def test_conv_is_flax_conv(size, padding):
         )
         for layer in (ours, theirs)
     ]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *results)
+    assert_close(*results, 1e-5)
 
 
 def test_the_gradient_of_a_bias_is_summed_in_float32():
@@ -156,19 +170,240 @@ def test_the_global_average_is_taken_in_float32(dtype):
     np.testing.assert_allclose(means, np.asarray(images, np.float32).mean((1, 2)), rtol=1e-6)
 
 
-def test_the_platform_decides(monkeypatch):
-    images, kernel = normal(0, (4, 8, 8, 8)), normal(1, (3, 3, 8, 8))
-    apply = lambda k: ops.Conv(8, 3, "SAME", nn.initializers.zeros).apply(
-        {"params": {"kernel": k, "bias": jnp.zeros(8)}}, images
+# --- derivatives of every kind ---
+
+NETWORKS = {"lenet5": (LeNet5, (4, 32, 32, 3)), "all_cnn": (AllCNN, (4, 16, 16, 3))}
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Calls a function with lax's forms of convolution and max pool, which JAX differentiates by its own rules."""
+
+    def call(function, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "convolution", lax_convolution)
+            patch.setattr(ops, "max_pool", lax_max_pool)
+            return function(*arguments)
+
+    return call
+
+
+def random_problem(name, dtype=np.float32):
+    """A loss of the parameters, dropout on, and two sets of parameters: a place and a direction."""
+    network, shape = NETWORKS[name]
+    model, rngs = network(dtype=dtype), {"dropout": jax.random.key(0)}
+    images = np.asarray(normal(0, shape), dtype)
+    targets = jax.nn.one_hot(jnp.arange(shape[0]), 10, dtype=dtype)
+
+    def loss(params, images=images, targets=targets):
+        logits = model.apply({"params": params}, images, train=True, rngs=rngs)
+        return -(jax.nn.log_softmax(logits) * targets).sum(-1).mean()
+
+    params = jax.jit(model.init)(jax.random.key(1), images)["params"]
+    directions = jax.tree.map(lambda x: np.asarray(normal(x.size, x.shape)), params)
+    return loss, *jax.tree.map(lambda x: np.asarray(x, dtype), (params, directions))
+
+
+def derivatives(loss, params, direction):
+    """Forward, backward, forward over backward and backward over backward: a dict of trees."""
+
+    def every(params, direction):
+        loss_value, slope = jax.jvp(loss, (params,), (direction,))
+        _, linear = jax.linearize(jax.grad(loss), params)
+        dot = lambda tree: sum(map(jnp.vdot, jax.tree.leaves(tree), jax.tree.leaves(direction)))
+        return {
+            "jvp": (loss_value, slope),
+            "grad": jax.grad(loss)(params),
+            "forward over backward": linear(direction),
+            "backward over backward": jax.grad(lambda params: dot(jax.grad(loss)(params)))(params),
+        }
+
+    return jax.jit(every)(params, direction)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_derivative_is_the_plain_networks(name, plain):
+    """To rounding, in float64: there a near-tie of a ReLU or a max pool falls to the same side."""
+    with jax.enable_x64(True):
+        problem = random_problem(name, np.float64)
+        ours, expected = derivatives(*problem), plain(derivatives, *problem)
+        assert_close(ours, expected, 1e-12)
+        assert_close(ours["backward over backward"], ours["forward over backward"], 1e-12)
+    loss, params, direction = random_problem(name)
+    forward = jax.jit(lambda params, direction: jax.jvp(loss, (params,), (direction,)))
+    assert_close(forward(params, direction), expected["jvp"], 1e-3)
+
+
+@pytest.mark.parametrize(("images", "kernel", "padding"), CONVOLUTIONS[-8:])
+def test_the_second_derivatives_of_a_convolution(images, kernel, padding):
+    with jax.enable_x64(True):
+        arguments = [np.asarray(normal(seed, shape), np.float64) for seed, shape in enumerate((images, kernel))]
+
+        def second(convolution):
+            function = lambda x, k: (convolution(x, k, padding) ** 2).sum()
+            gradient = jax.grad(function, (0, 1))
+            forward = lambda x, k: jax.jvp(gradient, (x, k), (x, k))[1]
+            backward = lambda x, k: jax.grad(lambda x, k: sum((g**2).sum() for g in gradient(x, k)), (0, 1))(x, k)
+            return jax.jit(lambda x, k: (forward(x, k), backward(x, k)))(*arguments)
+
+        assert_close(second(ops.convolution), second(lax_convolution), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_forward_and_backward_derivatives_agree(dtype):
+    """In the network's type of computation, eagerly as well as compiled."""
+    images, kernel = normal(0, (4, 9, 9, 6), dtype), normal(1, (3, 3, 6, 8), dtype)
+    directions = normal(2, images.shape, dtype), normal(3, kernel.shape, dtype)
+    function = lambda x, k: ops.global_average_pool(ops.max_pool(ops.convolution(x, k, "SAME"), 3, 2)).sum()
+    for jit in (jax.jit, lambda function: function):
+        gradients = jit(jax.grad(function, (0, 1)))(images, kernel)
+        _, slope = jit(partial(jax.jvp, function))((images, kernel), directions)
+        terms = [np.asarray(g, np.float64) * np.asarray(d, np.float64) for g, d in zip(gradients, directions)]
+        size = sum(np.abs(term).sum() for term in terms)
+        assert abs(slope - sum(term.sum() for term in terms)) < (1e-6 if dtype == np.float32 else 1e-2) * size
+
+
+def test_forward_mode_of_a_released_network():
+    network, params = cifar_jax.load_pretrained("lenet5")
+    images = normal(0, (2, 32, 32, 3))
+    apply = jax.jit(lambda images: network.apply({"params": params}, images))
+    logits, tangents = jax.jit(lambda x: jax.jvp(apply, (x,), (x,)))(images)
+    step = 1e-3
+    np.testing.assert_array_equal(logits, apply(images))
+    assert_close(tangents, (apply(images * (1 + step)) - apply(images * (1 - step))) / (2 * step), 0.02)
+
+
+# --- transformations ---
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (3, 2)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_vmap_is_laxs(axes, dtype):
+    with jax.enable_x64(dtype == np.float64):
+        shapes = [[3, 7, 6, 5], [3, 3, 5, 4]]
+        for shape, axis in zip(shapes, axes):
+            shape[axis:axis] = [2] if axis is not None else []
+        arguments = [np.asarray(normal(seed, shape), dtype) for seed, shape in enumerate(shapes)]
+
+        def results(convolution):
+            one = lambda x, k: jax.value_and_grad(lambda x, k: (convolution(x, k, "SAME") ** 2).sum(), (0, 1))(x, k)
+            every = jax.vmap(one, axes)
+            outside = jax.grad(lambda x, k: jax.vmap(one, axes)(x, k)[0].sum(), (0, 1))
+            return jax.jit(lambda x, k: (every(x, k), outside(x, k)))(*arguments)
+
+        actual = results(lambda x, k, padding: ops.convolution(x, k, padding))
+        assert_close(actual, results(lax_convolution), 1e-5 if dtype == np.float32 else 1e-13)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_by_example(name):
+    """vmap of grad: their mean is the batch's gradient."""
+    with jax.enable_x64(True):
+        network, shape = NETWORKS[name]
+        model, images = network(dtype=np.float64), np.asarray(normal(0, shape), np.float64)
+        params = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.jit(model.init)(jax.random.key(1), images))
+        loss = lambda params, images: (model.apply(params, images) ** 2).sum()
+        by_example = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, images[:, None])
+        total = jax.jit(jax.grad(loss))(params, images)
+        assert_close(jax.tree.map(lambda x: x.sum(0), by_example), total, 1e-12)
+
+
+def test_checkpoint_and_scan():
+    loss, params, _ = random_problem("lenet5")
+    expected = jax.jit(jax.grad(loss))(params)
+
+    def scanned(params):
+        total, _ = lax.scan(lambda total, _: (total + jax.checkpoint(loss)(params) / 2, None), 0.0, length=2)
+        return total
+
+    assert_close(jax.jit(jax.grad(scanned))(params), expected, 1e-5)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_batches(axis_type):
+    """By jit and by shard_map, which checks over which devices values vary: gradients are those of one device."""
+    loss, params, _ = random_problem("lenet5")
+    images, targets = normal(0, (8, 32, 32, 3)), jax.nn.one_hot(jnp.arange(8), 10)
+    expected = jax.jit(jax.grad(loss))(params, images, targets)
+    mesh = jax.make_mesh((2,), ("device",), axis_types=(axis_type,), devices=jax.devices()[:2])
+    batch = jax.device_put((images, targets), NamedSharding(mesh, PartitionSpec("device")))
+    replicated = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    model = LeNet5()
+    expected = jax.jit(
+        jax.grad(evaluated := lambda p, x, y: -(jax.nn.log_softmax(model.apply({"params": p}, x)) * y).sum())
+    )(params, images, targets)
+    sharded = jax.shard_map(
+        jax.grad(evaluated),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec("device"), PartitionSpec("device")),
+        out_specs=PartitionSpec(),
     )
-    gradient = lambda: str(jax.make_jaxpr(jax.grad(lambda k: apply(k).sum()))(kernel))
-    pool = lambda: str(jax.make_jaxpr(lambda x: ops.max_pool(x, 2, 2))(images))
-    assert "dot_general" in gradient()
-    assert "reduce_window" not in pool()
-    monkeypatch.setattr(ops, "on_cpu", lambda: False)
-    jax.clear_caches()
-    assert "dot_general" not in gradient()
-    assert "reduce_window" in pool()
+    assert_close(jax.jit(sharded)(replicated, *batch), expected, 1e-5)  # their sum: shard_map's rule
+    with jax.set_mesh(mesh):
+        assert_close(jax.jit(jax.grad(evaluated))(replicated, *batch), expected, 1e-5)
+
+
+def test_eval_shape_and_wrong_arguments():
+    images, kernel = jnp.ones((2, 8, 7, 3)), jnp.ones((3, 2, 3, 4))
+    result = jax.eval_shape(partial(ops.convolution, padding="VALID"), images, kernel)
+    assert (result.shape, result.dtype) == ((2, 6, 6, 4), jnp.float32)
+    for wrong in (images[0], images[..., :2], images.astype(jnp.bfloat16)):
+        with pytest.raises((TypeError, ValueError)):
+            jax.eval_shape(partial(ops.convolution, padding=((0, 0), (0, 0))), wrong, kernel)
+
+
+# --- the platform's form ---
+
+
+def operations(text):
+    """How often each operation is in a lowered program."""
+    names = [part.split('"')[0].split(" ")[0].split("(")[0] for part in text.split("stablehlo.")[1:]]
+    return {name: names.count(name) for name in names}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_program_gets_the_form_of_its_platform(name, plain, monkeypatch):
+    """Whatever machine lowers it: no other platform gets the CPU's."""
+    loss, params, _ = random_problem(name)
+
+    def lowered(platform):
+        program = jax.jit(jax.value_and_grad(loss)).trace(params)
+        return operations(program.lower(lowering_platforms=(platform,)).as_text())
+
+    for platform in ("cuda", "rocm", "tpu"):
+        ours, laxs = lowered(platform), plain(lowered, platform)
+        for operation in ("convolution", "reduce_window", "select_and_scatter", "dot_general", "reverse", "while"):
+            assert ours.get(operation) == laxs.get(operation), operation
+        assert ours["convolution"] == 3 * len(params) - 1 if name == "all_cnn" else 5
+        assert "custom_call" not in ours
+    here = lowered("cpu")
+    assert here["convolution"] > 5
+    assert "select_and_scatter" not in here
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert lowered("cpu") == here
+
+
+def test_a_program_for_several_platforms(plain):
+    """One artefact holds each platform's form, and on the CPU it computes what is compiled for it alone."""
+    loss, params, _ = random_problem("lenet5")
+    program = jax.jit(jax.value_and_grad(loss))
+    exported = jax.export.export(program, platforms=["cpu", "cuda", "tpu"])(params)
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    found = operations(exported.mlir_module())
+    assert found["select_and_scatter"] >= 2
+    alone = operations(program.lower(params).as_text())
+    assert found["convolution"] == alone["convolution"] + 5
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(exported.call)(params), program(params))
+
+
+def test_a_program_for_any_batch_size():
+    model = LeNet5()
+    images = normal(0, (3, 32, 32, 3))
+    params = jax.jit(model.init)(jax.random.key(1), images)
+    gradient = jax.jit(jax.grad(lambda params, images: model.apply(params, images).sum()))
+    shape = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), 32, 32, 3), jnp.float32)
+    exported = jax.export.export(gradient, platforms=["cpu", "tpu"])(params, shape)
+    assert_close(jax.jit(exported.call)(params, images), gradient(params, images), 1e-5)
 
 
 @pytest.mark.parametrize("probability", [0.5, 0.8, 1 - 2**-16])
@@ -202,3 +437,12 @@ def test_dropout_scales_what_it_keeps():
     assert abs((dropped == 0).mean() - 0.25) < 0.01
     untouched = ops.Dropout(0.0).apply({}, x, train=True)  # no key needed
     np.testing.assert_array_equal(untouched, x)
+
+
+def test_forward_mode_through_dropout():
+    """The tangent of what is kept is scaled as it is; that of what is dropped is 0."""
+    x, rngs = normal(0, (100, 100)), {"dropout": jax.random.key(0)}
+    apply = lambda x: ops.Dropout(0.2).apply({}, x, train=True, rngs=rngs)
+    values, tangents = jax.jvp(apply, (x,), (jnp.ones_like(x),))
+    np.testing.assert_array_equal(tangents, np.where(values == 0, 0, np.float32(1) / np.float32(0.8)))
+    np.testing.assert_array_equal(jax.jit(lambda x: jax.linearize(apply, x)[1](jnp.ones_like(x)))(x), tangents)

@@ -21,6 +21,7 @@ from parity import check, command, distributions, forward, ours, predictions, tr
 from cifar_jax import augment, ops
 from cifar_jax.configs import RECIPES
 from cifar_jax.models import MODELS
+from cifar_jax.ops import winograd
 from cifar_jax.weights import pytorch as pytorch_weights
 from cifar_jax.weights.files import Weights, save_weights
 
@@ -88,6 +89,9 @@ def test_bad_input_is_one_line(run_command, tmp_path):
     bad = [("--dataset", "mnist"), ("--dataset", "digits", "--weights", "absent.pth"), ("--imags", "3")]
     bad += [("--seeds", "0"), ("--batch-size", "0"), ("--out", "absent/x.json"), ("--out", tmp_path)]
     bad += [("--dataset", "digits", "--steps", "400")]  # of 4 images, where there are 1,437
+    params = jax.jit(MODELS["lenet5"](num_classes=3).init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    save_weights(tmp_path / "three.safetensors", Weights("lenet5", jax.device_get(params), "unit"))
+    bad += [("--dataset", "digits", "--weights", tmp_path / "three.safetensors"), ("--dataset", "cifar100")]
     for arguments in bad:
         status, _, errors = run_command(lambda: command.run("scripts/x.py", (), parity_pytorch.checks), *arguments)
         assert status == 2
@@ -192,7 +196,7 @@ def test_a_wrong_layer_is_seen(monkeypatch, tmp_path, batch, model, reference):
     path, other = tmp_path / "weights.safetensors", REFERENCES[reference]
     save_weights(path, Weights(model, ours.initial_params(model), "unit"))
     if model == "all_cnn":
-        monkeypatch.setattr(ops, "winograd_pays", lambda kernel, size: False)
+        monkeypatch.setattr(winograd, "pays", lambda kernel, size, dtype: False)
     pool = ops.max_pool
     monkeypatch.setattr(ops, "max_pool", lambda x, **size: pool(x, **size) * jnp.asarray(1.001, x.dtype))
     ours.jitted_apply.cache_clear()

@@ -1,3 +1,5 @@
+import hashlib
+import json
 import re
 
 import jax
@@ -9,6 +11,7 @@ from benchmarks.report.results import MEASURED, percent
 from cifar_jax import evaluate, load_pretrained, pretrained_names
 from cifar_jax.errors import UserError
 from cifar_jax.pretrained import pretrained_path
+from cifar_jax.weights.scaling import scaling_numbers
 
 
 def card(name):
@@ -57,6 +60,28 @@ def test_every_card_says_what_it_must(name):
     for kind, title in {"float32": "float32", "bfloat16": "bfloat16", "flip_tta": mirror}.items():
         measured = MEASURED.load(f"pretrained_{name}_{kind}")["test_accuracy"]
         assert f"| Test accuracy, {title} | {percent(measured)} % |" in text
+
+
+TENSORS = {  # SHA-256 of what follows the header
+    "all_cnn": "eeeae6c5a45f702437a8c927f906d5a91409216133d2b5de272c421ae38f7120",
+    "lenet5": "4310a09145360fb57d564870642fe4167b07e5d5c63804c19dede47e628718cf",
+    "lenet5_reference": "0d008cbc64d96a745ab63c0ba9b1455e25433076fe8d94fdeb9a4c15324caae3",
+}
+
+
+@pytest.mark.parametrize("name", pretrained_names())
+def test_a_released_file_says_how_pixels_are_scaled(name):
+    """In its metadata and on its card, in numbers. Its tensors have not changed since it was released."""
+    data = pretrained_path(name).read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    assert hashlib.sha256(data[start:]).hexdigest() == TENSORS[name]
+    metadata = json.loads(data[8:start])["__metadata__"]
+    mean, std = (json.loads(metadata[key]) for key in ("mean", "std"))
+    assert metadata["dataset"] == "cifar10"
+    assert (mean, std) == tuple(map(list, scaling_numbers(metadata["input_scaling"], "cifar10")))
+    for numbers in (mean, std):
+        text = ", ".join(f"{number:.4f}" if number != 0.5 else "0.5" for number in numbers)
+        assert f"({text})" in card(name)
 
 
 @pytest.mark.parametrize("name", [name for name in pretrained_names() if name.startswith("lenet5")])

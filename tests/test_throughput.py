@@ -25,6 +25,7 @@ from benchmarks.workloads import PHASES, create_workload
 from cifar_jax import augment
 from cifar_jax.batches import pixel_statistics, scale_images
 from cifar_jax.configs import RECIPES
+from cifar_jax.errors import UserError
 from cifar_jax.models import MODELS
 from cifar_jax.train_step import cross_entropy
 from cifar_jax.weights import pytorch as pytorch_weights
@@ -138,6 +139,12 @@ def test_a_tiny_run(tmp_path, run_command, monkeypatch):
             assert values["images_per_second"] == values["rounds"][0] > 0
     assert set(workload["best_pytorch"]) == {"training_augmented", "inference"}
     assert throughput_table(content)
+
+
+def test_a_network_without_a_reference_recipe_is_refused(monkeypatch):
+    monkeypatch.delitem(RECIPES, "lenet5_reference")
+    with pytest.raises(UserError, match="lenet5_reference"):
+        create_workload("lenet5", 4, "float32")
 
 
 @pytest.mark.parametrize(

@@ -9,25 +9,19 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from weight_files import random_weights
 
 from cifar_jax import convert, evaluate
 from cifar_jax.errors import UserError
 from cifar_jax.models import MODELS
 from cifar_jax.train import train_and_evaluate
 from cifar_jax.weights import keras, pytorch
-from cifar_jax.weights.files import Weights, load_weights, save_weights
-from cifar_jax.weights.params import expected_shapes, layers_from_params
+from cifar_jax.weights.files import load_weights, save_weights
+from cifar_jax.weights.params import layers_from_params
 
 KINDS = ("safetensors", "pth", "pt", "h5", "hdf5", "weights.h5", "keras")
 keras_api = keras.import_keras()
 keras_layers = keras_api.layers
-
-
-def random_weights(model, **fields):
-    rng = np.random.default_rng(1)
-    tensor = lambda shape: rng.normal(0, 0.1, shape).astype(np.float32)
-    params = {name: {"kernel": tensor(kernel), "bias": tensor(bias)} for name, kernel, bias in expected_shapes(model)}
-    return Weights(model, params, {"all_cnn": "unit", "lenet5": "symmetric"}[model], **fields)
 
 
 @pytest.fixture(scope="module")

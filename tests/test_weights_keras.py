@@ -17,26 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
+from weight_files import random_weights
 
 from cifar_jax.batches import pixel_statistics, scale_images
 from cifar_jax.errors import UserError
 from cifar_jax.models import MODELS
 from cifar_jax.weights import keras
-from cifar_jax.weights.files import Weights, load_weights, save_weights
-from cifar_jax.weights.params import expected_shapes
+from cifar_jax.weights.files import load_weights, save_weights
 
 FIXTURES = Path(__file__).parent / "fixtures"
 KINDS = ("keras", "weights.h5", "h5")
 api = keras.import_keras()
 L = api.layers
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
-
-
-def random_weights(model, **fields):
-    rng = np.random.default_rng(2)
-    tensor = lambda shape: rng.normal(0, 0.1, shape).astype(np.float32)
-    params = {name: {"kernel": tensor(kernel), "bias": tensor(bias)} for name, kernel, bias in expected_shapes(model)}
-    return Weights(model, params, MODELS[model].INPUT_SCALING, **fields)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from weight_files import random_weights
 
 from cifar_jax.errors import UserError
 from cifar_jax.models import MODELS
@@ -97,23 +98,18 @@ def test_without_a_twin_it_is_not_written_for_other_frameworks(tmp_path, eleven,
 @pytest.mark.parametrize("kind", ["safetensors", "pth", "h5", "weights.h5", "keras"])
 @pytest.mark.parametrize("model", list(MODELS))
 def test_a_hundred_classes(tmp_path, kind, model):
-    rng = np.random.default_rng(3)
-    tensor = lambda shape: rng.normal(0, 0.1, shape).astype(np.float32)
-    shapes = expected_shapes(model, 100)
-    params = {name: {"kernel": tensor(kernel), "bias": tensor(bias)} for name, kernel, bias in shapes}
-    weights = Weights(model, params, MODELS[model].INPUT_SCALING)
+    weights = random_weights(model, 100)
     save_weights(tmp_path / f"x.{kind}", weights)
     loaded = load_weights(tmp_path / f"x.{kind}")
-    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, weights.params)
     assert (loaded.model, loaded.num_classes) == (model, 100)
     images = jnp.zeros((1, 32, 32, 3))
-    assert jax.eval_shape(loaded.create_module().apply, {"params": params}, images).shape == (1, 100)
+    assert jax.eval_shape(loaded.create_module().apply, {"params": weights.params}, images).shape == (1, 100)
 
 
 def test_the_names_of_the_classes_travel(tmp_path):
-    params = {name: {"kernel": np.ones(k, np.float32), "bias": np.ones(b, np.float32)} for name, k, b in
-              expected_shapes("lenet5", 3)}  # fmt: skip
-    weights = Weights("lenet5", params, "standardized", dataset="cifar100", class_names=("apple", "bear", "cœur"))
+    fields = {"dataset": "cifar100", "class_names": ("apple", "bear", "cœur")}
+    weights = random_weights("lenet5", 3, **fields)
     save_weights(tmp_path / "x.safetensors", weights)
     loaded = load_weights(tmp_path / "x.safetensors")
     assert (loaded.dataset, loaded.class_names) == ("cifar100", ("apple", "bear", "cœur"))

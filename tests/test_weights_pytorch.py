@@ -6,20 +6,12 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from weight_files import random_weights
 
 from cifar_jax.errors import UserError
 from cifar_jax.models import MODELS
 from cifar_jax.weights import pytorch
-from cifar_jax.weights.files import Weights, load_weights, save_weights
-from cifar_jax.weights.params import expected_shapes
-
-
-def random_weights(model, num_classes=10):
-    rng = np.random.default_rng(2)
-    tensor = lambda shape: rng.normal(0, 0.1, shape).astype(np.float32)
-    shapes = expected_shapes(model, num_classes)
-    params = {name: {"kernel": tensor(kernel), "bias": tensor(bias)} for name, kernel, bias in shapes}
-    return Weights(model, params, MODELS[model].INPUT_SCALING)
+from cifar_jax.weights.files import load_weights, save_weights
 
 
 @pytest.fixture(scope="module", params=list(MODELS))

@@ -83,8 +83,12 @@ def _places() -> Iterator[Path]:
     home = _home()
     if named := os.environ.get("TFDS_DATA_DIR"):
         folder = _user_path(named, "TFDS_DATA_DIR")
-        if not folder.exists():
-            raise UserError(f"TFDS_DATA_DIR {named} does not exist: correct or unset it, or use --data-dir")
+        try:
+            folder.stat()
+        except OSError as error:
+            raise UserError(
+                f"TFDS_DATA_DIR {named}: {error.strerror}: correct or unset it, or use --data-dir"
+            ) from error
         yield folder
     elif home is not None:
         yield home / "tensorflow_datasets"

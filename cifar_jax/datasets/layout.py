@@ -26,6 +26,14 @@ class Layout:
     wanted: Callable[[Cifar], str]
 
 
+def matching(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder that match, in the order of their names; none if it can't be read."""
+    try:
+        return sorted(folder.glob(pattern))
+    except OSError:
+        return []
+
+
 def starts_with(path: Path, magic: bytes) -> bool:
     """Whether a file is of a format, whatever its name."""
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cifar_jax.datasets.cifar import Cifar
 from cifar_jax.datasets.info import SPLITS, Arrays
-from cifar_jax.datasets.layout import Layout, starts_with
+from cifar_jax.datasets.layout import Layout, matching, starts_with
 from cifar_jax.datasets.records import read_records
 from cifar_jax.errors import UserError
 
@@ -18,7 +18,7 @@ def find(info: Cifar, folder: Path, named: bool) -> Path | None:
     if named and os.path.isfile(folder) and starts_with(folder, b"PAR1"):
         raise UserError(f"{folder} is one of several files: name the folder of train-*.parquet and test-*.parquet")
     places = (folder / info.hugging_face, folder) if named else ()
-    return next((place for place in places if any(place.glob("train-*.parquet"))), None)
+    return next((place for place in places if matching(place, "train-*.parquet")), None)
 
 
 def read(info: Cifar, path: Path) -> Arrays:
@@ -27,7 +27,7 @@ def read(info: Cifar, path: Path) -> Arrays:
         raise UserError(f"{path}: reading parquet files needs pyarrow: pip install pyarrow")
     arrays: Arrays = {}
     for split in SPLITS:
-        files = sorted(path.glob(f"{split}-*.parquet"))
+        files = matching(path, f"{split}-*.parquet")
         try:
             images, labels, _ = read_records(
                 {"kind": "parquet", "files": [str(file) for file in files], "label": info.hugging_face_label},
@@ -44,6 +44,6 @@ def read(info: Cifar, path: Path) -> Arrays:
 LAYOUT = Layout(
     find,
     read,
-    lambda info, path: sorted(path.glob("*.parquet")),
+    lambda info, path: matching(path, "*.parquet"),
     lambda info: f"{info.hugging_face}/{{train,test}}-*.parquet",
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cifar_jax.datasets.cifar import Cifar
 from cifar_jax.datasets.info import SPLITS, Arrays
-from cifar_jax.datasets.layout import Layout
+from cifar_jax.datasets.layout import Layout, matching
 from cifar_jax.datasets.records import read_records
 from cifar_jax.errors import UserError
 
@@ -19,7 +19,7 @@ def find(info: Cifar, folder: Path, named: bool) -> Path | None:
     name, version = info.tfds.split("/")
     for place in (folder, folder / version, folder / name / version):
         if os.path.isfile(place / "dataset_info.json") and place.absolute().parts[-2:] == (name, version):
-            if any(place.glob(f"{name}-train.array_record*")):
+            if matching(place, f"{name}-train.array_record*"):
                 return place
             # TFDS' default format; only TensorFlow reads it, and we don't depend on TensorFlow.
             message = f"{place}: it holds TFRecord files; prepare it with file_format='array_record'"
@@ -41,7 +41,7 @@ def read(info: Cifar, path: Path) -> Arrays:
     arrays: Arrays = {}
     for split in SPLITS:
         request = {"kind": "tfds", "name": info.tfds.replace("/", ":"), "split": split, "label": info.tfds_label}
-        files = sorted(path.glob(f"{name}-{split}.array_record*"))
+        files = matching(path, f"{name}-{split}.array_record*")
         try:
             images, labels, ids = read_records(
                 {**request, "folder": str(path.absolute().parents[1])}, files, info.size(split)
@@ -55,7 +55,7 @@ def read(info: Cifar, path: Path) -> Arrays:
 
 
 def _files(info: Cifar, path: Path) -> list[Path]:
-    return [path / "dataset_info.json", *sorted(path.glob(f"{info.tfds.partition('/')[0]}-*.array_record*"))]
+    return [path / "dataset_info.json", *matching(path, f"{info.tfds.partition('/')[0]}-*.array_record*")]
 
 
 LAYOUT = Layout(find, read, _files, lambda info: f"{info.tfds} of TFDS")

@@ -115,9 +115,10 @@ def write_keras(
 
 def _with_modules(architecture: Mapping[str, Any]) -> dict[str, Any]:
     """The architecture as .keras wants it: it says in which module each class is."""
-    module: Callable[[str, dict[str, Any]], dict[str, Any]] = lambda name, parts: (
-        {"module": name, "registered_name": None} | parts
-    )
+
+    def module(name: str, parts: dict[str, Any]) -> dict[str, Any]:
+        return {"module": name, "registered_name": None} | parts
+
     layers = []
     for layer in architecture["config"]["layers"]:
         fields = {name: module("keras.initializers", value) if name.endswith("_initializer") else value

@@ -14,12 +14,11 @@ import tyro
 
 from cifar_jax.cli import command, parse_arguments
 from cifar_jax.configs.base import Config, DatasetName
-from cifar_jax.datasets import DATASETS, Dataset, load_dataset
+from cifar_jax.datasets import Dataset, get_dataset, load_dataset
 from cifar_jax.environment import PACKAGES, describe_command, describe_environment
 from cifar_jax.errors import UserError
 from cifar_jax.host import prepare_host
 from cifar_jax.io import write_json
-from cifar_jax.models import MODELS
 from cifar_jax.pretrained import pretrained_names, pretrained_path
 from cifar_jax.weights.files import load_weights
 from parity.check import Check
@@ -61,17 +60,14 @@ class Arguments:
 def common_checks(
     reference: type[Reference], config: Config, fed_optimizer: FedOptimizer, arguments: Arguments, dataset: Dataset
 ) -> list[Check]:
-    """All checks that both scripts make: on both networks, and of the original's own recipe."""
+    """All checks that both scripts make: on every network, and of the original's own recipe."""
     checks: list[Check] = []
-    classes, expected = len(dataset.class_names), len(DATASETS[config.dataset].class_names)
-    if classes != expected:
-        raise UserError(f"--dataset {arguments.dataset}: has {classes} classes, and the originals {expected}")
     batch_size = min(arguments.batch_size, config.batch_size)
     start, count = (dataset.train_images, dataset.train_labels), arguments.steps * batch_size
     if count > len(dataset.train_labels):
         raise UserError(f"--steps {arguments.steps}: {batch_size} images each are more than the training set has")
     images, labels = dataset.test_images, dataset.test_labels
-    for model in MODELS:
+    for model in reference.MODELS:
         checks += check_logits(reference, model, images[: arguments.images])
         if arguments.layers:
             checks += check_activations(reference, model, images[: arguments.batch_size])
@@ -93,6 +89,9 @@ def check_arguments(arguments: Arguments) -> Arguments:
         raise UserError(f"--out {out}: there is no folder {out.parent}")
     if out is not None and (out.is_dir() or not os.access(out.parent, os.W_OK)):
         raise UserError(f"--out {out}: can't be written: name a file")
+    classes, expected = (get_dataset(name).num_classes for name in (arguments.dataset, Arguments.dataset))
+    if classes != expected:
+        raise UserError(f"--dataset {arguments.dataset}: has {classes} classes, and the originals {expected}")
     weights = arguments.weights or tuple(map(pretrained_path, pretrained_names()))
     if not weights:
         raise UserError("there are no weight files in cifar_jax/pretrained: name some with --weights")
@@ -118,7 +117,9 @@ def run(prog: str, packages: Sequence[str], checks_of: Callable[[Arguments, Data
         arguments = check_arguments(arguments)
         prepare_host()
         for path in arguments.weights:
-            load_weights(path)  # a bad file is refused now and not after the other checks
+            classes = load_weights(path).num_classes  # a bad file is refused now and not after the other checks
+            if classes != get_dataset(arguments.dataset).num_classes:
+                raise UserError(f"--weights {path}: has {classes} classes, and {arguments.dataset} others")
         dataset = load_dataset(arguments.dataset, arguments.data_dir)
         with jax.default_matmul_precision("highest"):  # else TensorFloat-32 on NVIDIA's GPUs
             checks = checks_of(arguments, dataset)

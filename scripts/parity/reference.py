@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn, Protocol
+from typing import ClassVar, NoReturn, Protocol
 
 import numpy as np
 
@@ -27,7 +27,12 @@ FedOptimizer = Callable[[Config, Params, Sequence[Params]], Params]
 
 
 class Reference(Protocol):
-    """One of the networks in another framework. Images are float NHWC arrays; params are Flax'."""
+    """One of the networks in another framework. Images are float NHWC arrays; params are Flax'.
+
+    MODELS: names of the networks that the framework has.
+    """
+
+    MODELS: ClassVar[tuple[str, ...]]
 
     def __init__(
         self, model: str, params: Params | None = None, dtype: str = "float32", final_relu: bool = False

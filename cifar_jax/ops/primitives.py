@@ -1,0 +1,116 @@
+"""Convolution with a form for each platform, chosen when a program is lowered for it, and derivatives of every kind.
+
+A convolution is linear in the images and in the kernel, and so are its two gradients in theirs. The three are closed
+under differentiation: each derivative of one of them, forward or backward, is a sum of others.
+
+                             by the first argument     by the second argument
+    images ∗ kernel          image_gradient            kernel_gradient
+    image_gradient(g, k)     convolution               kernel_gradient
+    kernel_gradient(x, g)    image_gradient            convolution
+
+Each is a primitive of JAX: an operation that a traced program keeps as it is until it is lowered. Without that, the
+derivatives of a fast form would be what JAX makes of that form, which is slow, or a custom rule that has no others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+from cifar_jax.ops import cpu
+from cifar_jax.ops.reference import Pads, as_pads, lax_convolution, lax_image_gradient, lax_kernel_gradient
+
+Form = Callable[..., jax.Array]  # (first argument, second argument, pads)
+
+
+def convolution(images: jax.Array, kernel: jax.Array, padding: Any) -> jax.Array:
+    """Stride 1: images [N, H, W, I], kernel [h, w, I, O] of the same type; padding 'SAME', 'VALID' or two pairs.
+
+    Returns: [N, H', W', O].
+    """
+    return _bind(_convolution, images, kernel, as_pads(images.shape, kernel.shape, padding))
+
+
+def _bind(primitive: Primitive, first: jax.Array, second: jax.Array, pads: Pads) -> jax.Array:
+    """The primitive's value. Under shard_map both arguments vary over the axes over which one of them does."""
+    varying = [jax.typeof(x).manual_axis_type.varying for x in (first, second)]
+    missing = [tuple((varying[0] | varying[1]) - axes) for axes in varying]
+    first, second = (lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip((first, second), missing))
+    return primitive.bind(first, second, pads=pads)
+
+
+def _lowering(form: Form) -> Callable[..., Any]:
+    """The rule that lowers a primitive to this form.
+
+    The form sees shapes and types alone: over which devices arrays vary was settled with the primitive.
+    """
+    lower = mlir.lower_fun(form, multiple_results=False)
+
+    def rule(context: Any, *values: Any, pads: Pads) -> Any:
+        avals = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in context.avals_in]
+        return lower(context.replace(avals_in=avals), *values, pads=pads)
+
+    return rule
+
+
+def _primitive(name: str, default: Form, on_cpu: Form, folds: bool) -> Primitive:
+    """A primitive that is lowered to `default`, for the CPU to `on_cpu`.
+
+    Where it `folds`, it does the same with each image, so a batch of first arguments is one argument of more images.
+    """
+    primitive = Primitive(name)
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames="pads"))
+
+    @primitive.def_abstract_eval
+    def shape_and_type(first: Any, second: Any, pads: Pads) -> Any:
+        if not folds:  # a sum over the images, which may be sharded: like the kernel, it is not
+            whole = lambda aval: NamedSharding(aval.sharding.mesh, PartitionSpec(*[None] * aval.ndim))
+            first, second = (aval.update(sharding=whole(aval)) for aval in (first, second))
+        return jax.make_jaxpr(partial(default, pads=pads))(first, second).out_avals[0]
+
+    mlir.register_lowering(primitive, _lowering(default))
+    mlir.register_lowering(primitive, _lowering(on_cpu), platform="cpu")
+
+    def batch(arguments: Any, axes: Any, pads: Pads) -> tuple[jax.Array, int]:
+        if folds and axes[1] is None:
+            images = jnp.moveaxis(arguments[0], axes[0], 0)
+            result = _bind(primitive, images.reshape(-1, *images.shape[2:]), arguments[1], pads)
+            return result.reshape(*images.shape[:2], *result.shape[1:]), 0
+        of_platform = lambda *pair: lax.platform_dependent(
+            *pair, cpu=partial(on_cpu, pads=pads), default=partial(default, pads=pads)
+        )
+        return jax.vmap(of_platform, axes)(*arguments), 0
+
+    batching.primitive_batchers[primitive] = batch
+    return primitive
+
+
+_convolution = _primitive("convolution", lax_convolution, cpu.convolution, folds=True)
+_image_gradient = _primitive("convolution_image_gradient", lax_image_gradient, cpu.image_gradient, folds=True)
+_kernel_gradient = _primitive("convolution_kernel_gradient", lax_kernel_gradient, cpu.kernel_gradient, folds=False)
+
+# The transposes by the first and by the second argument: (cotangent, arguments, pads) → cotangent of the argument. Of
+# the two arguments that are given, one is unknown.
+ad.defbilinear(
+    _convolution,
+    lambda g, images, kernel, pads: _bind(_image_gradient, g, kernel, pads),
+    lambda g, images, kernel, pads: _bind(_kernel_gradient, images, g, pads),
+)
+ad.defbilinear(
+    _image_gradient,
+    lambda x, gradient, kernel, pads: _bind(_convolution, x, kernel, pads),
+    lambda x, gradient, kernel, pads: _bind(_kernel_gradient, x, gradient, pads),
+)
+ad.defbilinear(
+    _kernel_gradient,
+    lambda k, images, gradient, pads: _bind(_image_gradient, gradient, k, pads),
+    lambda k, images, gradient, pads: _bind(_convolution, images, k, pads),
+)
