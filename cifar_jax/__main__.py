@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
-from cifar_jax.cli import command
 from cifar_jax.errors import UserError
+from cifar_jax.interrupt import exit_on_interrupt
 
 COMMANDS = {
     "train": "train a recipe, or resume it",
@@ -24,17 +24,23 @@ def describe() -> str:
     return "\n".join(["usage: cifar-jax COMMAND …; COMMAND --help lists its flags", "", *lines])
 
 
-@command
 def main() -> int:
+    exit_on_interrupt()
     name, *arguments = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
-        print(describe())
-        return 0
-    if name not in COMMANDS:
+    if name in COMMANDS:
+        sys.argv = [f"{sys.argv[0]} {name}", *arguments]
+        return int(importlib.import_module(f"cifar_jax.{name}").main())
+    from cifar_jax.cli import command  # here, as in the commands: imports take seconds
+
+    return command(lambda: answer(name))()
+
+
+def answer(name: str) -> int:
+    """Tells the commands. Raises: UserError for a name that is none."""
+    if name not in ("-h", "--help"):
         raise UserError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
-    sys.argv = [f"{sys.argv[0]} {name}", *arguments]
-    status: int = importlib.import_module(f"cifar_jax.{name}").main()
-    return status
+    print(describe())
+    return 0
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from cifar_jax.console import say, silence
 from cifar_jax.errors import UserError
+from cifar_jax.interrupt import raise_on_interrupt
 
 T = TypeVar("T")
 
@@ -74,6 +75,7 @@ def command(main: Callable[[], int]) -> Callable[[], int]:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(line_buffering=True, errors="replace")
         previous = signal.signal(signal.SIGTERM, _terminate)
+        raise_on_interrupt()
         try:
             return main()
         except KeyboardInterrupt:

@@ -6,12 +6,14 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-import jax
 from tqdm import tqdm
 
 from cifar_jax.metrics import EpochMetrics
+
+if TYPE_CHECKING:
+    import jax
 
 
 def say(text: str, *, error: bool = False) -> None:

@@ -7,6 +7,11 @@ IN is known by its content, OUT by its name: see weights/files.py.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from cifar_jax.interrupt import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import contextlib
 import dataclasses
 import io

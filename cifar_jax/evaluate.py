@@ -5,6 +5,11 @@ python -m cifar_jax.evaluate --workdir RUN | --weights FILE | --pretrained NAME;
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from cifar_jax.interrupt import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import dataclasses
 import json
 import math

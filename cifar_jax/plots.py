@@ -5,6 +5,11 @@ accuracy.png and loss.png as the Keras program drew them, batch_loss.png as the 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from cifar_jax.interrupt import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import contextlib
 import os
 import sys

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from cifar_jax.interrupt import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import dataclasses
 import difflib
 import shlex
