@@ -101,9 +101,9 @@ def test_winograds_form_is_exact_but_for_rounding(images, kernel, padding):
 
 
 def test_winograds_form_is_taken_where_it_saves():
-    pays = lambda kernel, size: winograd.pays(kernel, size, jnp.dtype("float32"))
+    pays = lambda kernel, size, dtype="float32": winograd.pays(kernel, size, jnp.dtype(dtype))
     assert [size for size in range(1, 17) if not pays((3, 3, 8, 8), size)] == [1, 2, 5]
-    assert not winograd.pays((3, 3, 8, 8), 16, jnp.dtype("bfloat16"))
+    assert not pays((3, 3, 8, 8), 16, "bfloat16")
     assert not pays((3, 3, 4, 8), 16)
     assert not pays((3, 1, 8, 8), 16)
     assert not pays((3, 6, 8, 8), 16)  # more points than there are
@@ -172,7 +172,7 @@ def test_the_global_average_is_taken_in_float32(dtype):
 
 # --- derivatives of every kind ---
 
-NETWORKS = {"lenet5": (LeNet5, (4, 32, 32, 3)), "all_cnn": (AllCNN, (4, 16, 16, 3))}
+NETWORKS = {"lenet5": (LeNet5, (2, 32, 32, 3)), "all_cnn": (AllCNN, (2, 16, 16, 3))}
 
 
 @pytest.fixture
@@ -204,46 +204,38 @@ def random_problem(name, dtype=np.float32):
     return loss, *jax.tree.map(lambda x: np.asarray(x, dtype), (params, directions))
 
 
-def derivatives(loss, params, direction):
-    """Forward, backward, forward over backward and backward over backward: a dict of trees."""
-
-    def every(params, direction):
-        loss_value, slope = jax.jvp(loss, (params,), (direction,))
-        _, linear = jax.linearize(jax.grad(loss), params)
-        dot = lambda tree: sum(map(jnp.vdot, jax.tree.leaves(tree), jax.tree.leaves(direction)))
-        return {
-            "jvp": (loss_value, slope),
-            "grad": jax.grad(loss)(params),
-            "forward over backward": linear(direction),
-            "backward over backward": jax.grad(lambda params: dot(jax.grad(loss)(params)))(params),
-        }
-
-    return jax.jit(every)(params, direction)
-
-
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_derivative_is_the_plain_networks(name, plain):
-    """To rounding, in float64: there a near-tie of a ReLU or a max pool falls to the same side."""
+    """The loss, its gradient, its slope in a direction and the Hessian times the direction: in float64, where no
+    near-tie of a ReLU or a max pool falls to the other side."""
+
+    def derivatives(loss, params, direction):
+        values, linear = jax.linearize(jax.value_and_grad(loss), params)
+        return values, linear(direction)
+
     with jax.enable_x64(True):
         problem = random_problem(name, np.float64)
-        ours, expected = derivatives(*problem), plain(derivatives, *problem)
-        assert_close(ours, expected, 1e-12)
-        assert_close(ours["backward over backward"], ours["forward over backward"], 1e-12)
-    loss, params, direction = random_problem(name)
-    forward = jax.jit(lambda params, direction: jax.jvp(loss, (params,), (direction,)))
-    assert_close(forward(params, direction), expected["jvp"], 1e-3)
+        expected = plain(lambda: jax.jit(partial(derivatives, problem[0]))(*problem[1:]))
+        assert_close(jax.jit(partial(derivatives, problem[0]))(*problem[1:]), expected, 1e-12)
+    loss, *arguments = random_problem(name)
+    (value, _), (slope, _) = expected
+    actual = jax.jit(lambda params, direction: jax.jvp(loss, (params,), (direction,)))(*arguments)
+    assert_close(actual, (value, slope), 1e-4)
 
 
-@pytest.mark.parametrize(("images", "kernel", "padding"), CONVOLUTIONS[-8:])
+SMALL = [CONVOLUTIONS[i] for i in (10, 13, 14, 15)]  # two in Winograd's form, two in the direct one
+
+
+@pytest.mark.parametrize(("images", "kernel", "padding"), SMALL)
 def test_the_second_derivatives_of_a_convolution(images, kernel, padding):
+    """Forward over backward, and backward over backward."""
     with jax.enable_x64(True):
         arguments = [np.asarray(normal(seed, shape), np.float64) for seed, shape in enumerate((images, kernel))]
 
         def second(convolution):
-            function = lambda x, k: (convolution(x, k, padding) ** 2).sum()
-            gradient = jax.grad(function, (0, 1))
+            gradient = jax.grad(lambda x, k: (convolution(x, k, padding) ** 2).sum(), (0, 1))
             forward = lambda x, k: jax.jvp(gradient, (x, k), (x, k))[1]
-            backward = lambda x, k: jax.grad(lambda x, k: sum((g**2).sum() for g in gradient(x, k)), (0, 1))(x, k)
+            backward = jax.grad(lambda x, k: sum((g**2).sum() for g in gradient(x, k)), (0, 1))
             return jax.jit(lambda x, k: (forward(x, k), backward(x, k)))(*arguments)
 
         assert_close(second(ops.convolution), second(lax_convolution), 1e-12)
@@ -264,43 +256,42 @@ def test_forward_and_backward_derivatives_agree(dtype):
 
 
 def test_forward_mode_of_a_released_network():
-    network, params = cifar_jax.load_pretrained("lenet5")
+    """The tangents of its logits are their differences, to the few ReLUs and maxima that change between."""
+    model, variables, _ = cifar_jax.load_pretrained("lenet5")
     images = normal(0, (2, 32, 32, 3))
-    apply = jax.jit(lambda images: network.apply({"params": params}, images))
-    logits, tangents = jax.jit(lambda x: jax.jvp(apply, (x,), (x,)))(images)
+    logits, tangents = jax.jit(lambda x: jax.jvp(lambda x: model.apply(variables, x), (x,), (x,)))(images)
+    assert_close(logits, jax.jit(model.apply)(variables, images), 1e-5)
     step = 1e-3
-    np.testing.assert_array_equal(logits, apply(images))
-    assert_close(tangents, (apply(images * (1 + step)) - apply(images * (1 - step))) / (2 * step), 0.02)
+    ahead, behind = (jax.jit(model.apply)(variables, images * (1 + sign * step)) for sign in (1, -1))
+    assert_close(tangents, (ahead - behind) / (2 * step), 0.02)
 
 
 # --- transformations ---
 
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (3, 2)])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_vmap_is_laxs(axes, dtype):
-    with jax.enable_x64(dtype == np.float64):
+def test_vmap_is_laxs(axes):
+    """Of a convolution and its gradients, and the gradients of a vmap."""
+    with jax.enable_x64(True):
         shapes = [[3, 7, 6, 5], [3, 3, 5, 4]]
         for shape, axis in zip(shapes, axes):
-            shape[axis:axis] = [2] if axis is not None else []
-        arguments = [np.asarray(normal(seed, shape), dtype) for seed, shape in enumerate(shapes)]
+            if axis is not None:
+                shape.insert(axis, 2)
+        arguments = [np.asarray(normal(seed, shape), np.float64) for seed, shape in enumerate(shapes)]
 
         def results(convolution):
-            one = lambda x, k: jax.value_and_grad(lambda x, k: (convolution(x, k, "SAME") ** 2).sum(), (0, 1))(x, k)
-            every = jax.vmap(one, axes)
-            outside = jax.grad(lambda x, k: jax.vmap(one, axes)(x, k)[0].sum(), (0, 1))
+            loss = lambda x, k: (convolution(x, k, "SAME") ** 2).sum()
+            every = jax.vmap(jax.value_and_grad(loss, (0, 1)), axes)
+            outside = jax.grad(lambda x, k: jax.vmap(loss, axes)(x, k).sum(), (0, 1))
             return jax.jit(lambda x, k: (every(x, k), outside(x, k)))(*arguments)
 
-        actual = results(lambda x, k, padding: ops.convolution(x, k, padding))
-        assert_close(actual, results(lax_convolution), 1e-5 if dtype == np.float32 else 1e-13)
+        assert_close(results(ops.convolution), results(lax_convolution), 1e-13)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_gradients_by_example(name):
-    """vmap of grad: their mean is the batch's gradient."""
+def test_gradients_by_example():
+    """vmap of grad: their sum is the batch's gradient."""
     with jax.enable_x64(True):
-        network, shape = NETWORKS[name]
-        model, images = network(dtype=np.float64), np.asarray(normal(0, shape), np.float64)
+        model, images = LeNet5(dtype=np.float64), np.asarray(normal(0, (2, 32, 32, 3)), np.float64)
         params = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.jit(model.init)(jax.random.key(1), images))
         loss = lambda params, images: (model.apply(params, images) ** 2).sum()
         by_example = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, images[:, None])
@@ -322,25 +313,16 @@ def test_checkpoint_and_scan():
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_batches(axis_type):
     """By jit and by shard_map, which checks over which devices values vary: gradients are those of one device."""
-    loss, params, _ = random_problem("lenet5")
-    images, targets = normal(0, (8, 32, 32, 3)), jax.nn.one_hot(jnp.arange(8), 10)
-    expected = jax.jit(jax.grad(loss))(params, images, targets)
+    images, kernel = normal(0, (8, 9, 9, 6)), normal(1, (3, 3, 6, 8))
+    loss = lambda kernel, images: ops.max_pool(ops.convolution(images, kernel, "SAME"), 3, 2).sum()
+    expected = jax.jit(jax.grad(loss, (0, 1)))(kernel, images)
     mesh = jax.make_mesh((2,), ("device",), axis_types=(axis_type,), devices=jax.devices()[:2])
-    batch = jax.device_put((images, targets), NamedSharding(mesh, PartitionSpec("device")))
-    replicated = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-    model = LeNet5()
-    expected = jax.jit(
-        jax.grad(evaluated := lambda p, x, y: -(jax.nn.log_softmax(model.apply({"params": p}, x)) * y).sum())
-    )(params, images, targets)
-    sharded = jax.shard_map(
-        jax.grad(evaluated),
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec("device"), PartitionSpec("device")),
-        out_specs=PartitionSpec(),
-    )
-    assert_close(jax.jit(sharded)(replicated, *batch), expected, 1e-5)  # their sum: shard_map's rule
+    whole, divided = PartitionSpec(), PartitionSpec("device")
+    kernel, images = jax.device_put((kernel, images), (NamedSharding(mesh, whole), NamedSharding(mesh, divided)))
+    by_device = jax.shard_map(jax.grad(loss, (0, 1)), mesh=mesh, in_specs=(whole, divided), out_specs=(whole, divided))
+    assert_close(jax.jit(by_device)(kernel, images), expected, 1e-5)  # shard_map sums the kernel's by itself
     with jax.set_mesh(mesh):
-        assert_close(jax.jit(jax.grad(evaluated))(replicated, *batch), expected, 1e-5)
+        assert_close(jax.jit(jax.grad(loss, (0, 1)))(kernel, images), expected, 1e-5)
 
 
 def test_eval_shape_and_wrong_arguments():
@@ -392,7 +374,7 @@ def test_a_program_for_several_platforms(plain):
     found = operations(exported.mlir_module())
     assert found["select_and_scatter"] >= 2
     alone = operations(program.lower(params).as_text())
-    assert found["convolution"] == alone["convolution"] + 5
+    assert found["convolution"] - alone["convolution"] in (5, 10)  # in one or two copies
     jax.tree.map(np.testing.assert_array_equal, jax.jit(exported.call)(params), program(params))
 
 

@@ -479,7 +479,7 @@ def test_evaluate_weights(tmp_path, run_command, use_tiny_dataset, tiny_dataset,
     assert (result["model"], result["num_examples"]) == ("lenet5", 30)
     with torch.no_grad():
         mean = (logits + network(images.flip(-1))) / 2
-    _, mirrored, _ = run_command(evaluate.main, "--weights", path, "--json", "--mirror")
+    _, mirrored, _ = run_command(evaluate.main, "--weights", path, "--json", "--flip-tta")
     expected = torch.nn.functional.cross_entropy(mean, labels).item()
     assert json.loads(mirrored)["test_loss"] == pytest.approx(expected, rel=1e-5)
     _, unit, _ = run_command(evaluate.main, "--weights", path, "--json", "--input-scaling", "unit")

@@ -205,7 +205,7 @@ class Config:
         return 32
 
 
-# What a run may change when it is resumed: where things lie, how the work is cut, and whether a dead training is
-# started again. How it is cut has no effect beyond rounding, but for the number of devices, which changes the dropout
-# masks and who is mixed with whom.
+# What a run may change when it is resumed: where things lie, how the work is cut, and whether a stalled run is
+# restarted. How the work is cut changes nothing except rounding. The number of devices also changes the dropout masks,
+# and which images are mixed.
 EXECUTION_FIELDS = ("workdir", "data_dir", "auto_restart", "eval_batch_size", "num_devices", "steps_per_call")

@@ -1,4 +1,4 @@
-"""The PyTorch notebook's LeNet-5 recipe, faithful in every line.
+"""The PyTorch notebook's LeNet-5 recipe: batch 4, 15 epochs, constant rate.
 
 python -m cifar_jax.train lenet5_reference
 

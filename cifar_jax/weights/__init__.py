@@ -1,5 +1,16 @@
-"""The two networks in Keras 3 and in PyTorch, and their weights in every framework's files.
+"""Weights in the files of every framework.
 
-`layers.py` is the common form; `pytorch.py` and `keras.py` hold the reference models and the conversions; `files.py`
-reads and writes weight files by name. Nothing here imports a framework before it is needed.
+| module | what it holds |
+| --- | --- |
+| files | `load_weights`, `save_weights`: the entrance |
+| params | a network's parameters as an ordered list of layers |
+| pairing | which tensor of a file is which layer's |
+| scaling, metadata | how pixels are scaled, in numbers; what our own files say beside the tensors |
+| safetensors_files | our own files |
+| pytorch, pytorch_files, torch_pickle | twins of the networks in PyTorch; its files; the pickles in them |
+| keras, keras_files, hdf5_worker | twins of the networks in Keras; its files; their reader, in a process of its own |
+| keras_json, keras_layers, keras_import | what an architecture computes; a file as one of our networks |
+
+No framework is imported before it is needed. A network is known here by its class alone; only the tables of twins name
+networks.
 """

@@ -18,7 +18,7 @@ import os
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import flax.linen as nn
 import jax
@@ -151,7 +151,7 @@ def _read(path: Path, model: str | None, declared: Architecture | None) -> Found
     """What a file holds, found by its content."""
     with path.open("rb") as file:
         head = file.read(4096)
-        members = zipfile.ZipFile(file).namelist() if head.startswith(b"PK") and zipfile.is_zipfile(file) else []
+        members = _members(file) if head.startswith(b"PK") else []
     is_hdf5 = any(head[start:].startswith(b"\x89HDF\r\n\x1a\n") for start in (0, 512, 1024, 2048))
     if is_hdf5 or {"config.json", "model.weights.h5"} & set(members):
         return import_keras_file(read_keras(path), model, declared)
@@ -162,6 +162,15 @@ def _read(path: Path, model: str | None, declared: Architecture | None) -> Found
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
         return _read_safetensors(path, model)
     raise UserError(_what_it_is(path, head, members))
+
+
+def _members(file: IO[bytes]) -> list[str]:
+    """Names of a zip archive's members."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.namelist()
+    except Exception as error:  # of a damaged one zipfile raises anything
+        raise UserError(f"damaged: its table of contents can't be read ({error})") from error
 
 
 def _read_safetensors(path: Path, model: str | None) -> Found:
