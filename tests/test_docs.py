@@ -119,6 +119,12 @@ COMMANDS = {
     "python -m benchmarks.kernels --out benchmarks/results": Stops(
         "--out photo.jpg", "tests/test_kernels_benchmark.py"
     ),
+    "python -m benchmarks.faults --out benchmarks/results": Stops("--only nothing", "tests/test_faults.py"),
+    "python -m benchmarks.faults --out results --quick": Stops("--only nothing", "tests/test_faults.py"),
+    "python -m benchmarks.faults --out results --rounds 10 --seed 1 --only SIGKILL": Stops(
+        "--only nothing", "tests/test_faults.py"
+    ),
+    "pytest tests/test_faults.py": TESTED,
     "benchmarks/gpu_campaign.sh results_of_the_gpu": Elsewhere("tests/test_throughput.py", "gpu_campaign_on_a_cpu"),
     "python scripts/parity_pytorch.py --layers --json": PARITY,
     "python scripts/parity_keras.py --layers --json": PARITY,
