@@ -23,7 +23,8 @@ from benchmarks.faults.lab import IDENTICAL, REFUSED, End, Lab
 FELL_BACK = f"falls back with one warning, {IDENTICAL}"
 RESUMED = f"{REFUSED}; with room again {IDENTICAL}"
 DAMAGES = ("flip", "cut", "empty", "delete")
-LOGS = ("metrics.csv", "batch_loss.npy", "summary.json", "dataset.json", "config.json")
+IDENTITY = ("config.json", "dataset.json")  # without them it is not known what a run is: it may be refused
+LOGS = ("metrics.csv", "batch_loss.npy", "summary.json", *IDENTITY)
 
 
 class Skipped(Exception):
@@ -72,8 +73,7 @@ def logs(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
         workdir = lab.new_folder(lab.half)
         damage(workdir / name, how, rng)
         outcome = lab.finish(workdir)
-        identifies = name in ("config.json", "dataset.json")
-        good = outcome == IDENTICAL or (outcome == REFUSED and identifies)
+        good = outcome == IDENTICAL or (outcome == REFUSED and name in IDENTITY)
         yield outcome if good else f"{how} {name}: {outcome}"
 
 

@@ -36,78 +36,78 @@ FAULTS = (
     Fault(
         "SIGKILL",
         "chains of up to 4 starts of a training, each killed at a random step or file event, or up to 0.2 s later",
-        stops.sigkill, IDENTICALLY, 60, 2,
+        stops.sigkill, IDENTICALLY, 24, 2,
     ),
-    Fault("SIGTERM", "the same, by SIGTERM", stops.sigterm, IDENTICALLY, 40, 2),
+    Fault("SIGTERM", "the same, by SIGTERM", stops.sigterm, IDENTICALLY, 24, 2),
     Fault(
         "SIGTERM during start-up",
         "SIGTERM 0.3 to 4 s after the start of `python -m cifar_jax.train`",
-        stops.start_up, (stops.STATUS_143,), 10, 0,
+        stops.start_up, (stops.STATUS_143,), 6, 0,
     ),
     Fault(
         "crash between two file events",
         "SIGKILL as a training is about to open a file for writing, or to rename, make or remove one",
-        stops.file_events, IDENTICALLY, 40, 1,
+        stops.file_events, IDENTICALLY, 24, 1,
     ),
     Fault(
         "damaged checkpoint",
         "a file of the latest checkpoint has a flipped bit, is cut, emptied or deleted; a training goes on",
-        disks.latest_checkpoint, (FELL_BACK, IDENTICAL), 160, 4,
+        disks.latest_checkpoint, (FELL_BACK, IDENTICAL), 80, 4,
     ),
     Fault(
         "damaged log or description",
         "the same to metrics.csv, batch_loss.npy, summary.json, dataset.json or config.json",
-        disks.logs, (IDENTICAL, REFUSED), 40, 5,
+        disks.logs, (IDENTICAL, REFUSED), 20, 5,
     ),
     Fault(
         "hostile JSON of a run",
         "config, identity, summary, checksums or Orbax' metadata: other texts, nested 100,000 deep, values of other "
         "types, fields less or more, changed bytes",
-        run_files.hostile, (IDENTICAL, FELL_BACK, REFUSED), 140, 5,
+        run_files.hostile, (IDENTICAL, REFUSED), 90, 5,
     ),
     Fault(
         "full disk", "a training on a file system of 4 KiB to 12 MiB; then there is room, and it is started again",
-        disks.full_disk, (IDENTICAL, RESUMED), 24, 2,
+        disks.full_disk, (IDENTICAL, RESUMED), 16, 2,
     ),
     Fault(
         "limit of a file's size", "the same, with a limit of 4 KiB to 2 MiB for each file",
-        disks.small_files, (IDENTICAL, RESUMED), 16, 1,
+        disks.small_files, (IDENTICAL, RESUMED), 12, 1,
     ),
     Fault(
         "read-only folder", "a new or a half finished training on a file system that is read-only, and then writable",
-        disks.read_only, (RESUMED,), 6, 2,
+        disks.read_only, (RESUMED,), 4, 2,
     ),
-    Fault("no locks", "`flock` fails with ENOSYS, ENOLCK or EOPNOTSUPP", disks.no_locks, IDENTICALLY, 6, 1),
+    Fault("no locks", "`flock` fails with ENOSYS, ENOLCK or EOPNOTSUPP", disks.no_locks, IDENTICALLY, 3, 1),
     Fault(
         "no console", "stdout and stderr are a full disk, a pipe without a reader, or closed",
-        disks.no_console, IDENTICALLY, 6, 1,
+        disks.no_console, IDENTICALLY, 3, 1,
     ),
     Fault(
         "matplotlib's settings", "MPLBACKEND names a module that is not there",
-        disks.matplotlib_settings, IDENTICALLY, 2, 0,
+        disks.matplotlib_settings, IDENTICALLY, 1, 0,
     ),
-    Fault("another thread", "a training is called outside of the main thread", stops.other_thread, IDENTICALLY, 2, 1),
+    Fault("another thread", "a training is called outside of the main thread", stops.other_thread, IDENTICALLY, 1, 1),
     Fault(
         "three processes, one workdir", "three trainings are started at the same time in one folder",
-        companions.one_workdir, (f"{companions.ONE_TRAINS}; {IDENTICAL}",), 4, 0,
+        companions.one_workdir, (f"{companions.ONE_TRAINS}; {IDENTICAL}",), 2, 0,
     ),
     Fault(
         "three processes, one cache",
         "three processes decode the same data into one cache; one is killed at a random file event",
-        caches.shared, (data_files.RIGHT,), 12, 2,
+        caches.shared, (data_files.RIGHT,), 8, 2,
     ),
     Fault(
         "killed while decoding", "SIGKILL at each file event of filling the cache; then the data are loaded",
-        caches.killed_decoding, (data_files.RIGHT,), 28, 3,
+        caches.killed_decoding, (data_files.RIGHT,), 16, 3,
     ),
     Fault(
         "damaged cache",
         "a file of the cache has a flipped bit, is cut, emptied, deleted, has another header, type or label, or zeros",
-        caches.damaged, (data_files.RIGHT, caches.DECODED_AGAIN), 400, 16,
+        caches.damaged, (data_files.RIGHT, caches.DECODED_AGAIN), 200, 16,
     ),
     Fault(
         "other numbers of devices", "4 epochs without dropout, on 1, 2, 4 and 1 devices",
-        companions.devices, (companions.CLOSE,), 4, 0,
+        companions.devices, (companions.CLOSE,), 2, 0,
     ),
     Fault(
         "second process of a cluster", "`jax.process_count()` is 2",
@@ -120,7 +120,7 @@ FAULTS = (
     Fault(
         "state_dict in another order",
         "the tensors of a PyTorch file shuffled, with `module.` or `_orig_mod.` before their names, or in a checkpoint",
-        weight_files.names_tell, (weight_files.RIGHT,), 60, 0,
+        weight_files.names_tell, (weight_files.RIGHT,), 36, 0,
     ),
     Fault(
         "mutated weight files", "1 to 4 random changes of the bytes of a .safetensors or .pth file",
@@ -128,7 +128,7 @@ FAULTS = (
     ),
     Fault(
         "mutated Keras files", "the same to .h5, .weights.h5 and .keras files",
-        weight_files.mutated_keras, READ, 150, 0,
+        weight_files.mutated_keras, READ, 60, 0,
     ),
     Fault(
         "crafted weight files", "pickles that execute, archives and headers that ask for gigabytes, deep nesting",

@@ -57,7 +57,8 @@ class _Watch:
                 self.seen.append(f"{event} {command}")
         elif victims.writes(event, arguments) and isinstance(arguments[0], (str, bytes)):
             path = os.path.abspath(os.fsdecode(arguments[0]))
-            if not path.startswith((self._folder, os.devnull)):
+            made_before = event == "os.mkdir" and os.path.isdir(path)
+            if not made_before and not path.startswith((self._folder, os.devnull)):
                 self.seen.append(f"{event} outside its folder, {os.path.basename(path)}")
 
 
