@@ -15,7 +15,8 @@ from cifar_jax.batches import pixel_statistics, scale_images, take_batch
 from cifar_jax.metrics import read_metrics
 from cifar_jax.models import MODELS, LeNet5
 from cifar_jax.normalization import EPSILON, Moments, add_scales, apply_normalized, fold, merge
-from cifar_jax.parallel import AXIS, select_devices
+from cifar_jax.parallel import AXIS, replicate, select_devices
+from cifar_jax.sources import load_run
 from cifar_jax.symmetry import mirror
 from cifar_jax.train import train_and_evaluate
 from cifar_jax.train_step import create_train_state, create_train_step, cross_entropy
@@ -207,6 +208,13 @@ def test_a_run_resumes_and_is_released_as_the_plain_network(tiny_config, tiny_da
     assert untimed_rows(resumed) == untimed_rows(config)
     for ours, expected in zip(latest_state(resumed), latest_state(config), strict=True):
         np.testing.assert_array_equal(ours, expected)
+
+    devices = select_devices(config)
+    _, state, _ = load_run(Path(config.workdir), "latest")
+    trainer = Trainer(config, tiny_dataset.train_images, tiny_dataset.train_labels, devices)
+    trainer.state = replicate(jax.device_get(state), devices).replace(folded_params=None)
+    trainer.fold()
+    assert_trees_close(jax.device_get(state.eval_params), jax.device_get(trainer.state.eval_params), 1e-5)
 
     capsys.readouterr()
     accuracy = pytest.approx(read_metrics(Path(config.workdir))[-1].test_accuracy)
