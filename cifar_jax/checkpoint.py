@@ -78,18 +78,16 @@ class _LatestTwoAndBest:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what Orbax' threads print about a failure from the terminal: it is raised as well."""
+    """Keeps what Orbax' threads print about a failure, then and later, from the terminal: it is raised as well."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels, hook = [logger.level for logger in loggers], sys.unraisablehook
     sys.unraisablehook = lambda _: None
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
+    yield
+    sys.unraisablehook = hook
+    for logger, level in zip(loggers, levels):
+        logger.setLevel(level)
 
 
 class Checkpoints:
@@ -110,7 +108,9 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=_ITEMS)
             self._list()
         except Exception as error:  # whatever Orbax raises
-            raise UserError(f"{self.directory}: can't open the checkpoints ({error}): use another --workdir") from error
+            damaged = next(filter(None, map(find_damage, self.directory.glob("[0-9]*"))), None)
+            advice = f"{damaged} is damaged: move its checkpoint away" if damaged else "use another --workdir"
+            raise UserError(f"{self.directory}: can't open them ({error}): {advice}") from error
 
     def _list(self) -> None:
         """Finds the checkpoints on the disk, and which is the best of those whose accuracy can be read."""

@@ -168,6 +168,18 @@ def test_all_damaged_is_refused_and_nothing_is_touched(state, history, save, tmp
     assert capsys.readouterr().err == ""
 
 
+def test_metadata_that_orbax_stumbles_over_are_named(save, tmp_path):
+    """A list in their place, so that Orbax can't open the others either."""
+    for step in (1, 2):
+        save(Checkpoints(tmp_path), step, 0.5)
+    metadata = tmp_path / "checkpoints" / "2" / "_CHECKPOINT_METADATA"
+    metadata.write_text("[]")
+    with pytest.raises(UserError, match=f"{metadata} is damaged"):
+        Checkpoints(tmp_path)
+    (tmp_path / "checkpoints" / "2").rename(tmp_path / "aside")  # as it advises
+    Checkpoints(tmp_path)
+
+
 def test_reading_passes_over_a_damaged_checkpoint_and_changes_nothing(state, save, tmp_path, capsys):
     for step, accuracy in ((1, 0.1), (2, 0.9)):
         save(Checkpoints(tmp_path), step, accuracy)
