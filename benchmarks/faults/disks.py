@@ -23,7 +23,7 @@ from benchmarks.faults.lab import IDENTICAL, REFUSED, End, Lab
 FELL_BACK = f"falls back with one warning, {IDENTICAL}"
 RESUMED = f"{REFUSED}; with room again {IDENTICAL}"
 DAMAGES = ("flip", "cut", "empty", "delete")
-IDENTITY = ("config.json", "dataset.json")  # without them it is not known what a run is: it may be refused
+IDENTITY = ("config.json", "dataset.json")  # they tell what a run is: without them it may be refused
 LOGS = ("metrics.csv", "batch_loss.npy", "summary.json", *IDENTITY)
 
 

@@ -189,7 +189,7 @@ class Lab:
     def outcome(self, end: End, workdir: Path) -> str:
         """IDENTICAL or REFUSED; else what is wrong."""
         if "Traceback" in end.errors:
-            return "prints a traceback"
+            return f"prints a traceback, {end.lines[-1][:100]}"
         if end.how == "refused":
             return REFUSED if "\n" not in end.message else "refused in several lines"
         if end.how != "ended":
