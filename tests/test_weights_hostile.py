@@ -11,6 +11,7 @@ import sys
 import zipfile
 
 import h5py
+import jax
 import numpy as np
 import pytest
 import torch
@@ -61,6 +62,23 @@ def test_a_pth_of_many_expanded_tensors(tmp_path, state_dict):
 def test_a_pth_of_very_many_tensors(tmp_path):
     torch.save({f"c{i}.weight": torch.zeros(0) for i in range(2000)}, tmp_path / "x.pth")
     refused(tmp_path / "x.pth", "2000 tensors")
+
+
+def test_a_pth_of_many_last_layers(tmp_path, monkeypatch):
+    """Biases of 450 sizes might each be the last: the networks are not traced for every one."""
+    traced = []
+    eval_shape = jax.eval_shape
+    monkeypatch.setattr(jax, "eval_shape", lambda *arguments: traced.append(1) or eval_shape(*arguments))
+    torch.save({f"c{i}.bias": torch.zeros(i) for i in range(450)}, tmp_path / "x.pth")
+    refused(tmp_path / "x.pth", "450 tensors")
+    assert len(traced) <= 2
+
+
+def test_a_pth_of_many_copies(tmp_path):
+    """Whether a tensor is a copy of another is not asked pair by pair, which would take minutes."""
+    tensors = {f"a{i}": torch.full((1,), i).float().expand(2**15) for i in range(900)}
+    torch.save(tensors, tmp_path / "x.pth")
+    refused(tmp_path / "x.pth", "900 tensors")
 
 
 PROTOCOL = b"\x80\x02"

@@ -121,14 +121,9 @@ def _find_model(
         having = " or ".join(f"{count} ({name})" for count, name in counts.items())
         raise UserError(f"{num_tensors} tensors, where there must be {having}")
     name = model or counts[num_tensors]
-    last = foreign_shape(expected_shapes(name)[-1][1])
-    of_last = [size for size in sizes if any(_kernel_shape(x) == _with_outputs(last, size) for x in layers)]
+    kernels = [_kernel_shape(layer) for layer in layers]
+    of_last = [size for size in sizes if foreign_shape(expected_shapes(name, size)[-1][1]) in kernels]
     return name, of_last[0] if of_last else 10
-
-
-def _with_outputs(last: Shape, size: int) -> Shape:
-    """The shape of a last kernel of 10 outputs, with `size` outputs."""
-    return tuple(size if side == 10 else side for side in last)
 
 
 def _positions(

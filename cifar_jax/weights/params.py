@@ -29,13 +29,14 @@ Shapes = tuple[tuple[str, Shape, Shape], ...]
 def expected_shapes(model: str, num_classes: int = 10) -> Shapes:
     """(layer's name in Flax, kernel's shape, bias' shape) in the network's order. Raises UserError: unknown model."""
     network: Any = get_model(model)
-    return _shapes(network, num_classes)
+    *layers, (name, kernel, _) = _shapes(network)
+    return (*layers, (name, (*kernel[:-1], num_classes), (num_classes,)))  # the last layer's outputs alone
 
 
 @functools.cache
-def _shapes(network: Any, num_classes: int) -> Shapes:
+def _shapes(network: Any) -> Shapes:
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    params = jax.eval_shape(network(num_classes=num_classes).init, jax.random.key(0), images)["params"]
+    params = jax.eval_shape(network().init, jax.random.key(0), images)["params"]
     if set(params) != set(network.LAYERS):
         raise ValueError(f"{network.__name__}.LAYERS names {network.LAYERS}, and the parameters are of {list(params)}")
     return tuple((name, params[name]["kernel"].shape, params[name]["bias"].shape) for name in network.LAYERS)

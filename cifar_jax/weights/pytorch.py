@@ -6,8 +6,9 @@ layer after a convolution are reordered. A network needs no twin here to be read
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -120,12 +121,14 @@ def params_from_arrays(tensors: Sequence[Named], model: str | None = None) -> tu
     bias', such as the notebook's `xav`, are dropped.
     """
     arrays, notes = dict(tensors), []
-    for name in list(arrays):
-        if name.rpartition(".")[2] not in ("weight", "bias"):
-            if any(key != name and np.array_equal(arrays[name], arrays[key]) for key in arrays):
-                del arrays[name]
-            elif name.rpartition(".")[2] in {alias for aliases in ALIASES.values() for alias in aliases}:
-                raise UserError(f"tensor {name} is a copy of no other, as it must be")
+    identity = lambda array: (array.shape, array.dtype.str, hashlib.sha256(array.tobytes()).digest())
+    identities = {name: identity(array) for name, array in arrays.items()}
+    counts = Counter(identities.values())
+    for name, last in [(name, name.rpartition(".")[2]) for name in arrays]:
+        if last not in ("weight", "bias") and counts[identities[name]] > 1:
+            del arrays[name]
+        elif any(last in aliases for aliases in ALIASES.values()):
+            raise UserError(f"tensor {name} is a copy of no other, as it must be")
     for wrapper in ("_orig_mod.", "module."):
         pattern = rf"(^|(?<=\.)){re.escape(wrapper)}"
         bare = {re.sub(pattern, "", name): array for name, array in arrays.items()}
