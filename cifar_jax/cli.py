@@ -72,7 +72,7 @@ def command(main: Callable[[], int]) -> Callable[[], int]:
     def wrapped() -> int:
         # Orbax comments its work through absl at WARNING and ERROR; what matters reaches the user as a UserError.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        if isinstance(sys.stdout, io.TextIOWrapper):
+        if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.closed:
             sys.stdout.reconfigure(line_buffering=True, errors="replace")
         previous = signal.signal(signal.SIGTERM, _terminate)
         raise_on_interrupt()

@@ -46,7 +46,8 @@ def latest_state(config):
     """The arrays of a run's latest checkpoint."""
     state = replicate(create_train_state(config, 6), jax.local_devices()[:1])
     state, _ = Checkpoints(Path(config.workdir)).restore_state("latest", state)
-    return [np.asarray(leaf) for leaf in jax.tree.leaves((state.step, state.params, state.opt_state, state.ema_params))]
+    parts = (state.step, state.params, state.opt_state, state.ema_params, state.folded_params)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(parts)]
 
 
 def untimed_rows(config):

@@ -1,14 +1,16 @@
 import errno
 import io
 import os
+import signal
 import sys
 
 import jax
 import pytest
 
 from benchmarks import accuracy
-from cifar_jax import convert, evaluate, predict, train
+from cifar_jax import __main__, convert, evaluate, predict, train
 from cifar_jax.cli import command
+from cifar_jax.errors import UserError
 from cifar_jax.pretrained import pretrained_path
 
 
@@ -30,7 +32,7 @@ def test_what_the_output_cant_encode_is_a_question_mark(monkeypatch):
 
 def test_a_systems_error_is_one_line(run_command, monkeypatch):
     status, _, error = run_command(command(lambda: len(os.listdir("/dev/null/x"))))
-    assert (status, error) == (2, "error: /dev/null/x: Not a directory: name another place\n")
+    assert (status, error.count("\n"), "/dev/null/x: Not a directory" in error) == (2, 1, True)
     silenced = []
     monkeypatch.setattr(os, "dup2", lambda _, descriptor: silenced.append(descriptor))
 
@@ -38,7 +40,7 @@ def test_a_systems_error_is_one_line(run_command, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     status, _, error = run_command(command(full))
-    assert (status, error) == (2, "error: No space left on device: make room\n")
+    assert (status, error.count("\n"), "make room" in error) == (2, 1, True)
     assert silenced == [1]
 
 
@@ -50,7 +52,7 @@ def test_a_full_device_is_one_line(run_command):
         return command(fails)
 
     status, _, error = run_command(main("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes."))
-    assert (status, error) == (2, "error: out of memory: lower --batch-size or --eval-batch-size\n")
+    assert (status, error.count("\n"), "--batch-size or --eval-batch-size" in error) == (2, 1, True)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         main("INTERNAL: a bug")()
 
@@ -73,3 +75,55 @@ def test_without_a_device_commands_still_tell_their_flags(run_command, monkeypat
     status, _, error = run_command(convert.main, pretrained_path("lenet5"), tmp_path / "lenet5.pth")
     assert (status, error.count("\n")) == (2, 1)
     assert "JAX finds no device" in error
+
+
+def closed():
+    stream = io.TextIOWrapper(io.BytesIO())
+    stream.close()
+    return stream
+
+
+class Gone(io.StringIO):
+    """A terminal that is gone."""
+
+    def write(self, text):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize("stream", [closed, Gone, lambda: None])
+@pytest.mark.parametrize(("error", "status"), [(UserError("lines\nof text"), 2), (KeyboardInterrupt(), 130)])
+def test_a_status_needs_no_output(stream, error, status, monkeypatch):
+    def main():
+        raise error
+
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, stream())
+    assert command(main)() == status
+
+
+def test_sigterm_ends_a_command_and_clears_away(run_command):
+    cleared = []
+
+    def main():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(1000):
+                pass
+        finally:
+            cleared.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_command(command(main)) == (143, "", "")
+    assert cleared
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_all_commands_are_told(run_command):
+    status, output, _ = run_command(__main__.main, "--help")
+    assert status == 0
+    assert all(name in output for name in __main__.COMMANDS)
+    assert run_command(__main__.main)[:2] == (0, output)
+    status, _, error = run_command(__main__.main, "trains")
+    assert (status, error.count("\n"), "'trains'" in error) == (2, 1, True)
+    status, output, _ = run_command(__main__.main, "predict", "--help")
+    assert (status, "--top" in output) == (0, True)

@@ -63,6 +63,7 @@ COMMANDS = {
     "pip install -e .": INSTALLED,
     "pip install -e '.[test]'": INSTALLED,
     "pip install -e '.[parity]'": INSTALLED,  # a part of test
+    "pip install -e '.[parquet]'": INSTALLED,  # a part of test
     "pytest": TESTED,
     "pytest -m 'not slow'": TESTED,
     "pytest tests/test_extending.py": TESTED,
@@ -83,6 +84,7 @@ COMMANDS = {
     "python -m cifar_jax.train lenet5_reference": Run(TINY),
     "python -m cifar_jax.train all_cnn_reference --auto-restart": Run(f"{TINY} --image-sizes 14 1"),
     "python -m cifar_jax.train all_cnn_reference --seed 0": Run(f"{TINY} --image-sizes 14 1"),
+    "python -m cifar_jax.train lenet5 --data-dir path/to/folder": Run(f"{TINY} --data-dir ."),
     "python -m cifar_jax.train mine": Run(TINY),
     "python -m cifar_jax.plots runs/first": Run(),
     "python -m cifar_jax.evaluate --workdir runs/mine": Run(),
@@ -91,6 +93,8 @@ COMMANDS = {
     "python -m cifar_jax.evaluate --workdir runs/first --eval-dropout": Run(),
     "python -m cifar_jax.evaluate --workdir runs/lenet5_reference --eval-dropout --json": Run(),
     "python -m cifar_jax.evaluate --weights model.pth --input-scaling symmetric": Run(),
+    "python -m cifar_jax.evaluate --weights lenet5.pth --input-scaling standardized": Run(),
+    "python -m cifar_jax.evaluate --weights released.pth --input-scaling standardized": Run(),
     "python -m cifar_jax.evaluate --pretrained lenet5": Run(),
     "python -m cifar_jax.evaluate --pretrained all_cnn --json": Run(),
     "python -m cifar_jax.evaluate --pretrained all_cnn --dtype bfloat16": Run(),
@@ -113,12 +117,16 @@ COMMANDS = {
     "python -m benchmarks.early_training --out benchmarks/results": Stops(
         "--data-dir nowhere", "tests/test_early_training.py"
     ),
-    "python -m benchmarks.throughput --rounds 5 --out benchmarks/results": Stops(
-        "--out photo.jpg", "tests/test_throughput.py"
-    ),
+    "python -m benchmarks.throughput --rounds 5 --out my_results": Stops("--out photo.jpg", "tests/test_throughput.py"),
     "python -m benchmarks.kernels --out benchmarks/results": Stops(
         "--out photo.jpg", "tests/test_kernels_benchmark.py"
     ),
+    "python -m benchmarks.faults --out benchmarks/results": Stops("--only nothing", "tests/test_faults.py"),
+    "python -m benchmarks.faults --out results --quick": Stops("--only nothing", "tests/test_faults.py"),
+    "python -m benchmarks.faults --out results --rounds 10 --seed 1 --only SIGKILL": Stops(
+        "--only nothing", "tests/test_faults.py"
+    ),
+    "pytest tests/test_faults.py": TESTED,
     "benchmarks/gpu_campaign.sh results_of_the_gpu": Elsewhere("tests/test_throughput.py", "gpu_campaign_on_a_cpu"),
     "python scripts/parity_pytorch.py --layers --json": PARITY,
     "python scripts/parity_keras.py --layers --json": PARITY,
@@ -201,6 +209,7 @@ def reader(tmp_path, monkeypatch, tiny_dataset, direct_convolutions):
 
 # What pages take for granted, if no command of theirs makes it: how to make it.
 GIVEN = {
+    "released.pth": f"python -m cifar_jax.convert {pretrained_path('lenet5')} released.pth",
     "model.pth": f"python -m cifar_jax.convert {pretrained_path('lenet5_reference')} model.pth",
     "runs/first": f"python -m cifar_jax.train quickstart --workdir runs/first {TINY}",
 }

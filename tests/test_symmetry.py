@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_runs import assert_trees_close
 
 from cifar_jax.models import MODELS, LeNet5
 from cifar_jax.optimizer import create_tx
@@ -32,7 +33,7 @@ def network(request):
 def test_mirrored_weights_see_the_mirror_image(network):
     apply, params, images, layers = network
     ours = apply(mirror(params, layers), images)
-    np.testing.assert_allclose(ours, apply(params, images[:, :, ::-1]), rtol=1e-4, atol=1e-6)
+    assert_trees_close(ours, apply(params, images[:, :, ::-1]), 1e-4)
     assert np.abs(ours - apply(params, images)).max() > 1e-3
     jax.tree.map(
         np.testing.assert_array_equal, jax.device_get(mirror(mirror(params, layers), layers)), jax.device_get(params)
@@ -43,7 +44,7 @@ def test_symmetric_weights_see_both_alike_and_keep_their_variance(network):
     apply, params, images, layers = network
     start = symmetric_start(params, layers)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(mirror(start, layers)), jax.device_get(start))
-    np.testing.assert_allclose(apply(start, images), apply(start, images[:, :, ::-1]), rtol=1e-4, atol=1e-6)
+    assert_trees_close(apply(start, images), apply(start, images[:, :, ::-1]), 1e-4)
     for name, layer in params.items():
         assert float(start[name]["kernel"].std()) == pytest.approx(float(layer["kernel"].std()), rel=0.1)
 
@@ -53,8 +54,7 @@ def test_a_symmetric_gradient_is_the_mean_over_both_images(network):
     gradient = jax.grad(lambda params, images: (apply(params, images) ** 2).sum())
     start = symmetric_start(params, layers)
     both = jax.tree.map(lambda a, b: (a + b) / 2, gradient(start, images), gradient(start, images[:, :, ::-1]))
-    near = lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max())
-    jax.tree.map(near, symmetric_part(gradient(start, images), layers), both)
+    assert_trees_close(symmetric_part(gradient(start, images), layers), both, 1e-3)
 
 
 @pytest.mark.parametrize("changes", [{"optimizer": "sgd", "sam_rho": 0.05}, {"optimizer": "muon", "ema_decay": 0.9}])
@@ -65,10 +65,9 @@ def test_training_keeps_the_symmetry(tiny_config, tiny_dataset, changes):
         train_and_evaluate(config, tiny_dataset)
     state = load_run(Path(config.workdir), "latest")[1]
     start = create_train_state(config, 1, tiny_dataset.train_images).params
-    near = lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-5)
     for trained in (state.params, state.eval_params):
         assert np.abs(trained["Dense_0"]["kernel"] - start["Dense_0"]["kernel"]).max() > 1e-3
-        jax.tree.map(near, mirror(trained, LeNet5.LAYERS), trained)
+        assert_trees_close(mirror(trained, LeNet5.LAYERS), trained, 1e-4)
 
 
 def test_sam_climbs_to_symmetric_weights(tiny_config):
@@ -83,7 +82,6 @@ def test_sam_climbs_to_symmetric_weights(tiny_config):
         return tx.update(gradients, tx.init(params), params, grad_fn=grad_fn)[0], seen[0]
 
     _, climbed = jax.jit(jax.vmap(update, axis_name=AXIS))(jnp.zeros(1))
-    near = lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-6)
     climbed = jax.tree.map(lambda x: x[0], climbed)
-    jax.tree.map(near, mirror(climbed, LeNet5.LAYERS), climbed)
+    assert_trees_close(mirror(climbed, LeNet5.LAYERS), climbed, 1e-5)
     assert np.abs(climbed["Dense_0"]["kernel"] - params["Dense_0"]["kernel"]).max() > 0

@@ -42,8 +42,9 @@ def headline(results: Results) -> str:
     columns = ["network", "parameters", "original program", "its recipe, here", "best recipe here", "epochs", "minutes"]
     seeds = ", ".join(map(str, results.load("parity_lenet5")["seeds"]))
     note = (
-        f"Test accuracy in percent after the last epoch: mean ± standard deviation over the seeds {seeds}, one model, "
-        f"one view of each image. Minutes of training of the fastest seed. Hardware: {'; '.join(sorted(hardware))}."
+        "Test accuracy in percent after the last epoch: mean ± sample standard deviation (n − 1) over the seeds "
+        f"{seeds}, one model, one view of each image. Minutes of training of the fastest seed; they are rough, as "
+        f"other work ran on the machine. Hardware: {'; '.join(sorted(hardware))}."
     )
     return f"{table(columns, rows)}\n\n{note}"
 

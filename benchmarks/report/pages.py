@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from benchmarks.report import accuracy, parity, performance
+from benchmarks.report import accuracy, parity, performance, reliability
 from benchmarks.report.results import Results, whole_results
 from cifar_jax.errors import UserError
 
@@ -34,6 +34,9 @@ PAGES: dict[str, dict[str, Section]] = {
     "docs/performance.md": {
         "throughput": performance.throughput,
         "kernels": performance.kernels,
+    },
+    "docs/reliability.md": {
+        "reliability": reliability.reliability,
     },
 }
 

@@ -48,6 +48,7 @@ def _largest(*parts: str) -> Callable[[dict[str, Any]], str]:
 SUMMARY: dict[str, Callable[[dict[str, Any]], str]] = {
     "checks passed": _passed,
     "logits of both networks, relative": _largest(": logits of"),
+    "gradients in float32, relative": _largest(": gradients, float32"),
     "gradients in float64, relative": _largest(": gradients, float64"),
     "optimizer, 100 steps of given gradients": _largest("optimizer of", "float32"),
     "augmentation in float64, pixels from 0 to 255": _largest("augmentation of", "float64"),
@@ -63,14 +64,18 @@ def parity_summary(results: Results) -> str:
     ours, theirs = (mean_and_deviation(training["last_epoch"][name]) for name in FRAMEWORKS)
     note = (
         f"`lenet5_reference` trained with the seeds {', '.join(map(str, training['seeds']))} in both frameworks: "
-        f"{ours} % here, {theirs} % in PyTorch{_p_value(training)}."
+        f"{ours} % here, {theirs} % in PyTorch. Difference of the means {_difference(training['last_epoch'])}."
     )
     return f"{table(['largest error', *(f'beside {name}' for name in scripts)], rows)}\n\n{note}"
 
 
-def _p_value(training: dict[str, Any]) -> str:
-    value = training["last_epoch"]["p_value"]
-    return "" if value is None else f" (p = {value:.2f})"
+def _difference(last: dict[str, Any]) -> str:
+    """The difference of the frameworks' means in points, with Welch's interval and test."""
+    test = "not tested, as no seed differs"
+    if last["p_value"] is not None:
+        low, high = last["confidence_interval_95"]
+        test = f"95 % confidence interval {100 * low:+.2f} to {100 * high:+.2f}, p = {last['p_value']:.2f} (Welch)"
+    return f"{100 * last['difference']:+.2f}, {test}"
 
 
 def parity_lenet5(results: Results) -> str:
@@ -79,13 +84,8 @@ def parity_lenet5(results: Results) -> str:
     for name, title in FRAMEWORKS.items():
         by_seed = ", ".join(percent(run[-1]) for run in result["test_accuracy_by_epoch"][name])
         rows.append([title, by_seed, mean_and_deviation(last[name])])
-    test = "not tested, as no seed differs"
-    if last["p_value"] is not None:
-        low, high = last["confidence_interval_95"]
-        interval = f"95 % confidence interval {100 * low:+.2f} to {100 * high:+.2f}"
-        test = f"{interval}, p = {last['p_value']:.2f} (Welch)"
-    difference = f"Difference of the means {100 * last['difference']:+.2f}, {test}."
     columns = ["", f"test accuracy after epoch {result['num_epochs']}, by seed", "mean ± standard deviation"]
+    difference = f"Difference of the means {_difference(last)}."
     return f"{table(columns, rows)}\n\n{difference} Seeds {result['seeds']}; {environment(result)}"
 
 

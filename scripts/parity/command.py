@@ -24,6 +24,7 @@ from cifar_jax.weights.files import load_weights
 from parity.check import Check
 from parity.distributions import check_initial
 from parity.forward import check_activations, check_gradients, check_logits
+from parity.ours import ORIGINAL_DATASET
 from parity.predictions import check_predictions
 from parity.reference import FedOptimizer, Reference
 from parity.training import check_optimizer, check_trajectory
@@ -39,7 +40,7 @@ class Arguments:
     """Print JSON."""
     out: Path | None = None
     """Write the JSON to this file, too."""
-    dataset: DatasetName = "cifar10"
+    dataset: DatasetName = ORIGINAL_DATASET
     """The data, of 10 classes as the originals' are; digits is embedded."""
     data_dir: str | None = None
     """Where to look for the dataset first."""
@@ -89,7 +90,7 @@ def check_arguments(arguments: Arguments) -> Arguments:
         raise UserError(f"--out {out}: there is no folder {out.parent}")
     if out is not None and (out.is_dir() or not os.access(out.parent, os.W_OK)):
         raise UserError(f"--out {out}: can't be written: name a file")
-    classes, expected = (get_dataset(name).num_classes for name in (arguments.dataset, Arguments.dataset))
+    classes, expected = (get_dataset(name).num_classes for name in (arguments.dataset, ORIGINAL_DATASET))
     if classes != expected:
         raise UserError(f"--dataset {arguments.dataset}: has {classes} classes, and the originals {expected}")
     weights = arguments.weights or tuple(map(pretrained_path, pretrained_names()))

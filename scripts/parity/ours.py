@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from cifar_jax.batches import pixel_statistics, scale_images, split_seed
-from cifar_jax.configs import RECIPES
 from cifar_jax.models import get_model
 from cifar_jax.parallel import dividing_count
 from cifar_jax.train_step import cross_entropy
 from cifar_jax.weights.params import Params
+
+ORIGINAL_DATASET = "cifar10"  # what the original programs train on
 
 
 def as_dtype(tree: Any, dtype: str) -> Any:
@@ -36,8 +37,7 @@ def initial_params(model: str, seed: int = 0) -> Params:
 
 def scaled(images: np.ndarray, model: str, dtype: str = "float32") -> np.ndarray:
     """uint8 images as the model's original program feeds them."""
-    recipe = RECIPES[f"{model}_reference"]
-    statistics = pixel_statistics(recipe.input_scaling, recipe.dataset)
+    statistics = pixel_statistics(get_model(model).INPUT_SCALING, ORIGINAL_DATASET)
     return np.asarray(scale_images(jnp.asarray(images), *statistics), dtype)
 
 

@@ -1,0 +1,108 @@
+"""The command: python -m benchmarks.faults --out FOLDER"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import output_file
+from benchmarks.faults.faults import FAULTS, Fault, Skipped
+from benchmarks.faults.lab import XLA_FLAGS, Lab
+from cifar_jax.cli import command, parse_arguments
+from cifar_jax.environment import describe_command, describe_environment
+from cifar_jax.errors import UserError
+from cifar_jax.io import write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Injects faults, and counts what happens. The exit status is 1 if something else happens than must."""
+
+    out: Path
+    """Folder for faults.json."""
+    quick: bool = False
+    """Each fault a few times only: half a minute."""
+    rounds: int = 1
+    """Repeats: each fault so many times its usual number."""
+    seed: int = 0
+    """Of when, where and what."""
+    only: tuple[str, ...] = ()
+    """Names of faults; without any, all are injected."""
+
+
+def prepare(folder: Path) -> None:
+    """Four CPU devices, and a compilation cache, for this process and those that it starts. Before JAX's first use."""
+    os.environ.update({"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()})
+    if XLA_FLAGS not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "programs"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+    os.environ["CIFAR_JAX_CACHE"] = str(folder / "cache")
+    Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).mkdir(exist_ok=True)  # else reading a file would make it
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+    if "device_count" not in os.environ["XLA_FLAGS"]:
+        os.environ["JAX_NUM_CPU_DEVICES"] = "4"
+        jax.config.update("jax_num_cpu_devices", 4)
+    jax.config.update("jax_platforms", "cpu")
+
+
+def inject(fault: Fault, lab: Lab, count: int, seed: int) -> dict[str, Any]:
+    """Injects a fault `count` times. Returns: its row of the result."""
+    rng = np.random.default_rng([seed, zlib.crc32(fault.name.encode())])
+    started = time.perf_counter()
+    row: dict[str, Any] = {"name": fault.name, "injected": fault.injected, "skipped": None}
+    outcomes: collections.Counter[str] = collections.Counter()
+    try:
+        outcomes.update(fault.run(lab, count, rng))
+    except Skipped as skipped:
+        row["skipped"] = str(skipped)
+    except Exception as error:  # the other faults' results are not to be lost
+        outcomes[f"the injection ends with {type(error).__name__}: {error}"] += 1
+    failed = sum(number for outcome, number in outcomes.items() if outcome not in fault.good)
+    times = {"times": sum(outcomes.values()), "failed": failed, "outcomes": dict(sorted(outcomes.items()))}
+    return row | times | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+@command
+def main() -> int:
+    arguments = parse_arguments(Arguments, prog="python -m benchmarks.faults")
+    names = [fault.name for fault in FAULTS]
+    if unknown := set(arguments.only) - set(names):
+        raise UserError(f"--only {sorted(unknown)[0]}: name some of {', '.join(names)}")
+    if arguments.rounds < 1:
+        raise UserError(f"--rounds {arguments.rounds}: must be 1 or more")
+    file = output_file(arguments.out, "faults")
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        prepare(Path(folder))
+        lab = Lab(Path(folder))
+        for fault in FAULTS:
+            if arguments.only and fault.name not in arguments.only:
+                continue
+            count = fault.quick if arguments.quick else fault.count
+            if count:
+                rows.append(inject(fault, lab, count * arguments.rounds, arguments.seed))
+                print("{name}: {times} times, {failed} failed; {outcomes} {seconds} s".format(**rows[-1]))
+    content = {
+        "command": describe_command("-m benchmarks.faults", sys.argv[1:]),
+        **describe_environment(jax.local_devices()[:1]),
+        "seed": arguments.seed,
+        "faults": rows,
+    }
+    write_json(file, content)
+    return int(any(row["failed"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Trainings that are killed or told to stop, again and again."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.faults import victims
+from benchmarks.faults.lab import Lab
+from benchmarks.faults.victims import Strike
+
+CHAIN = 4  # strikes before a training may end
+WORKERS = 2
+STATUS_143 = "exit status 143, at most one line, no traceback"
+
+
+def _noise(log: Path) -> str:
+    """What is wrong with a victim's output; nothing if nothing is."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    return next((f"prints '{mark}'" for mark in ("Traceback", "Exception ignored", "Error") if mark in text), "")
+
+
+def _chain(lab: Lab, strikes: list[Strike], workdir: Path) -> tuple[Path, int, str]:
+    """Starts the training once for each strike. Returns: folder, number of strikes that hit, what is wrong."""
+    log, hits = workdir.with_suffix(".log"), 0
+    for strike in strikes:
+        status = victims.run(victims.train, workdir, log, strike)
+        struck = status in (-strike.signal, 128 + strike.signal)
+        hits += struck
+        if not struck and status != 0:
+            return workdir, max(hits, 1), f"status {status}: {log.read_text(errors='replace').splitlines()[-1:]}"
+        if status == 0:
+            break
+    noise = _noise(log)
+    log.unlink(missing_ok=True)
+    return workdir, hits, noise
+
+
+def _finish_all(lab: Lab, chains: list[list[Strike]]) -> Iterator[str]:
+    with ThreadPoolExecutor(WORKERS) as pool:
+        started = [pool.submit(_chain, lab, strikes, lab.new_folder()) for strikes in chains]
+        for future in started:
+            workdir, hits, wrong = future.result()
+            outcome = wrong or lab.finish(workdir)
+            yield from [outcome] * hits
+            shutil.rmtree(workdir, ignore_errors=True)
+
+
+def _chains(lab: Lab, count: int, rng: np.random.Generator, number: signal.Signals) -> Iterator[str]:
+    most = victims.count_ticks(lab.folder, steps=True) // 2
+    lengths = [CHAIN] * (count // CHAIN) + [count % CHAIN] * (count % CHAIN > 0)
+    strike = lambda: Strike(number, int(rng.integers(1, most + 1)), float(rng.choice([0.0, rng.uniform(0, 0.2)])))
+    return _finish_all(lab, [[strike() for _ in range(length)] for length in lengths])
+
+
+def sigkill(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
+    return _chains(lab, count, rng, signal.SIGKILL)
+
+
+def sigterm(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
+    return _chains(lab, count, rng, signal.SIGTERM)
+
+
+def file_events(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
+    """A different event each time, all of them if `count` allows."""
+    ticks = victims.count_ticks(lab.folder, steps=False)
+    order = [int(tick) for _ in range(-(-count // ticks)) for tick in rng.permutation(ticks) + 1]
+    return _finish_all(lab, [[Strike(signal.SIGKILL, tick, steps=False)] for tick in order[:count]])
+
+
+def start_up(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
+    """SIGTERM to the command itself while it imports, reads flags and data, and compiles."""
+    words = [sys.executable, "-m", "cifar_jax.train", "quickstart", "--num-epochs", "1000", "--workdir"]
+    for delay in rng.uniform(0.3, 4.0, count):
+        workdir = lab.new_folder()
+        process = subprocess.Popen([*words, workdir], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + delay
+        while time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.01)
+        process.terminate()
+        try:
+            errors = process.communicate(timeout=120)[1]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            yield "trains on"
+            continue
+        finally:
+            shutil.rmtree(workdir, ignore_errors=True)
+        before_python = process.returncode == -signal.SIGTERM and not errors  # its own default is to end
+        ended = process.returncode == 128 + signal.SIGTERM or before_python
+        traced = "Traceback" in errors or "Exception ignored" in errors
+        yield STATUS_143 if ended and not traced else f"status {process.returncode}: {errors.splitlines()[-1:]}"
+
+
+def other_thread(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
+    for _ in range(count):
+        workdir, outcomes = lab.new_folder(), list[str]()
+        thread = threading.Thread(target=lambda: outcomes.append(lab.finish(workdir)))  # noqa: B023
+        thread.start()
+        thread.join()
+        yield outcomes[0] if outcomes else "the thread ends by an error"

@@ -1,0 +1,141 @@
+"""The small training in processes of their own, which are struck by a signal at a chosen moment.
+
+The processes are forked by a server that has imported everything and started no thread, so that each starts at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.faults.lab import quickly_compiled, tiny_config, tiny_dataset
+from cifar_jax.cli import StopSignals, command
+from cifar_jax.console import say
+from cifar_jax.train import train_and_evaluate
+from cifar_jax.training import Interrupted
+
+PRELOADED = ["benchmarks.faults.victims", "benchmarks.faults.guard", "sklearn.datasets", "sklearn.model_selection"]
+FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Strike:
+    """A signal that a process sends itself at its `tick`-th tick, or `delay` seconds later.
+
+    A tick is a file that is opened for writing, renamed, made or removed, and with `steps` also each time that the
+    training asks whether to stop.
+    """
+
+    signal: signal.Signals
+    tick: int
+    delay: float = 0.0
+    steps: bool = True
+
+
+def writes(event: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether an audit event changes a file or a folder."""
+    if event != "open":
+        return event in FILE_EVENTS
+    flags = arguments[2] if isinstance(arguments[2], int) else 0
+    return bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+
+
+class Ticks:
+    """Counts ticks, and strikes."""
+
+    def __init__(self, strike: Strike | None, folder: Path) -> None:
+        self.count, self.strike, self.folder = 0, strike, str(folder)
+
+    def watch_files(self) -> None:
+        """From now on and for the whole process."""
+        sys.addaudithook(self._heed)
+
+    def _heed(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event in FILE_EVENTS and writes(event, arguments):
+            path = os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes)) else ""
+            if path.startswith(self.folder) or not path.startswith("/"):  # relative: shutil.rmtree's
+                self.tick()
+
+    def step(self) -> None:
+        if self.strike is None or self.strike.steps:
+            self.tick()
+
+    def tick(self) -> None:
+        self.count += 1
+        if self.strike is not None and self.count == self.strike.tick:
+            blow = lambda: os.kill(os.getpid(), self.strike.signal)
+            if self.strike.delay:
+                threading.Timer(self.strike.delay, blow).start()
+            else:
+                blow()
+
+
+def run(target: Callable[..., None], *arguments: Any) -> int:
+    """The exit status of a process that runs a module's function; that of a signal is negative."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=target, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def redirect(log: Path) -> None:
+    """Appends this process' output to a file."""
+    with log.open("ab") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+
+
+def train(workdir: Path, log: Path, strike: Strike | None = None, environment: Mapping[str, str] | None = None) -> None:
+    """What a victim does. Writes the number of ticks beside the log."""
+    os.environ.update(environment or {})
+    redirect(log)
+    train_here(workdir, strike, log.with_suffix(".ticks"))
+
+
+def train_here(workdir: Path, strike: Strike | None, counted: Path | None = None) -> None:
+    """The training command, after its flags are read; ends this process. Writes the number of ticks to a file."""
+    ticks = Ticks(strike, workdir)
+    ticks.watch_files()
+
+    class Stop(StopSignals):
+        def __call__(self) -> bool:
+            ticks.step()
+            return super().__call__()
+
+    @command
+    def main() -> int:
+        with Stop() as stop:
+            try:
+                train_and_evaluate(tiny_config(workdir), tiny_dataset(), stop)
+            except Interrupted as interrupted:
+                say(str(interrupted), error=True)
+                return 128 + (stop.received or 0)
+        return 0
+
+    with quickly_compiled():
+        status = main()
+    if counted is not None:
+        counted.write_text(str(ticks.count))
+    sys.exit(status)
+
+
+def count_ticks(folder: Path, steps: bool) -> int:
+    """The ticks of an undisturbed training."""
+    workdir, log = folder / "counted", folder / "counted.log"
+    status = run(train, workdir, log, Strike(signal.SIGKILL, 0, steps=steps))
+    with contextlib.suppress(OSError):
+        if status == 0:
+            return int(log.with_suffix(".ticks").read_text())
+    raise RuntimeError(f"the undisturbed training ends with status {status}: {log.read_text()[-2000:]}")
