@@ -232,10 +232,11 @@ def test_room_is_asked_for_before_anything_is_written(save, tmp_path, monkeypatc
     assert files_of(tmp_path) == before
 
 
-def test_a_full_disk_is_one_line_without_the_noise_of_threads(state, history, save, tmp_path, capfd):
+def test_a_full_disk_is_one_line_without_the_noise_of_threads(state, history, save, tmp_path, capfd, caplog):
     """Files that may not grow are as good as a full disk: Orbax' threads fail, and would print their tracebacks."""
     save(Checkpoints(tmp_path), 1)
     capfd.readouterr()
+    caplog.clear()
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
@@ -246,6 +247,7 @@ def test_a_full_disk_is_one_line_without_the_noise_of_threads(state, history, sa
         signal.signal(signal.SIGXFSZ, handler)
     assert "\n" not in str(error.value)
     assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
     assert int(Checkpoints(tmp_path).restore_run(state, history).state.step) == 1
 
 
