@@ -37,6 +37,20 @@ from cifar_jax.ops import winograd
 TFDS_DATA_DIR = os.environ.get("TFDS_DATA_DIR", "")
 
 
+# Modules whose tests train, compile whole networks or start commands: `pytest -m "not slow"` leaves them out.
+SLOW_MODULES = {
+    *("accuracy", "augment", "early_training", "extending", "faults", "kernels_benchmark", "normalization", "parity"),
+    *("pretrained", "symmetry", "throughput", "train", "trainer", "training"),
+    *("weights_files", "weights_hostile", "weights_keras"),
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem.removeprefix("test_") in SLOW_MODULES:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _isolated(monkeypatch, tmp_path_factory):
     """No test reads or writes the user's folders, or finds a dataset that it did not make."""

@@ -53,6 +53,7 @@ def test_the_short_form(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_long_form(tmp_path):
     status, result, output = command(tmp_path, "--seed", "1")
     assert status == 0, output

@@ -47,8 +47,11 @@ def test_it_is_one_line(arguments, start):
 
 def test_it_stays_ignored_where_it_was(start):
     """Of a job in the background, say."""
-    ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
-    assert start(f"{INTERRUPTED}\nos._exit(7)", "cifar_jax.train", preexec_fn=ignore) == (7, "", "")
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the process inherits
+    try:
+        assert start(f"{INTERRUPTED}\nos._exit(7)", "cifar_jax.train") == (7, "", "")
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def test_the_package_still_offers_the_released_networks():

@@ -204,6 +204,7 @@ def random_problem(name, dtype=np.float32):
     return loss, *jax.tree.map(lambda x: np.asarray(x, dtype), (params, directions))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_derivative_is_the_plain_networks(name, plain):
     """The loss, its gradient, its slope in a direction and the Hessian times the direction: in float64, where no

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from unittest import mock
 
 import jax
@@ -38,7 +39,7 @@ def one_workdir(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]
 def devices(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
     """1, 2, 4 and again 1 device, an epoch each, without dropout."""
     for seed in rng.integers(2**16, size=count):
-        changes = {"dropout_rates": (0.0, 0.0), "num_epochs": 4, "seed": int(seed)}
+        changes: dict[str, Any] = {"dropout_rates": (0.0, 0.0), "num_epochs": 4, "seed": int(seed)}
         alone, workdir = lab.new_folder(), lab.new_folder()
         ends = [lab.train(alone, **changes)]
         for epoch, number in enumerate((1, 2, 4), 1):

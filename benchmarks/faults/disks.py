@@ -81,16 +81,17 @@ def logs(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
 def tmpfs(folder: Path, size: int) -> Iterator[Callable[[str], None]]:
     """A file system of `size` bytes in memory. Yields: a function that mounts it again with other options."""
     folder.mkdir()
-    mount = lambda options: subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True, capture_output=True
-    )
+
+    def mount(options: str) -> None:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True, capture_output=True)
+
     try:
         mount(f"size={size}")
     except (OSError, subprocess.CalledProcessError) as error:
         folder.rmdir()
         raise Skipped("mounting a file system needs root") from error
     try:
-        yield lambda options: mount(f"remount,{options}") and None
+        yield lambda options: mount(f"remount,{options}")
     finally:
         subprocess.run(["umount", "-l", folder], check=False, capture_output=True)
         folder.rmdir()
@@ -180,8 +181,8 @@ def train_without_console(workdir: Path, how: str) -> None:
         os.dup2(descriptor, number)
         if how == "closed":
             os.close(number)
-    sys.stdout = None if how == "closed" else os.fdopen(1, "w", buffering=1)  # type: ignore[assignment]
-    sys.stderr = None if how == "closed" else os.fdopen(2, "w", buffering=1)  # type: ignore[assignment]
+    sys.stdout = None if how == "closed" else os.fdopen(1, "w", buffering=1)
+    sys.stderr = None if how == "closed" else os.fdopen(2, "w", buffering=1)
     victims.train_here(workdir, None)
 
 

@@ -56,7 +56,7 @@ def _finish_all(lab: Lab, chains: list[list[Strike]]) -> Iterator[str]:
 
 
 def _chains(lab: Lab, count: int, rng: np.random.Generator, number: signal.Signals) -> Iterator[str]:
-    most = victims.count_ticks(lab.folder, steps=True) // 2
+    most = victims.count_ticks(lab.folder)[0] // 2
     lengths = [CHAIN] * (count // CHAIN) + [count % CHAIN] * (count % CHAIN > 0)
     strike = lambda: Strike(number, int(rng.integers(1, most + 1)), float(rng.choice([0.0, rng.uniform(0, 0.2)])))
     return _finish_all(lab, [[strike() for _ in range(length)] for length in lengths])
@@ -72,7 +72,7 @@ def sigterm(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
 
 def file_events(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
     """A different event each time, all of them if `count` allows."""
-    ticks = victims.count_ticks(lab.folder, steps=False)
+    ticks = victims.count_ticks(lab.folder)[1]
     order = [int(tick) for _ in range(-(-count // ticks)) for tick in rng.permutation(ticks) + 1]
     return _finish_all(lab, [[Strike(signal.SIGKILL, tick, steps=False)] for tick in order[:count]])
 

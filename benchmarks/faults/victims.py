@@ -5,9 +5,10 @@ The processes are forked by a server that has imported everything and started no
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
@@ -52,7 +53,8 @@ class Ticks:
     """Counts ticks, and strikes."""
 
     def __init__(self, strike: Strike | None, folder: Path) -> None:
-        self.count, self.strike, self.folder = 0, strike, str(folder)
+        self.count = self.files = 0
+        self.strike, self.folder = strike, str(folder)
 
     def watch_files(self) -> None:
         """From now on and for the whole process."""
@@ -62,6 +64,7 @@ class Ticks:
         if event in FILE_EVENTS and writes(event, arguments):
             path = os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes)) else ""
             if path.startswith(self.folder) or not path.startswith("/"):  # relative: shutil.rmtree's
+                self.files += 1
                 self.tick()
 
     def step(self) -> None:
@@ -78,13 +81,22 @@ class Ticks:
                 blow()
 
 
+_bookkeeping = threading.Lock()
+
+
 def run(target: Callable[..., None], *arguments: Any) -> int:
-    """The exit status of a process that runs a module's function; that of a signal is negative."""
+    """The exit status of a process that runs a module's function; that of a signal is negative.
+
+    The lock: starting a process asks after all others of this one, and an exit status can be read only once.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=target, args=arguments)
-    process.start()
-    process.join()
+    with _bookkeeping:
+        process.start()
+    multiprocessing.connection.wait([process.sentinel])
+    with _bookkeeping:
+        process.join()
     assert process.exitcode is not None
     return process.exitcode
 
@@ -98,14 +110,14 @@ def redirect(log: Path) -> None:
 
 
 def train(workdir: Path, log: Path, strike: Strike | None = None, environment: Mapping[str, str] | None = None) -> None:
-    """What a victim does. Writes the number of ticks beside the log."""
+    """What a victim does. Writes the numbers of ticks and of file events beside the log."""
     os.environ.update(environment or {})
     redirect(log)
     train_here(workdir, strike, log.with_suffix(".ticks"))
 
 
 def train_here(workdir: Path, strike: Strike | None, counted: Path | None = None) -> None:
-    """The training command, after its flags are read; ends this process. Writes the number of ticks to a file."""
+    """The training command, after its flags are read; ends this process. Writes the numbers of ticks to a file."""
     ticks = Ticks(strike, workdir)
     ticks.watch_files()
 
@@ -127,15 +139,15 @@ def train_here(workdir: Path, strike: Strike | None, counted: Path | None = None
     with quickly_compiled():
         status = main()
     if counted is not None:
-        counted.write_text(str(ticks.count))
+        counted.write_text(f"{ticks.count} {ticks.files}")
     sys.exit(status)
 
 
-def count_ticks(folder: Path, steps: bool) -> int:
-    """The ticks of an undisturbed training."""
+@functools.cache
+def count_ticks(folder: Path) -> tuple[int, int]:
+    """The ticks of an undisturbed training, and those of them that are file events."""
     workdir, log = folder / "counted", folder / "counted.log"
-    status = run(train, workdir, log, Strike(signal.SIGKILL, 0, steps=steps))
-    with contextlib.suppress(OSError):
-        if status == 0:
-            return int(log.with_suffix(".ticks").read_text())
-    raise RuntimeError(f"the undisturbed training ends with status {status}: {log.read_text()[-2000:]}")
+    if (status := run(train, workdir, log)) != 0:
+        raise RuntimeError(f"the undisturbed training ends with status {status}: {log.read_text()[-2000:]}")
+    ticks, files = map(int, log.with_suffix(".ticks").read_text().split())
+    return ticks, files

@@ -11,6 +11,7 @@ import importlib.util
 import io
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -58,7 +59,8 @@ def read_keras(path: Path) -> KerasFile:
         raise UserError(f"not read within {TIMEOUT} seconds: damaged, or on a slow disk") from error
     output = result.stdout
     if result.returncode or len(output) < 8:
-        line = (result.stderr.decode(errors="replace").strip().splitlines() or [f"status {result.returncode}"])[-1]
+        ended = f"status {result.returncode}" if result.returncode >= 0 else signal.Signals(-result.returncode).name
+        line = (result.stderr.decode(errors="replace").strip().splitlines() or [ended])[-1]
         raise UserError(f"damaged or not a Keras file: reading it ended its process ({line:.200})")
     (length,) = struct.unpack("<Q", output[:8])
     header = json.loads(output[8 : 8 + length])
