@@ -15,23 +15,33 @@ from cifar_jax.metrics import EpochMetrics
 if TYPE_CHECKING:
     import jax
 
+# The terminal or the reader of a pipe is gone; the stream is closed; tqdm met a bar that is being cleared away.
+FAILURES = (OSError, ValueError, RuntimeError)
+
 
 def say(text: str, *, error: bool = False) -> None:
     """A line on stdout or stderr, above a progress bar."""
     stream = sys.stderr if error else sys.stdout
     if stream is None:  # it was closed before Python began
         return
+    written = False
     try:
-        tqdm.write(text, file=stream)
-    except (OSError, ValueError):  # the terminal or the reader of a pipe is gone, or the stream is closed
-        silence(stream)
+        with tqdm.external_write_mode(file=stream):
+            stream.write(f"{text}\n")
+            written = True
+    except FAILURES:  # of the stream, or of the terminal that a progress bar is on
+        try:
+            if not written:
+                stream.write(f"{text}\n")
+        except FAILURES:
+            silence(stream)
 
 
 def silence(stream: TextIO | None) -> None:
     """Sends the rest of a stream's output nowhere: else Python tries to write it when it ends, and complains."""
     if stream is None:
         return
-    with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+    with contextlib.suppress(*FAILURES), open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
 
 
@@ -52,7 +62,7 @@ class ProgressBar:
         options = {"total": total, "initial": start, "desc": description, "unit": "step", "leave": False}
         try:
             self._bar = tqdm(**options, disable=None if sys.stderr else True)  # None: where it is no terminal
-        except (OSError, ValueError):
+        except FAILURES:
             silence(sys.stderr)
             self._bar = tqdm(disable=True)
 
@@ -64,12 +74,12 @@ class ProgressBar:
             if loss is not None:
                 self._bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
             self._bar.update(count)
-        except (OSError, ValueError):
+        except FAILURES:
             silence(sys.stderr)
             self.close()  # else it is drawn again with each line
 
     def close(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(*FAILURES):
             self._bar.close()
 
 

@@ -65,6 +65,12 @@ def test_lines_go_to_their_stream(capsys):
     assert capsys.readouterr() == ("out\n", "error\n")
 
 
+def test_errors_do_not_go_elsewhere(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", None)
+    say("error", error=True)
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_stream_that_fails_is_passed_over(failure, monkeypatch):
     for name in ("stdout", "stderr"):
@@ -78,11 +84,12 @@ def test_a_stream_that_fails_is_passed_over(failure, monkeypatch):
                 bar.update(1, jnp.float32(2))
 
 
-def test_a_terminal_that_is_gone_does_not_take_the_log_with_it(monkeypatch):
+@pytest.mark.parametrize("code", [errno.EIO, errno.EPIPE, errno.ENOSPC])
+def test_a_terminal_that_is_gone_does_not_take_the_log_with_it(code, monkeypatch):
     """The progress bar's is: what goes to a file is written all the same, also while the bar is there."""
     log = io.StringIO()
     monkeypatch.setattr(sys, "stdout", log)
-    monkeypatch.setattr(sys, "stderr", Terminal(OSError(errno.EIO, "Input/output error"), 3))
+    monkeypatch.setattr(sys, "stderr", Terminal(OSError(code, "gone"), 3))
     with progress_bar("epoch", 100, 0) as bar:
         bar._bar.mininterval = 0
         for number in range(5):
