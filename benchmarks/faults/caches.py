@@ -47,7 +47,8 @@ def _damage_entry(entry: Path, how: str, rng: np.random.Generator) -> None:
 def damaged(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
     folder = lab.new_folder()
     write_binary(folder)
-    load(folder, folder / "cache")
+    with captured():
+        load(folder, folder / "cache")
     (entry,) = (folder / "cache").iterdir()
     for how in itertools.islice(itertools.cycle((*DAMAGES, "header", "zeros", "label", "type")), count):
         _damage_entry(entry, how, rng)

@@ -36,9 +36,9 @@ FAULTS = (
     Fault(
         "SIGKILL",
         "chains of up to 4 starts of a training, each killed at a random step or file event, or up to 0.2 s later",
-        stops.sigkill, IDENTICALLY, 24, 2,
+        stops.sigkill, IDENTICALLY, 40, 2,
     ),
-    Fault("SIGTERM", "the same, by SIGTERM", stops.sigterm, IDENTICALLY, 24, 2),
+    Fault("SIGTERM", "the same, by SIGTERM", stops.sigterm, IDENTICALLY, 40, 2),
     Fault(
         "SIGTERM during start-up",
         "SIGTERM 0.3 to 4 s after the start of `python -m cifar_jax.train`",
@@ -124,7 +124,7 @@ FAULTS = (
     ),
     Fault(
         "mutated weight files", "1 to 4 random changes of the bytes of a .safetensors or .pth file",
-        weight_files.mutated, READ, 1500, 0,
+        weight_files.mutated, READ, 6000, 0,
     ),
     Fault(
         "mutated Keras files", "the same to .h5, .weights.h5 and .keras files",
@@ -137,7 +137,7 @@ FAULTS = (
     Fault(
         "mutated data files",
         "1 to 4 random changes of the bytes of a binary or Python batch, an official archive, or an .npz file",
-        data_files.mutated, READ, 2000, 40,
+        data_files.mutated, READ, 8000, 40,
     ),
     Fault(
         "crafted data files",
