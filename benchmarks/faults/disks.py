@@ -57,10 +57,10 @@ def latest_checkpoint(lab: Lab, count: int, rng: np.random.Generator) -> Iterato
         damage(workdir / file, how, rng)
         end = lab.train(workdir)
         outcome = lab.outcome(end, workdir)
-        if outcome == IDENTICAL and end.lines:
-            kept = any((workdir / "checkpoints").glob("damaged-2*"))
+        kept = any((workdir / "checkpoints").glob("damaged-2*"))
+        if outcome == IDENTICAL and (kept or end.lines):
             one = len(end.lines) == 1 and "damaged" in end.lines[0] and kept
-            outcome = FELL_BACK if one else f"says {len(end.lines)} lines"
+            outcome = FELL_BACK if one else f"kept: {kept}, says {len(end.lines)} lines"
         yield outcome if outcome in (IDENTICAL, FELL_BACK) else f"{how} {file.name}: {outcome}"
         shutil.rmtree(workdir)
 

@@ -36,9 +36,9 @@ FAULTS = (
     Fault(
         "SIGKILL",
         "chains of up to 4 starts of a training, each killed at a random step or file event, or up to 0.2 s later",
-        stops.sigkill, IDENTICALLY, 40, 2,
+        stops.sigkill, IDENTICALLY, 40, 1,
     ),
-    Fault("SIGTERM", "the same, by SIGTERM", stops.sigterm, IDENTICALLY, 40, 2),
+    Fault("SIGTERM", "the same, by SIGTERM", stops.sigterm, IDENTICALLY, 40, 1),
     Fault(
         "SIGTERM during start-up",
         "SIGTERM 0.3 to 4 s after the start of `python -m cifar_jax.train`",
@@ -52,22 +52,22 @@ FAULTS = (
     Fault(
         "damaged checkpoint",
         "a file of the latest checkpoint has a flipped bit, is cut, emptied or deleted; a training goes on",
-        disks.latest_checkpoint, (FELL_BACK, IDENTICAL), 80, 4,
+        disks.latest_checkpoint, (FELL_BACK, IDENTICAL), 80, 3,
     ),
     Fault(
         "damaged log or description",
         "the same to metrics.csv, batch_loss.npy, summary.json, dataset.json or config.json",
-        disks.logs, (IDENTICAL, REFUSED), 20, 5,
+        disks.logs, (IDENTICAL, REFUSED), 20, 3,
     ),
     Fault(
         "hostile JSON of a run",
         "config, identity, summary, checksums or Orbax' metadata: other texts, nested 100,000 deep, values of other "
         "types, fields less or more, changed bytes",
-        run_files.hostile, (IDENTICAL, REFUSED), 90, 5,
+        run_files.hostile, (IDENTICAL, REFUSED), 90, 3,
     ),
     Fault(
         "full disk", "a training on a file system of 4 KiB to 12 MiB; then there is room, and it is started again",
-        disks.full_disk, (IDENTICAL, RESUMED), 16, 2,
+        disks.full_disk, (IDENTICAL, RESUMED), 16, 1,
     ),
     Fault(
         "limit of a file's size", "the same, with a limit of 4 KiB to 2 MiB for each file",
@@ -75,18 +75,18 @@ FAULTS = (
     ),
     Fault(
         "read-only folder", "a new or a half finished training on a file system that is read-only, and then writable",
-        disks.read_only, (RESUMED,), 4, 2,
+        disks.read_only, (RESUMED,), 4, 1,
     ),
     Fault("no locks", "`flock` fails with ENOSYS, ENOLCK or EOPNOTSUPP", disks.no_locks, IDENTICALLY, 3, 1),
     Fault(
         "no console", "stdout and stderr are a full disk, a pipe without a reader, or closed",
-        disks.no_console, IDENTICALLY, 3, 1,
+        disks.no_console, IDENTICALLY, 3, 0,
     ),
     Fault(
         "matplotlib's settings", "MPLBACKEND names a module that is not there",
         disks.matplotlib_settings, IDENTICALLY, 1, 0,
     ),
-    Fault("another thread", "a training is called outside of the main thread", stops.other_thread, IDENTICALLY, 1, 1),
+    Fault("another thread", "a training is called outside of the main thread", stops.other_thread, IDENTICALLY, 1, 0),
     Fault(
         "three processes, one workdir", "three trainings are started at the same time in one folder",
         companions.one_workdir, (f"{companions.ONE_TRAINS}; {IDENTICAL}",), 2, 0,

@@ -105,7 +105,7 @@ class _Evil:
 
 def _zip(members: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", compression) as archive:
+    with zipfile.ZipFile(file, "w", compression, compresslevel=1) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
     return file.getvalue()
@@ -115,6 +115,7 @@ def _pth(content: bytes) -> bytes:
     return _zip({"archive/data.pkl": content, "archive/version": b"3\n", "archive/data/0": bytes(64)})
 
 
+@functools.cache
 def crafted_files() -> dict[str, bytes]:
     """Small files that execute, or take the machine, where a reader trusts them."""
     evil = pickle.dumps({"conv1.weight": _Evil(os.system, "touch executed")}, protocol=2)
@@ -122,7 +123,7 @@ def crafted_files() -> dict[str, bytes]:
     shared = b"\x80\x02]q\0" + b"".join(b"]q%c(h%ch%ce" % (i + 1, i, i) for i in range(60)) + b"."
     header = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
     deep = b'{"__metadata__":' + b"[" * 100_000
-    bomb = bytes(2**28)
+    bomb, small = bytes(2**28), bytes(2**26)
     return {
         "a pickle that executes.pth": _pth(evil),
         "a bare pickle that executes.pth": evil,
@@ -134,8 +135,8 @@ def crafted_files() -> dict[str, bytes]:
         "a member of 256 MiB.pth": _zip({"archive/data.pkl": bomb}),
         "an architecture nested deep.keras": _zip({"config.json": nested, "model.weights.h5": b""}),
         "deflate of 256 MiB.keras": _zip({"config.json": b"{}", "model.weights.h5": bomb}),
-        "LZMA of 256 MiB.keras": _zip({"config.json": b"{}", "model.weights.h5": bomb}, zipfile.ZIP_LZMA),
-        "bzip2 of 256 MiB.keras": _zip({"config.json": b"{}", "model.weights.h5": bomb}, zipfile.ZIP_BZIP2),
+        "LZMA of 64 MiB.keras": _zip({"config.json": b"{}", "model.weights.h5": small}, zipfile.ZIP_LZMA),
+        "bzip2 of 64 MiB.keras": _zip({"config.json": b"{}", "model.weights.h5": small}, zipfile.ZIP_BZIP2),
         "HDF5 that ends at once.h5": b"\x89HDF\r\n\x1a\n" + bytes(100),
         "a tensor of 4 TiB.safetensors": len(header).to_bytes(8, "little") + header,
         "a header nested deep.safetensors": len(deep).to_bytes(8, "little") + deep,
