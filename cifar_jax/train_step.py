@@ -26,7 +26,7 @@ Batch = dict[str, jax.Array]
 
 
 class TrainState(train_state.TrainState):
-    """Flax's TrainState (step, params, tx, opt_state) with two more fields.
+    """Flax's TrainState (step, params, tx, opt_state) with three more fields.
 
     rng is the key from which every step's randomness is folded. ema_params is the average of the parameters, None if
     the recipe has none: an exponential moving average at first, see `optimizer.create_averaging_share`. folded_params
@@ -48,24 +48,21 @@ class TrainState(train_state.TrainState):
         return self.averaged_params if self.folded_params is None else self.folded_params
 
 
-def create_model(config: Config, **fields: Any) -> Any:
-    """The recipe's network, a Flax module. Args: fields override the module's own."""
+def create_model(config: Config) -> Any:
+    """The recipe's network, a Flax module."""
     return get_model(config.model)(
-        **{
-            "num_classes": len(DATASETS[config.dataset].class_names),
-            "dropout_rates": config.dropout_rates,
-            "initializer": config.initializer,
-            "dtype": jnp.dtype(config.dtype),
-            **fields,
-        }
+        num_classes=DATASETS[config.dataset].num_classes,
+        dropout_rates=config.dropout_rates,
+        initializer=config.initializer,
+        dtype=jnp.dtype(config.dtype),
     )
 
 
 def create_train_state(config: Config, steps_per_epoch: int, images: Any = None) -> TrainState:
     """Model, initial parameters and optimizer state, all from config.seed.
 
-    `images`, uint8 [N, 32, 32, 3], are what the lsuv initializer scales its kernels by. Without them it does not, which
-    is enough where parameters are only restored.
+    `images`, uint8 [N, 32, 32, 3], are what the lsuv initializer scales its kernels by, and what `whitening` whitens.
+    Without them neither is done, which is enough where parameters are only restored.
     """
     model, pixels = create_model(config), pixel_statistics(config.input_scaling, config.dataset)
     params_key, rng, _ = split_seed(config.seed)

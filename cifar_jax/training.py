@@ -52,7 +52,7 @@ class Run:
         self.dataset = hold_out(dataset or load_dataset(config.dataset, config.data_dir), config.holdout)
         if stop():
             raise Interrupted(Progress(), 0)
-        self.num_classes = len(self.dataset.class_names)
+        self.num_classes = self.dataset.info.num_classes
         self.tested = "held-out" if config.holdout else "test"
         self.steps_per_epoch = _check_fit(config, len(self.dataset.train_labels), len(devices))
         self.checkpoints = Checkpoints(self.workdir)

@@ -28,6 +28,8 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+from weight_files import random_weights
+
 from cifar_jax import evaluate, plots, training
 from cifar_jax.configs.base import Config
 from cifar_jax.datasets import DATASETS, Dataset, load_dataset
@@ -168,3 +170,15 @@ def small_cifar(monkeypatch):
 def small_batches(small_cifar):
     """CIFAR-10 with 20 images a batch: (train images, train labels, test images, test labels)."""
     return small_cifar["cifar10"]
+
+
+@pytest.fixture(scope="module")
+def lenet5():
+    """Random Weights of LeNet-5."""
+    return random_weights("lenet5")
+
+
+@pytest.fixture(scope="module")
+def all_cnn():
+    """Random Weights of All-CNN."""
+    return random_weights("all_cnn")

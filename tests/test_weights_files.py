@@ -24,16 +24,6 @@ keras_api = keras.import_keras()
 keras_layers = keras_api.layers
 
 
-@pytest.fixture(scope="module")
-def lenet5():
-    return random_weights("lenet5")
-
-
-@pytest.fixture(scope="module")
-def all_cnn():
-    return random_weights("all_cnn")
-
-
 def assert_same(left, right):
     jax.tree.map(np.testing.assert_array_equal, left.params, right.params)
     assert dataclasses.replace(left, params={}) == dataclasses.replace(right, params={})

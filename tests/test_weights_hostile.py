@@ -23,11 +23,6 @@ from cifar_jax.weights.files import load_weights, save_weights
 
 
 @pytest.fixture(scope="module")
-def lenet5():
-    return random_weights("lenet5")
-
-
-@pytest.fixture(scope="module")
 def state_dict(lenet5):
     return {name: torch.tensor(array) for name, array in pytorch.params_to_pytorch(lenet5.params).items()}
 

@@ -32,16 +32,6 @@ L = api.layers
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
 
 
-@pytest.fixture(scope="module")
-def lenet5():
-    return random_weights("lenet5")
-
-
-@pytest.fixture(scope="module")
-def all_cnn():
-    return random_weights("all_cnn")
-
-
 @functools.cache
 def jitted_apply(model):
     return jax.jit(MODELS[model]().apply)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import os
 
@@ -12,7 +13,7 @@ SPLITS = ("train", "test")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DatasetInfo:
+class DatasetInfo(abc.ABC):
     """An entry of the registry.
 
     `mean` and `std` are of the training set's pixels by channel, in [0, 1]: what 'standardized' scaling subtracts, and
@@ -29,9 +30,9 @@ class DatasetInfo:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @abc.abstractmethod
     def load(self, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
         """Reads the dataset. Raises: UserError for what the user can mend."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
