@@ -23,7 +23,7 @@ from cifar_jax.train import train_and_evaluate
 from cifar_jax.trainer import Trainer
 from cifar_jax.training import Interrupted
 
-pytestmark = pytest.mark.usefixtures("direct_convolutions", "no_figures")
+pytestmark = pytest.mark.usefixtures("direct_convolutions", "compiled_once", "no_figures")
 
 # How often a run of 6 steps an epoch and 4 of evaluation, one a call, asks whether to stop: at first, with its
 # data, before its epochs and before it compiles; then before an epoch, before its steps, after each of its evaluation.
@@ -146,13 +146,13 @@ def test_many_steps_a_call_and_two_devices(uninterrupted, tiny_dataset, tmp_path
     assert untimed_rows(resumed) == untimed_rows(config)
 
 
-def test_a_row_tells_the_rate_and_the_seconds_of_training(tiny_dataset, tiny_config, monkeypatch):
+def test_a_row_tells_the_rate_and_the_seconds_of_training(tiny_dataset, tiny_config, no_steps, monkeypatch):
     """By a clock that is one second later whenever it is read; interrupted in its second epoch."""
     clock = iter(range(1000))
     monkeypatch.setattr(training, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
     config = dataclasses.replace(tiny_config, num_epochs=2, schedule="one_cycle", warmup_fraction=0.0)
     with pytest.raises(Interrupted):
-        train_and_evaluate(config, tiny_dataset, stop_at(BEFORE + EPOCH + 4))
+        train_and_evaluate(config, tiny_dataset, stop_at(BEFORE + EPOCH - 3 + 4))  # one question in the evaluation
     train_and_evaluate(config, tiny_dataset)
     rows = read_metrics(Path(config.workdir))
     assert [row.learning_rate for row in rows] == pytest.approx([0.05 * (12 - step) / 11 for step in (5, 11)])
@@ -199,7 +199,7 @@ def test_a_changed_config_is_refused(copied, tiny_dataset, capsys):
     assert output.err == ""
 
 
-def test_other_devices_are_said_where_they_matter(tiny_dataset, tiny_config, capsys):
+def test_other_devices_are_said_where_they_matter(tiny_dataset, tiny_config, no_steps, capsys):
     """As each draws its own dropout."""
     for rates, said in ((0.2, True), (0.0, False)):
         workdir = f"{tiny_config.workdir}-{rates}"
@@ -211,7 +211,7 @@ def test_other_devices_are_said_where_they_matter(tiny_dataset, tiny_config, cap
         assert ("2 devices where 1 began" in capsys.readouterr().err) == said
 
 
-def test_a_run_without_a_step_may_change(tiny_config, tiny_dataset):
+def test_a_run_without_a_step_may_change(tiny_config, tiny_dataset, no_steps):
     """As it may have been out of memory, and was told to lower its batch."""
     with pytest.raises(Interrupted, match="nothing was saved"):
         train_and_evaluate(tiny_config, tiny_dataset, stop_at(START))
@@ -311,7 +311,7 @@ def test_held_out_images_are_neither_trained_on_nor_the_test_set(tiny_config, ti
     assert "  held-out loss " in output
 
 
-def test_progressive_sizes_train_and_resume(tiny_config, tiny_dataset, monkeypatch):
+def test_progressive_sizes_train_and_resume(tiny_config, tiny_dataset, no_steps, monkeypatch):
     """Every size that is left is compiled; a run that is stopped between them goes on with the right one."""
     config = dataclasses.replace(
         tiny_config, model="all_cnn", dropout_rates=(0.0,) * 3, image_sizes=((16, 1), (24, 1)), batch_size=45
@@ -319,11 +319,9 @@ def test_progressive_sizes_train_and_resume(tiny_config, tiny_dataset, monkeypat
     compiled, trained = set(), []
     monkeypatch.setattr(Trainer, "compile", lambda self, size, order: compiled.add(size))
     run_steps = lambda self, order, start, count, size: trained.append(size) or np.float32(2)
-    monkeypatch.setattr(Trainer, "run_steps", run_steps)  # trains nothing, to save time
-    monkeypatch.setattr(training, "Evaluator", lambda *_: lambda state, stop: {"loss": 2.0, "accuracy": 0.1})
-    monkeypatch.setattr(trainer, "MAX_PENDING_CALLS", 9)
+    monkeypatch.setattr(Trainer, "run_steps", run_steps)
     with pytest.raises(Interrupted, match="1 epochs and 1/2 steps"):
-        train_and_evaluate(config, tiny_dataset, stop_at(BEFORE + 2 + 3 + 3))
+        train_and_evaluate(config, tiny_dataset, stop_at(BEFORE + 2 + 3 + 4))
     assert (compiled, trained) == ({16, 24, 32}, [16, 16, 24])
     compiled.clear()
     trained.clear()
@@ -348,7 +346,7 @@ def test_a_stop_in_an_epoch_that_diverged_does_not_save_it(tiny_config, tiny_dat
     assert not any(Path(tiny_config.workdir).glob("checkpoints/[0-9]*"))
 
 
-def test_stalled_training_is_warned_of_or_restarted(tiny_config, tiny_dataset, monkeypatch, capsys):
+def test_stalled_training_is_warned_of_or_restarted(tiny_config, tiny_dataset, no_steps, monkeypatch, capsys):
     """What happens when is_stalled says so; test_metrics.py has when it does."""
     monkeypatch.setattr(training, "is_stalled", lambda losses, classes: next(answers, False))
     answers = iter((True,))
@@ -400,7 +398,9 @@ def test_a_stalled_training_is_found_by_its_losses(tiny_config, tiny_dataset, mo
     assert len(read_metrics(Path(config.workdir) / "restart1")) == 3
 
 
-def test_restarts_end(tiny_config, tiny_dataset, capsys):
+def test_restarts_end(tiny_config, tiny_dataset, no_steps, monkeypatch, capsys):
+    nothing = {"loss": np.nan, "accuracy": 0.1, "batch_loss": np.zeros(6)}
+    monkeypatch.setattr(Trainer, "epoch_metrics", lambda self: nothing)
     config = dataclasses.replace(tiny_config, learning_rate=1e30, auto_restart=True)
     with pytest.raises(UserError, match=r"diverged in epoch 1.* another --seed$"):
         train_and_evaluate(config, tiny_dataset)
