@@ -1,7 +1,6 @@
 """What docs/extending.md promises: another network is one file and one line of a registry."""
 
 import dataclasses
-import itertools
 import json
 from functools import partial
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+from small_runs import stop_at
 
 from cifar_jax import convert, evaluate, ops, predict
 from cifar_jax.datasets import DATASETS, Dataset
@@ -22,6 +22,9 @@ from cifar_jax.sources import load_run
 from cifar_jax.symmetry import mirror, symmetric_start
 from cifar_jax.train import parse_config, train_and_evaluate
 from cifar_jax.train_step import create_train_state
+
+
+pytestmark = pytest.mark.usefixtures("direct_convolutions", "compiled_once", "no_figures")
 
 
 class ElevenConvolutions(nn.Module):
@@ -55,13 +58,13 @@ def eleven(monkeypatch):
     return ElevenConvolutions()
 
 
-def test_another_network_trains_resumes_and_is_loaded(eleven, tiny_config):
-    config = dataclasses.replace(tiny_config, model="eleven", dropout_rates=(0.1,), normalization="batch")
-    steps = itertools.count()
-    with pytest.raises(Exception, match="saved after"):
-        train_and_evaluate(config, stop=lambda: next(steps) > 5)
-    summary = train_and_evaluate(config)
-    assert summary["epochs"] == 3
+def test_another_network_trains_resumes_and_is_loaded(eleven, tiny_config, tiny_dataset):
+    changes = {"model": "eleven", "dropout_rates": (0.1,), "normalization": "batch", "num_epochs": 1}
+    config = dataclasses.replace(tiny_config, **changes)
+    with pytest.raises(Exception, match=r"saved after .* 2/6 steps"):
+        train_and_evaluate(config, tiny_dataset, stop_at(8))
+    summary = train_and_evaluate(config, tiny_dataset)
+    assert summary["epochs"] == 1
     loaded, state, _ = load_run(config.workdir, "latest")
     assert loaded.model == "eleven"
     assert set(state.eval_params) == set(eleven.LAYERS)
