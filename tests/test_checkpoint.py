@@ -205,7 +205,7 @@ def test_damaged_checksums_are_no_traceback(content, state, save, tmp_path):
 def test_another_models_checkpoint(save, tiny_config, tmp_path):
     save(Checkpoints(tmp_path), 1, 0.5)
     other = dataclasses.replace(tiny_config, model="all_cnn", dropout_rates=(0.0, 0.0, 0.0))
-    with pytest.raises(UserError, match="of another model"):
+    with pytest.raises(UserError, match="another model"):
         Checkpoints(tmp_path).restore_state("latest", create_train_state(other, 6))
 
 
@@ -227,7 +227,7 @@ def test_room_is_asked_for_before_anything_is_written(save, tmp_path, monkeypatc
     before = files_of(tmp_path)
     usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"checkpoints: .*make room"):
+    with pytest.raises(UserError, match=r"checkpoints: .*disk space"):
         save(Checkpoints(tmp_path), 2)
     assert files_of(tmp_path) == before
 
@@ -254,11 +254,11 @@ def test_a_full_disk_is_one_line_without_the_noise_of_threads(state, history, sa
 @pytest.mark.parametrize(
     ("failure", "advice"),
     [
-        (OSError(28, "No space left on device"), "make room"),
-        (OSError(122, "Disk quota exceeded"), "make room"),
-        (ValueError("RESOURCE_EXHAUSTED: Error writing: [OS error 28: ENOSPC No space left on device]"), "make room"),
-        (PermissionError(13, "Permission denied"), "can be written"),
-        (OSError(5, "Input/output error"), "can be written"),
+        (OSError(28, "No space left on device"), "disk space"),
+        (OSError(122, "Disk quota exceeded"), "disk space"),
+        (ValueError("RESOURCE_EXHAUSTED: Error writing: [OS error 28: ENOSPC No space left on device]"), "disk space"),
+        (PermissionError(13, "Permission denied"), "writable"),
+        (OSError(5, "Input/output error"), "writable"),
     ],
 )
 def test_the_advice_on_a_failed_save_is_true(failure, advice, save, tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ def test_a_systems_error_is_one_line(run_command, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     status, _, error = run_command(command(full))
-    assert (status, error.count("\n"), "make room" in error) == (2, 1, True)
+    assert (status, error.count("\n"), "disk space" in error) == (2, 1, True)
     assert silenced == [1]
 
 

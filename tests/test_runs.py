@@ -31,7 +31,7 @@ def begin(tiny_config, tiny_dataset):
 
 def test_only_one_training_at_a_time(tiny_config, tiny_dataset):
     workdir = Path(tiny_config.workdir)
-    with claim_workdir(workdir, tiny_config), pytest.raises(UserError, match=r"another training .*name another"):
+    with claim_workdir(workdir, tiny_config), pytest.raises(UserError, match=rf"--workdir {workdir}: another process"):
         train_and_evaluate(tiny_config, tiny_dataset)
     assert not workdir.exists()  # nothing was done, nothing is left
 

@@ -208,7 +208,7 @@ def test_other_devices_are_said_where_they_matter(tiny_dataset, tiny_config, cap
             train_and_evaluate(config, tiny_dataset, stop_at(BEFORE + 3))
         capsys.readouterr()
         train_and_evaluate(dataclasses.replace(config, num_devices=2), tiny_dataset)
-        assert ("2 devices where 1 began" in capsys.readouterr().err) == said
+        assert ("--num-devices changed from 1 to 2" in capsys.readouterr().err) == said
 
 
 def test_a_run_without_a_step_may_change(tiny_config, tiny_dataset):
@@ -232,7 +232,7 @@ def test_a_run_without_a_step_may_change(tiny_config, tiny_dataset):
 def test_settings_that_the_number_of_steps_forbids(tiny_config, tiny_dataset, capsys):
     for changes, named in (
         ({"num_epochs": 999_999_999}, "--num-epochs 999999999: .* 2,147,483,647"),
-        ({"batch_size": 4, "num_devices": 4, "mixup_alpha": 0.2}, "--batch-size, or --num-devices 1"),
+        ({"batch_size": 4, "num_devices": 4, "mixup_alpha": 0.2}, "--batch-size .*--num-devices 1"),
         ({"batch_size": 91}, "--batch-size 91: .* 90 training images"),
         ({"holdout": 90}, "--holdout 90: .* 90 training images"),
     ):
@@ -405,7 +405,7 @@ def test_restarts_end(tiny_config, tiny_dataset, capsys):
     with pytest.raises(UserError, match=r"diverged in epoch 1.* another --seed$"):
         train_and_evaluate(config, tiny_dataset)
     assert capsys.readouterr().err.count("starting again in") == 3
-    with pytest.raises(UserError, match=r"restart3 .*learning_rate 1.25e\+29 → 0.01"):  # a changed recipe can't go on
+    with pytest.raises(UserError, match=r"restart3: .*learning_rate 1.25e\+29 → 0.01"):  # a changed recipe can't go on
         train_and_evaluate(dataclasses.replace(config, learning_rate=0.08), tiny_dataset)
 
 
@@ -479,7 +479,7 @@ def test_a_damaged_log_is_rebuilt(damage, copied, uninterrupted, tiny_dataset):
 
 def test_checkpoints_without_their_config_are_refused(copied, tiny_dataset):
     (Path(copied.workdir) / "config.json").unlink()
-    with pytest.raises(UserError, match=r"no config\.json: .* --workdir"):
+    with pytest.raises(UserError, match=r"no config\.json.* --workdir"):
         train_and_evaluate(copied, tiny_dataset)
 
 
