@@ -79,14 +79,14 @@ def test_the_same_network_in_another_form(tmp_path, network, change):
 def test_what_is_dropped_or_reordered_is_said(tmp_path, network, capsys):
     _, state_dict = network
     _, errors = read(tmp_path, {"net": {f"module.{k}": v for k, v in state_dict.items()}}, capsys)
-    assert "read its net" in errors
+    assert "reading its entry net" in errors
     assert "module." in errors
     _, errors = read(tmp_path, state_dict | {"n_averaged": torch.tensor(1)}, capsys)
     assert "n_averaged" in errors
     _, errors = read(tmp_path, {k: state_dict[k] for k in reversed(state_dict)}, capsys)
-    assert "paired by name" in errors
+    assert "matched by name" in errors
     _, errors = read(tmp_path, state_dict, capsys)
-    assert "paired by name" not in errors
+    assert "matched by name" not in errors
 
 
 def test_layers_of_one_shape_are_not_swapped(tmp_path):
@@ -99,7 +99,7 @@ def test_layers_of_one_shape_are_not_swapped(tmp_path):
     words = ("stem", "left", "right", "d", "e", "f", "g", "h", "head")
     unnumbered = {f"{words[i // 2]}.{name.partition('.')[2]}": state_dict[name] for i, name in enumerate(state_dict)}
     assert_same(read(tmp_path, unnumbered).params, weights.params)  # the file's order is the network's
-    with pytest.raises(UserError, match="left and right have one shape"):
+    with pytest.raises(UserError, match="left and right have the same shape"):
         read(tmp_path, {k: unnumbered[k] for k in sorted(unnumbered)})
 
 
