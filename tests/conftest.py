@@ -108,7 +108,8 @@ def compiled_once():
         return self._compiled.setdefault(image_size, programs[key])
 
     def shared_evaluator(config, state, images, labels, devices, *rest):
-        key = jax.tree.structure(state), config.eval_batch_size, images.tobytes(), labels.tobytes(), tuple(devices), rest
+        data = images.tobytes(), labels.tobytes()
+        key = jax.tree.structure(state), config.eval_batch_size, data, tuple(devices), rest
         if key not in evaluators:
             evaluators[key] = create_evaluator(config, state, images, labels, devices, *rest)
         return evaluators[key]
