@@ -130,7 +130,7 @@ def test_a_tiny_run(tmp_path, run_command, monkeypatch):
     assert list(workload["contenders"]) == ["jax", "pytorch", "pytorch channels_last"]
     assert set(workload["absent"]) == {"pytorch-cudagraphs", "pytorch-cudagraphs channels_last"}
     assert all(reason == "RuntimeError: CUDA graphs need a GPU" for reason in workload["absent"].values())
-    assert "pytorch-cudagraphs is absent: RuntimeError: CUDA graphs need a GPU" in error
+    assert "RuntimeError: CUDA graphs need a GPU" in error
     for backend in workload["contenders"].values():
         assert backend["peak_memory_bytes"] > 2**20
         assert set(backend["matrix_products"]) == {"64", "128"}
@@ -152,10 +152,10 @@ def test_a_network_without_a_reference_recipe_is_refused(monkeypatch):
     [
         (["--frameworks", "jax", "tensorflow"], "error: "),
         (["--models", "resnet"], "error: "),
-        (["--rounds", "0"], "error: --rounds, --batch-sizes, --seconds-per-round and --timeout take"),
+        (["--rounds", "0"], "error: --rounds, --batch-sizes, --seconds-per-round and --timeout "),
         (["--batch-sizes", "0"], "error: --rounds, --batch-sizes"),
-        (["--phases"], "error: --models and --phases: name one or more"),
-        (["--models"], "error: --models and --phases: name one or more"),
+        (["--phases"], "error: --models and --phases "),
+        (["--models"], "error: --models and --phases "),
         (["--name", "a/b"], "error: can't write "),
         (["--out", "/dev/null/here"], "error: /dev/null/here: Not a directory: name another place"),
     ],
