@@ -62,7 +62,7 @@ def test_parity_asks_for_pytorch_before_it_trains(quick_recipe, tmp_path, run_co
 
 
 def test_parity_in_parts_and_together(quick_recipe, tiny_dataset, tmp_path, run_command):
-    """PyTorch's part in two calls, stopped between epochs, is what one call gives; then both are compared."""
+    """PyTorch's part in two calls, stopped between epochs, equals one call. Then both frameworks are compared."""
     flags = ("--seeds", "0", "1", "--num-epochs", "2")
     parts = ("--parity", "lenet5", "--out", tmp_path / "parts", "--runs", tmp_path / "parts")
     status, _, _ = run_command(accuracy.main, *parts, "--seeds", "0", "--num-epochs", "1", "--frameworks", "pytorch")
@@ -91,7 +91,7 @@ def test_parity_in_parts_and_together(quick_recipe, tiny_dataset, tmp_path, run_
     shorter = seeds.configure(seeds.Arguments(tmp_path, num_epochs=1, runs=tmp_path), "lenet5_reference", "", 0)
     shorter = dataclasses.replace(shorter, workdir=str(tmp_path / "whole" / "parity_lenet5" / "pytorch_seed0"))
     metrics = pytorch_training.train_in_pytorch(shorter, tiny_dataset, never)["metrics"]
-    assert len(metrics) == 1  # of the two in its checkpoint
+    assert len(metrics) == 1  # the checkpoint has two
     assert np.shape(curves["jax"]) == np.shape(curves["pytorch"]) == (2, 2)
     assert min(run[-1] for runs in curves.values() for run in runs) > 0.2  # both learn
     assert results[0]["last_epoch"]["jax"]["mean"] == pytest.approx(np.mean([run[-1] for run in curves["jax"]]))
@@ -129,7 +129,7 @@ def test_a_recipe_over_seeds(quick_recipe, tmp_path, run_command):
 
 @pytest.mark.parametrize(("dropout", "rate"), [(0.0, 0.02), (0.5, 1e-12)])
 def test_pytorch_trains_the_recipe(dropout, rate, quick_recipe, tiny_dataset, tmp_path, monkeypatch):
-    """From JAX's weights in JAX's order: without dropout the same losses; with it, and no steps, the same test."""
+    """With JAX's weights and order, losses without dropout agree. With dropout and no steps, evaluations agree."""
     config = seeds.configure(seeds.Arguments(tmp_path, num_epochs=2), "lenet5_reference", "", 0)
     config = dataclasses.replace(config, dropout_rates=(dropout, dropout), learning_rate=rate)
     ours = train_and_evaluate(dataclasses.replace(config, workdir=str(tmp_path / "jax")))
@@ -186,7 +186,7 @@ def test_a_variant_that_diverges_does_not_stop_the_ablation(quick_recipe, tmp_pa
     content = json.loads((tmp_path / "ablation_lenet5_reference.json").read_text())["variants"]
     assert content["the recipe"]["holdout_accuracy"]["n"] == 1
     assert content["wild"]["holdout_accuracy"] is content["wild"]["train_accuracy"] is None
-    del variants["the recipe"]  # nor does it where nothing else is left
+    del variants["the recipe"]  # diverging variants alone must not crash either
     assert run_command(accuracy.main, *flags, "--out", tmp_path)[0] == 0
     assert "jax" in json.loads((tmp_path / "ablation_lenet5_reference.json").read_text())["versions"]
 
@@ -209,7 +209,7 @@ def test_a_recipes_dataset_is_its_own(tmp_path):
 
 
 def test_an_ablations_hardware_is_that_of_its_trainings(quick_recipe, tmp_path, monkeypatch):
-    """Another process may have made them."""
+    """The runs may have been made by another process."""
     monkeypatch.setattr(ablation, "HOLDOUT", 10)
     monkeypatch.setattr(ablation, "ABLATIONS", {"lenet5_reference": {"the recipe": {}, "SAM": {"sam_rho": 0.05}}})
     summaries = iter([("an abacus", "2026-01-02"), ("a quipu", "2026-01-01")])
@@ -239,10 +239,10 @@ def test_an_ablations_hardware_is_that_of_its_trainings(quick_recipe, tmp_path, 
 def test_a_signal_saves_and_the_same_command_goes_on(
     mode, number, saved, quick_recipe, tmp_path, run_command, monkeypatch, request
 ):
-    """In JAX within an epoch, in PyTorch after the one that is complete; the signal's own exit status."""
+    """JAX stops within an epoch, PyTorch after a complete epoch. The exit status is the signal's."""
     monkeypatch.setattr(ablation, "HOLDOUT", 10)
     monkeypatch.setattr(ablation, "ABLATIONS", {"lenet5_reference": {"the recipe": {}}})
-    previous = signal.signal(number, signal.SIG_DFL)  # it may be ignored where the tests are started
+    previous = signal.signal(number, signal.SIG_DFL)  # it may be ignored in the process that starts the tests
     request.addfinalizer(lambda: signal.signal(number, previous))
 
     def signal_in(function, call_number):
@@ -283,7 +283,7 @@ def test_a_diverged_seed_is_one_line(mode, quick_recipe, tmp_path, run_command, 
 def test_every_ablations_variants_are_valid():
     for recipe, variants in ablation.ABLATIONS.items():
         configs = [dataclasses.replace(RECIPES[recipe], **changes) for changes in variants.values()]
-        assert configs.count(RECIPES[recipe]) == 1  # each of the others changes something
+        assert configs.count(RECIPES[recipe]) == 1  # each other variant changes something
 
 
 def test_time_and_cost():

@@ -1,4 +1,4 @@
-"""What docs/extending.md promises: another network is one file and one line of a registry."""
+"""Checks docs/extending.md: another network is one file and one line of a registry."""
 
 import dataclasses
 import itertools
@@ -25,7 +25,7 @@ from cifar_jax.train_step import create_train_state
 
 
 class ElevenConvolutions(nn.Module):
-    """A network whose layers' names do not sort in their order: Conv_10 comes before Conv_2."""
+    """A network whose layer names don't sort in the layers' order: Conv_10 sorts before Conv_2."""
 
     LAYERS: ClassVar[tuple[str, ...]] = tuple(f"Conv_{i}" for i in range(11))
     INPUT_SCALING: ClassVar[str] = "unit"
@@ -111,7 +111,7 @@ def test_another_dataset_has_its_own_classes_and_pixel_statistics():
 
 @pytest.fixture(scope="module")
 def tiny_cifar100():
-    """100 images of each split, one of each class."""
+    """Returns 100 images per split, one of each class."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (200, 32, 32, 3), dtype=np.uint8)
     labels = np.arange(100, dtype=np.int32)
@@ -119,7 +119,7 @@ def tiny_cifar100():
 
 
 def test_cifar100_from_training_to_other_frameworks(tiny_cifar100, tmp_path, run_command, monkeypatch):
-    """Its 100 classes, their names and its pixel statistics go wherever the weights go."""
+    """The 100 classes, their names and the pixel statistics accompany the weights."""
     monkeypatch.setattr(evaluate, "load_dataset", lambda name, data_dir: {"cifar100": tiny_cifar100}[name])
     flags = ["--dataset", "cifar100", "--batch-size", "50", "--num-epochs", "1", "--num-devices", "1"]
     config = parse_config(["lenet5", *flags, "--workdir", str(tmp_path / "run")])

@@ -1,4 +1,4 @@
-"""The parity scripts pass, and each check fails when the code is broken on purpose."""
+"""The parity scripts pass, and each check fails if the code is broken on purpose."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def batch():
 
 @pytest.fixture(autouse=True)
 def _compiled_anew():
-    """A broken initialiser must not be hidden by what an earlier test compiled, nor stay behind."""
+    """A program compiled by an earlier test must not hide a broken initializer, nor may the broken one remain."""
     caches = (ours.jitted_init, ours.initial_params)
     for cache in caches:
         cache.cache_clear()
@@ -88,7 +88,7 @@ def test_a_nan_in_any_tensor_is_a_difference():
 def test_bad_input_is_one_line(run_command, tmp_path):
     bad = [("--dataset", "mnist"), ("--dataset", "digits", "--weights", "absent.pth"), ("--imags", "3")]
     bad += [("--seeds", "0"), ("--batch-size", "0"), ("--out", "absent/x.json"), ("--out", tmp_path)]
-    bad += [("--dataset", "digits", "--steps", "400")]  # of 4 images, where there are 1,437
+    bad += [("--dataset", "digits", "--steps", "400")]  # 1,600 images, but there are 1,437
     params = jax.jit(MODELS["lenet5"](num_classes=3).init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     save_weights(tmp_path / "three.safetensors", Weights("lenet5", jax.device_get(params), "unit"))
     bad += [("--dataset", "digits", "--weights", tmp_path / "three.safetensors"), ("--dataset", "cifar100")]
@@ -116,7 +116,7 @@ def test_a_framework_that_is_not_installed_is_one_line(script, package):
 
 
 def test_wrong_flatten_order_is_seen(monkeypatch, batch):
-    """PyTorch's fc1 taken over without the permutation of NCHW to NHWC."""
+    """PyTorch's fc1 is converted without the permutation from NCHW to NHWC."""
     convert = pytorch_weights.params_to_pytorch
 
     def wrong(params):
@@ -153,7 +153,7 @@ def test_wrong_momentum_is_seen(batch):
 
 
 def test_truncated_initialisers_are_seen(monkeypatch):
-    """JAX's glorot_normal truncates; so does Flax' default, lecun_normal."""
+    """JAX's glorot_normal and Flax' default, lecun_normal, are truncated."""
     scaling = nn.initializers.variance_scaling
 
     def truncated(scale, mode, distribution):
@@ -191,7 +191,7 @@ REFERENCES = {"pytorch": parity_pytorch.PyTorchReference, "keras": parity_keras.
 
 @pytest.mark.parametrize(("model", "reference"), [("lenet5", "pytorch"), ("all_cnn", "keras")])
 def test_a_wrong_layer_is_seen(monkeypatch, tmp_path, batch, model, reference):
-    """A max pool whose result is a thousandth too large; for All-CNN without Winograd's form, which compiles long."""
+    """The max pool's result is 0.1 % too large. All-CNN runs without Winograd's form, which compiles slowly."""
     images, labels = batch[0][:4], batch[1][:4]
     path, other = tmp_path / "weights.safetensors", REFERENCES[reference]
     save_weights(path, Weights(model, ours.initial_params(model), "unit"))
@@ -206,7 +206,7 @@ def test_a_wrong_layer_is_seen(monkeypatch, tmp_path, batch, model, reference):
     checks += predictions.check_predictions(other, path, images, labels)
     names = " ".join(failed(checks))
     expected = ["logits", "gradients, float64", "loss, float64"]
-    # The initial All-CNN's logits are near 0: a thousandth of them is below the loss's rounding.
+    # The logits of an initial All-CNN are near 0, so 0.1 % of them is below the loss's rounding.
     expected += ["gradients, float32", "mean loss", "4× too small loss"] if model == "lenet5" else []
     for part in expected:
         assert part in names
@@ -217,7 +217,7 @@ def test_a_wrong_layer_is_seen(monkeypatch, tmp_path, batch, model, reference):
 
 @pytest.mark.parametrize("model", list(MODELS))
 def test_a_lost_gradient_is_seen(monkeypatch, batch, model):
-    """One tensor's gradient is zero: in float32 as well, where the All-CNN's tolerance is widest."""
+    """One tensor's gradient is zero, also in float32, where All-CNN's tolerance is widest."""
     compute = ours.jax_loss_and_gradients
 
     def lossy(*args):
@@ -236,7 +236,7 @@ def test_a_trajectory_with_dropout_left_on_is_seen(monkeypatch, batch):
 
 
 def test_another_arg_max_is_seen(tmp_path, batch):
-    """Logits of images that are no ties, in which another class comes first."""
+    """Another class has the largest logit, for images without ties."""
 
     class Rolled(parity_pytorch.PyTorchReference):
         def logits(self, images, dropout=False):
@@ -266,7 +266,7 @@ def test_other_biases_and_flips_are_seen(monkeypatch, batch):
 
 
 def test_dropout_at_test_is_seen_to_differ(tmp_path, batch):
-    """A reference that does not drop out at the test, on weights for which that matters."""
+    """The reference tests without dropout, on weights for which dropout matters."""
 
     class NoDropout(parity_pytorch.PyTorchReference):
         def logits(self, images, dropout=False):

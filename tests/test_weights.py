@@ -15,7 +15,7 @@ from cifar_jax.weights.params import expected_shapes, layers_from_params
 
 @pytest.fixture(scope="module", params=list(MODELS))
 def network(request):
-    """(model's name, params with biases that matter, images, logits in Flax)."""
+    """Returns (model's name, params with nonzero biases, images, Flax logits)."""
     name = request.param
     rng = np.random.default_rng(0)
     params = {

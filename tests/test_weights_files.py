@@ -55,7 +55,7 @@ def test_safetensors_keep_the_scaling(tmp_path, lenet5):
 
 
 def write_keras2(path, weights, *, full_model, as_bytes, architecture=None):
-    """As Keras 2 writes: layer_names, a group a layer with weight_names, layers without weights as well."""
+    """Writes a file like Keras 2: layer_names, a group with weight_names per layer, with or without weights."""
     text = (lambda s: np.bytes_(s)) if as_bytes else (lambda s: s)
     layers, _ = layers_from_params(weights.params)
     with h5py.File(path, "w") as file:
@@ -64,7 +64,7 @@ def write_keras2(path, weights, *, full_model, as_bytes, architecture=None):
             file.attrs["model_config"] = text(json.dumps(architecture))
         names = []
         for i, (kernel, bias) in enumerate(layers):
-            layer = f"{'conv2d' if kernel.ndim == 4 else 'dense'}_{11 - i}"  # the names' order misleads
+            layer = f"{'conv2d' if kernel.ndim == 4 else 'dense'}_{11 - i}"  # the names' order is misleading
             group = root.create_group(layer)
             parts = [f"{layer}/kernel:0", f"{layer}/bias:0"]
             group.attrs["weight_names"] = [text(part) for part in parts]
@@ -85,7 +85,7 @@ def test_keras_2_files(tmp_path, all_cnn, full_model, as_bytes):
 
 
 def keras2_architecture(final_relu, filters=(96, 96, 96, 192, 192, 192, 192, 192, 10), **changes):
-    """All-CNN as Keras 2 writes it; `changes` are of the fifth convolution."""
+    """Returns All-CNN's architecture like Keras 2. `changes` apply to the fifth convolution."""
     layers = []
     for i, count in enumerate(filters):
         options = {"filters": count, "kernel_size": [1, 1] if i > 6 else [3, 3], "activation": "linear"}
@@ -135,8 +135,8 @@ def test_the_originals_pair_of_json_and_h5(tmp_path, all_cnn, final_relu, capsys
         (json.dumps(keras2_architecture(True, strides=[2, 2])), "are not those of all_cnn"),
         (json.dumps(keras2_architecture(True, activation="tanh")), "found tanh, expected relu"),
         (json.dumps(keras2_architecture(False)).replace("relu", "elu"), "found elu, expected relu"),
-        (json.dumps(keras2_architecture(False)).replace("Dropout", "Rescaling"), "scales what is not its input"),
-        (json.dumps(keras2_architecture(False)).replace("MaxP", "AverageP"), "its layer AveragePooling2D is none of"),
+        (json.dumps(keras2_architecture(False)).replace("Dropout", "Rescaling"), "scaling layers"),
+        (json.dumps(keras2_architecture(False)).replace("MaxP", "AverageP"), "its layer AveragePooling2D"),
         (None, "not a Keras architecture .*No such file"),
     ],
 )
@@ -213,7 +213,7 @@ def test_the_users_keras_settings_do_not_matter(kind, tmp_path, lenet5):
 
 
 def test_every_cut_of_an_old_pth_is_noticed(tmp_path):
-    """PyTorch's format before zip, which the notebook's era wrote."""
+    """PyTorch's legacy format, common when the notebook was written."""
     path = tmp_path / "old.pth"
     torch.save({"conv1.weight": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
     data = path.read_bytes()
@@ -243,7 +243,7 @@ def test_hostile_hdf5_reads_no_other_file_and_no_giant(tmp_path, lenet5):
     with h5py.File(path, "a") as file:
         del file[name]
         file.create_dataset(name, (10**6, 10**6), "f4", chunks=(1000, 1000))  # declared, never written
-    with pytest.raises(UserError, match=r"kernel:0 has shape .* larger than any"):
+    with pytest.raises(UserError, match=r"kernel:0 has shape .* larger than in any"):
         load_weights(path)
 
 
@@ -317,12 +317,12 @@ def test_a_trained_keras_file_brings_no_optimizer_state_along(tmp_path, lenet5):
         assert_same(load_weights(path), lenet5)
 
 
-# --- the commands ---
+# --- Commands ---
 
 
 @pytest.mark.parametrize("change", [keras_layers.AveragePooling2D, "tanh", "relu"])
 def test_a_keras_file_of_another_network_with_the_same_tensors(tmp_path, change):
-    """Its weights fit, and its logits would be others; a max pool before the ReLU is the same network."""
+    """The weights would fit but the logits would differ. A max pool before the ReLU is the same network."""
     is_same = change == "relu"
     pool = keras_layers.MaxPooling2D if isinstance(change, str) else change
     activation = change if isinstance(change, str) else "relu"
@@ -422,7 +422,7 @@ def test_convert_says_what_a_file_cannot_hold(tmp_path, run_command, lenet5):
     status, output, errors = run_command(convert.main, tmp_path / "a.safetensors", tmp_path / "b.pth")
     assert status == 0
     assert "use it with --input-scaling standardized" in output
-    assert errors == ""  # not the scaling that the original had
+    assert errors == ""  # no note on the original's scaling
     status, output, _ = run_command(convert.main, tmp_path / "a.safetensors", tmp_path / "c.safetensors")
     assert "use it with" not in output
 
@@ -450,7 +450,7 @@ def test_convert_refuses_in_one_line(tmp_path, monkeypatch, run_command, lenet5,
 
 
 def test_evaluate_weights(tmp_path, run_command, use_tiny_dataset, tiny_dataset, lenet5):
-    """The file's accuracy is PyTorch's own, computed here on the same images."""
+    """The file's accuracy equals PyTorch's, computed on the same images."""
     path = tmp_path / "file.pth"
     save_weights(path, lenet5)
     status, output, _ = run_command(evaluate.main, "--weights", path, "--json")

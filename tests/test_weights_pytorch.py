@@ -1,4 +1,4 @@
-"""State_dicts as other people's programs write them."""
+"""state_dicts in the forms that other programs write."""
 
 import jax
 import numpy as np
@@ -39,7 +39,7 @@ def in_random_order(state_dict):
 
 
 def numbered_backwards(state_dict):
-    """features.10 sorts before features.2, and is stored before it."""
+    """features.10 sorts before features.2 and is stored before it."""
     layers = list(dict.fromkeys(name.partition(".")[0] for name in state_dict))
     renamed = {
         f"features.{3 * layers.index(k.partition('.')[0])}.{k.partition('.')[2]}": v for k, v in state_dict.items()
@@ -67,7 +67,7 @@ def numbered_backwards(state_dict):
         lambda d: {k: nn.Parameter(v) for k, v in d.items()},
         lambda d: {k: torch.stack([v, v])[1] for k, v in d.items()},  # views of larger storages
         lambda d: {k: v.T.contiguous().T if v.ndim == 2 else v for k, v in d.items()},  # not contiguous
-        lambda d: {k.replace("convLayer", "conv"): v for k, v in d.items()},  # as this package wrote it before
+        lambda d: {k.replace("convLayer", "conv"): v for k, v in d.items()},  # names in an earlier version
     ],
 )
 def test_the_same_network_in_another_form(tmp_path, network, change):
@@ -90,7 +90,7 @@ def test_what_is_dropped_or_reordered_is_said(tmp_path, network, capsys):
 
 
 def test_layers_of_one_shape_are_not_swapped(tmp_path):
-    """conv2 and conv3 of All-CNN have one shape; the file has conv3 first."""
+    """conv2 and conv3 of All-CNN have the same shape, and the file has conv3 first."""
     weights = random_weights("all_cnn")
     state_dict = {k: torch.tensor(v) for k, v in pytorch.params_to_pytorch(weights.params).items()}
     names = list(state_dict)
