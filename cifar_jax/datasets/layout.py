@@ -17,7 +17,7 @@ class Layout:
     """find(info, folder, named) → what to read there, or None; read(info, path) → arrays.
 
     `named` says that the user named the folder. files(info, path) are those that are read, in a fixed order;
-    wanted(info) says in a few words what is looked for.
+    wanted(info) says in a few words what is looked for: nothing where the dataset has no such layout.
     """
 
     find: Callable[[Cifar, Path, bool], Path | None]
