@@ -30,9 +30,9 @@ class Config:
     model: ModelName
     """The network."""
     dropout_rates: tuple[float, ...]
-    """Dropout: all_cnn has three places (first convolution, both pools), lenet5 two (both convolutions)."""
+    """Dropout, one number for each of the network's places, from the first to the last."""
     input_scaling: InputScaling
-    """Pixels to [0, 1], to [-1, 1], or to zero mean and unit variance by channel (of CIFAR-10's training set)."""
+    """Pixels to [0, 1], to [-1, 1], or to zero mean and unit variance by channel (of the dataset's training set)."""
     batch_size: int
     """Images of one update, over all devices."""
     num_epochs: int
@@ -41,7 +41,7 @@ class Config:
     """Peak learning rate."""
 
     dataset: DatasetName = "cifar10"
-    """CIFAR-10, CIFAR-100 (fine labels), or scikit-learn's embedded handwritten digits scaled to 32×32×3."""
+    """The dataset. cifar100 has the fine labels; digits, of scikit-learn, are embedded."""
     data_dir: str | None = None
     """Where to look for the dataset first, and where to download it to."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -129,14 +129,14 @@ class Config:
     cutmix_alpha: float = 0.0
     """The same, with a rectangle of that share (arXiv:1905.04899); 0: don't."""
     image_sizes: tuple[tuple[int, int], ...] = ()
-    """Progressive size: pairs of a side in pixels and a number of epochs; the other epochs have 32. For all_cnn."""
+    """Progressive size: pairs of a side in pixels and a number of epochs; the other epochs have 32. Not for lenet5."""
 
     eval_batch_size: int = 500
     """Images of one evaluation step, over all devices."""
     num_devices: int | None = None
     """Local devices to use; None: all, but CPU cores only where each gets 16 images. Each draws its own dropout."""
     steps_per_call: int | None = None
-    """Training steps of one compiled call; None: on the CPU 1 for all_cnn and 16 for lenet5, elsewhere 1,000."""
+    """Training steps of one compiled call; None: on a CPU the network's own number, elsewhere 1,000."""
 
     def __post_init__(self) -> None:
         def check(ok: bool, field: str, rule: str) -> None:
