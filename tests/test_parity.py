@@ -12,10 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
+from frameworks import REASON
+
+pytest.importorskip("torch", reason=REASON)
+pytest.importorskip("keras", reason=REASON)
+
 import parity
 import parity_keras
 import parity_pytorch
-import pytest
 from parity import check, command, distributions, forward, ours, predictions, training
 
 from cifar_jax import augment, ops

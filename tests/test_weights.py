@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+from frameworks import torch
 
 from cifar_jax.errors import UserError
 from cifar_jax.models import MODELS
