@@ -139,7 +139,7 @@ def test_layers_are_in_the_networks_order():
 def test_keras_with_a_backend_that_is_not_there(monkeypatch):
     monkeypatch.setitem(sys.modules, "keras", None)
     for backend, advice in (
-        ("torch", "pip install -e"),
+        ("torch", "pip install 'cifar_jax"),
         ("tensorflow", "KERAS_BACKEND is tensorflow: set it to torch"),
     ):
         monkeypatch.setenv("KERAS_BACKEND", backend)
