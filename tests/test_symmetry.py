@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("direct_convolutions", "no_figures")
 SIDES = {"lenet5": 32, "all_cnn": 31}  # of images whose pools leave nothing out
 
 
-@pytest.fixture(params=list(MODELS), scope="module")
+@pytest.fixture(params=list(SIDES), scope="module")
 def network(request):
     """(apply, params, images, layers): small random images, and biases that are not 0."""
     model, side = MODELS[request.param](), SIDES[request.param]

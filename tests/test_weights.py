@@ -13,7 +13,7 @@ from cifar_jax.weights import pytorch as interop_pytorch
 from cifar_jax.weights.params import expected_shapes, layers_from_params
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+@pytest.fixture(scope="module", params=list(interop_pytorch.TWINS))
 def network(request):
     """(model's name, params with biases that matter, images, logits in Flax)."""
     name = request.param

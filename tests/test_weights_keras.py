@@ -325,7 +325,7 @@ def test_an_adapted_normalization_in_every_file(tmp_path, lenet5):
 
 
 @pytest.mark.parametrize("kind", ["keras", "h5"])
-@pytest.mark.parametrize("model", list(MODELS))
+@pytest.mark.parametrize("model", list(keras.TWINS))
 def test_keras_opens_what_we_write(tmp_path, kind, model, request):
     """Keras 2.15 does, too: fixtures/open_in_keras_2.py."""
     weights = request.getfixturevalue(model)

@@ -97,7 +97,7 @@ def test_without_a_twin_it_is_not_written_for_other_frameworks(tmp_path, eleven,
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pth", "h5", "weights.h5", "keras"])
-@pytest.mark.parametrize("model", list(MODELS))
+@pytest.mark.parametrize("model", list(pytorch.TWINS))
 def test_a_hundred_classes(tmp_path, kind, model):
     weights = random_weights(model, 100)
     save_weights(tmp_path / f"x.{kind}", weights)

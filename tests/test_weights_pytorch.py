@@ -7,12 +7,11 @@ from frameworks import torch
 from weight_files import random_weights
 
 from cifar_jax.errors import UserError
-from cifar_jax.models import MODELS
 from cifar_jax.weights import pytorch
 from cifar_jax.weights.files import load_weights, save_weights
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+@pytest.fixture(scope="module", params=list(pytorch.TWINS))
 def network(request):
     weights = random_weights(request.param)
     return weights, {k: torch.tensor(v) for k, v in pytorch.params_to_pytorch(weights.params).items()}
