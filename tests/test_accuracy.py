@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 import scipy.stats
-import torch
+from frameworks import torch
 
 from benchmarks import ablation, accuracy, parity_training, pytorch_training, seeds, workloads
 from cifar_jax import trainer
@@ -143,7 +143,7 @@ def test_pytorch_trains_the_recipe(dropout, rate, quick_recipe, tiny_dataset, tm
     orders = iter(range(2))
     monkeypatch.setattr(pytorch_training.pytorch, "create_model", from_jax)
     in_order = lambda count: torch.tensor(np.array(epoch_order(config.seed, next(orders), count)))
-    monkeypatch.setattr(torch, "randperm", in_order)
+    monkeypatch.setattr("torch.randperm", in_order)
     config = dataclasses.replace(config, workdir=str(tmp_path / "pytorch"))
     theirs = pytorch_training.train_in_pytorch(config, tiny_dataset, never)
     for field in ("test_loss", "test_accuracy", *([] if dropout else ["train_loss"])):

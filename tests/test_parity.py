@@ -12,10 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
+from frameworks import REASON
+
+pytest.importorskip("torch", reason=REASON)
+pytest.importorskip("keras", reason=REASON)
+
 import parity
 import parity_keras
 import parity_pytorch
-import pytest
 from parity import check, command, distributions, forward, ours, predictions, training
 
 from cifar_jax import augment, ops
@@ -51,8 +56,8 @@ def failed(checks):
 
 @pytest.mark.parametrize("script", list(SCRIPTS))
 def test_the_script_passes(script, tmp_path, run_command):
-    files = [tmp_path / f"{model}.safetensors" for model in MODELS]
-    for model, path in zip(MODELS, files):
+    files = [tmp_path / f"{model}.safetensors" for model in pytorch_weights.TWINS]
+    for model, path in zip(pytorch_weights.TWINS, files):
         save_weights(path, Weights(model, ours.initial_params(model), "unit"))
     sizes = {"images": 40, "steps": 3, "batch-size": 4, "seeds": 2, "test-images": 40}
     flags = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
@@ -215,7 +220,7 @@ def test_a_wrong_layer_is_seen(monkeypatch, tmp_path, batch, model, reference):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("model", list(MODELS))
+@pytest.mark.parametrize("model", list(pytorch_weights.TWINS))
 def test_a_lost_gradient_is_seen(monkeypatch, batch, model):
     """One tensor's gradient is zero, also in float32, where All-CNN's tolerance is widest."""
     compute = ours.jax_loss_and_gradients

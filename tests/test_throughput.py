@@ -1,4 +1,5 @@
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -13,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+from frameworks import OnUse, import_torch, needs_frameworks, torch
 
-from benchmarks import pytorch_backends, throughput, workloads
+from benchmarks import throughput, workloads
 from benchmarks.backends import FAMILIES, Backend, JaxBackend
 from benchmarks.report.figures import draw_throughput
 from benchmarks.report.performance import throughput_table
@@ -29,6 +30,8 @@ from cifar_jax.errors import UserError
 from cifar_jax.models import MODELS
 from cifar_jax.train_step import cross_entropy
 from cifar_jax.weights import pytorch as pytorch_weights
+
+pytorch_backends = OnUse(lambda: import_torch() and importlib.import_module("benchmarks.pytorch_backends"))
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +116,7 @@ def test_the_report_shows_them(tmp_path):
     assert (tmp_path / "chart.png").stat().st_size > 1000
 
 
+@needs_frameworks
 def test_a_tiny_run(tmp_path, run_command, monkeypatch):
     monkeypatch.setattr(throughput, "MATRIX_SIZES", {"cpu": (64, 128)})
     flags = ["--models", "lenet5", "--batch-sizes", 4, "--frameworks", "pytorch", "pytorch-cudagraphs"]
@@ -167,6 +171,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, run_command, flags, messag
     assert len(error.splitlines()) == 1
 
 
+@needs_frameworks
 def test_a_worker_that_dies_or_hangs_is_absent_with_the_reason():
     _, workload = create_workload("lenet5", 4, "float32")
     worker = Worker("pytorch-cudagraphs", workload, "cpu", 60)

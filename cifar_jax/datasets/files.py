@@ -40,7 +40,7 @@ def _locate(info: Cifar, named: Path | None) -> tuple[Layout, Path]:
         if (found := _find(info, named, named=True)) is not None:
             return found
         if not _is_empty(named):
-            wanted = ", ".join(layout.wanted(info) for layout in LAYOUTS)
+            wanted = ", ".join(filter(None, (layout.wanted(info) for layout in LAYOUTS)))
             raise UserError(
                 f"--data-dir {named}: {info.title} not found (none of {wanted}): name its folder, or an empty folder "
                 "to download it to"
