@@ -16,13 +16,9 @@ from typing import Any, TypeVar
 
 from cifar_jax.console import say, silence
 from cifar_jax.errors import UserError
-from cifar_jax.interrupt import raise_on_interrupt
+from cifar_jax.interrupt import Interrupts, Terminated
 
 T = TypeVar("T")
-
-
-class Terminated(BaseException):
-    """SIGTERM reached a command. It is an exception so that files in the making are cleared away."""
 
 
 class StopSignals:
@@ -46,8 +42,10 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, _: object) -> None:
+    def _handle(self, number: int, frame: Any) -> None:
         if self.received is not None:
+            if callable(self._previous[number]):
+                self._previous[number](number, frame)
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
         self.received = number
         with contextlib.suppress(RuntimeError):  # it came within another print
@@ -55,10 +53,6 @@ class StopSignals:
 
     def __call__(self) -> bool:
         return self.received is not None
-
-
-def _terminate(*_: object) -> None:
-    raise Terminated
 
 
 def command(main: Callable[[], int]) -> Callable[[], int]:
@@ -74,26 +68,41 @@ def command(main: Callable[[], int]) -> Callable[[], int]:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.closed:
             sys.stdout.reconfigure(line_buffering=True, errors="replace")
-        previous = signal.signal(signal.SIGTERM, _terminate)
-        raise_on_interrupt()
+        interrupts, status = Interrupts(), 0
         try:
-            return main()
-        except KeyboardInterrupt:
-            say("interrupted", error=True)
-            return 128 + signal.SIGINT
-        except Terminated:
-            return 128 + signal.SIGTERM
-        except Exception as error:
-            line, status = describe_failure(error)
-            if line is None and status is None:
+            interrupts.install()
+            try:
+                status = main()
+            except Exception as error:
+                if interrupts.received is not None:  # a library made it of the interrupt
+                    raise
+                status = _say_failure(error)
+            interrupts.over = True
+        except BaseException as error:
+            interrupts.over = True
+            if interrupts.received is None and isinstance(error, (KeyboardInterrupt, Terminated)):
+                interrupts.received = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
+            if interrupts.received is None:
                 raise
-            if line:
-                say(f"error: {' '.join(line.split())}", error=True)
-            return status or 2
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            interrupts.restore()
+        if interrupts.received is None:
+            return status
+        if interrupts.received == signal.SIGINT:
+            say("interrupted", error=True)
+        return 128 + interrupts.received
 
     return wrapped
+
+
+def _say_failure(error: Exception) -> int:
+    """Says an error in a line. Returns: the exit status. Raises: the error if it is a bug."""
+    line, status = describe_failure(error)
+    if line is None and status is None:
+        raise error
+    if line:
+        say(f"error: {' '.join(line.split())}", error=True)
+    return status or 2
 
 
 def describe_failure(error: Exception) -> tuple[str | None, int | None]:
