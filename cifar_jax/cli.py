@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import io
@@ -12,11 +13,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from cifar_jax.console import say, silence
 from cifar_jax.errors import UserError
 from cifar_jax.interrupt import Interrupts, Terminated
+from cifar_jax.io import user_path
 
 T = TypeVar("T")
 
@@ -125,13 +128,16 @@ def describe_failure(error: Exception) -> tuple[str | None, int | None]:
 
 
 def parse_arguments(kind: type[T], **options: Any) -> T:
-    """tyro.cli(kind, **options), but the first paragraph of its box about a bad flag is the text of a UserError."""
+    """tyro.cli(kind, **options), with ~ replaced in paths.
+
+    Raises: UserError, whose text is the first paragraph of tyro's box about a bad flag.
+    """
     import tyro  # here: load_pretrained needs none
 
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            return tyro.cli(kind, **options)
+            arguments = tyro.cli(kind, **options)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -141,3 +147,16 @@ def parse_arguments(kind: type[T], **options: Any) -> T:
         is_ruler = lambda line: line.startswith(("╭", "╰")) or not line.strip("─-")
         paragraphs = [" ".join(group) for ruler, group in itertools.groupby(lines, is_ruler) if not ruler]
         raise UserError(f"{paragraphs[0 if '╭' in box else 1].rstrip('.')}: see --help") from stop
+    return _expand_paths(arguments)
+
+
+def _expand_paths(value: Any) -> Any:
+    """With ~ replaced in every path of a dataclass of arguments. The shell leaves it in --flag=~/x."""
+    if isinstance(value, Path):
+        return user_path(value)
+    if isinstance(value, tuple):
+        return tuple(map(_expand_paths, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: _expand_paths(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return value

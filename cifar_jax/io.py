@@ -11,6 +11,15 @@ from typing import Any
 from cifar_jax.errors import UserError
 
 
+def user_path(path: str | os.PathLike[str], name: str = "") -> Path:
+    """With ~ and ~user replaced. Raises: UserError, with the `name` of the setting, if there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        setting = f"{name} " if name else ""
+        raise UserError(f"{setting}{path}: there is no such home folder: write the path without ~") from error
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replaces a file, and syncs it first: after a crash the old or the new one is there.
 

@@ -7,7 +7,6 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import os
 import re
 import shutil
 import uuid
@@ -24,7 +23,7 @@ from cifar_jax.console import say
 from cifar_jax.datasets import Dataset
 from cifar_jax.environment import describe_environment
 from cifar_jax.errors import UserError
-from cifar_jax.io import read_json, write_json
+from cifar_jax.io import read_json, user_path, write_json
 from cifar_jax.metrics import EpochMetrics
 
 MAX_RESTARTS = 3
@@ -49,7 +48,7 @@ def resolve_workdir(name: str) -> str:
     """A workdir's path with ~ expanded. Raises: UserError for an address such as gs://bucket/run."""
     if re.match(r"\w+:/", name):  # a Path has one slash of two
         raise UserError(f"--workdir {name}: a run is written to a folder of this machine: name one, or a mounted one")
-    return os.path.expanduser(name)
+    return str(user_path(name, "--workdir"))
 
 
 @contextlib.contextmanager
