@@ -10,7 +10,7 @@ import logging
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +22,7 @@ from cifar_jax.checksums import find_damage, write_checksums
 from cifar_jax.console import say
 from cifar_jax.errors import UserError
 from cifar_jax.metrics import EpochMetrics, RunLog
+from cifar_jax.preservation import LatestTwoAndBest
 from cifar_jax.train_step import Metrics, TrainState
 
 
@@ -59,23 +60,6 @@ def _padded(losses: np.ndarray) -> np.ndarray:
     return np.append(losses, np.float32(0))
 
 
-@dataclasses.dataclass
-class _LatestTwoAndBest:
-    """An Orbax preservation policy. Orbax' own for the best can't open a run with one damaged metric."""
-
-    best: int | None = None
-    accuracy: float = -1.0
-
-    def add(self, number: int, accuracy: float | None) -> None:
-        """Of equals the later one is the best."""
-        if accuracy is not None and accuracy >= self.accuracy:
-            self.best, self.accuracy = number, accuracy
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        numbers = [checkpoint.step for checkpoint in checkpoints]
-        return [number in numbers[-2:] or number == self.best for number in numbers]
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps what Orbax' threads print about a failure, then and later, from the terminal: it is raised as well."""
@@ -100,26 +84,29 @@ class Checkpoints:
                 f"{workdir}: checkpoints can't lie below a folder whose name has [, ], *, ?, \\ or is not UTF-8: "
                 "name another --workdir"
             )
-        self._kept = _LatestTwoAndBest()
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=self._kept, enable_async_checkpointing=False, create=False
-        )
+        self._kept = LatestTwoAndBest()
         try:
-            self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=_ITEMS)
-            self._list()
+            self._open()
         except Exception as error:  # whatever Orbax raises
-            damaged = next(filter(None, map(find_damage, self.directory.glob("[0-9]*"))), None)
-            advice = f"{damaged} is damaged: move its checkpoint away" if damaged else "use another --workdir"
-            raise UserError(f"{self.directory}: can't open them ({error}): {advice}") from error
+            raise UserError(f"{self.directory}: can't open them ({error}): use another --workdir") from error
 
-    def _list(self) -> None:
+    def _open(self) -> None:
         """Finds the checkpoints on the disk, and which is the best of those whose accuracy can be read."""
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._kept,
+            enable_async_checkpointing=False,
+            create=False,
+            lightweight_initialize=True,  # else damaged metadata of one keep it from listing the others
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=_ITEMS)
         self._numbers, self._kept.best, self._kept.accuracy = sorted(self._manager.all_steps()), None, -1.0
         self._unreadable: list[UserError] = []
         for number in self._numbers:
             try:
-                saved = self._restore(number, progress=ocp.args.JsonRestore()).progress
-                self._kept.add(number, saved.get("test_accuracy"))
+                with self._reading(number):
+                    saved = self._restore(number, progress=ocp.args.JsonRestore()).progress
+                    _progress(saved)  # raises if it is not whole
+                    self._kept.add(number, saved.get("test_accuracy"))
             except UserError as error:
                 self._unreadable.append(error)
 
@@ -164,7 +151,8 @@ class Checkpoints:
         failures: list[DamagedCheckpoint] = []
         for number in reversed(self._numbers):
             try:
-                restored = self._restore_run(number, state, history)
+                with self._reading(number):
+                    restored = self._restore_run(number, state, history)
             except DamagedCheckpoint as error:
                 failures.append(error)
                 continue
@@ -173,8 +161,7 @@ class Checkpoints:
                 where = f"{restored.progress.epoch} epochs and {restored.progress.step} steps"
                 _warn(f"{failure}: kept as {aside}; resuming from the checkpoint before it, after {where}")
             if failures:
-                self._manager.reload()
-                self._list()
+                self._open()
             return restored
         if failures:
             raise UserError(f"{failures[0]}, and no other checkpoint is whole: name another --workdir")
@@ -199,6 +186,7 @@ class Checkpoints:
             batch_loss=ocp.args.StandardRestore(batch_loss),
         )
         rows = [EpochMetrics(**row) for row in log["rows"]]
+        sum(map(sum, map(dataclasses.astuple, rows)))  # raises TypeError if one is no number
         losses = np.asarray(items.batch_loss["batch_loss"])[:-1]
         return Restored(items.state, items.history, _progress(log), RunLog(rows, losses))
 
@@ -212,26 +200,34 @@ class Checkpoints:
             numbers, failures = ([] if self._kept.best is None else [self._kept.best]), list(self._unreadable)
         for number in numbers:
             try:
-                items = self._restore(number, state=ocp.args.StandardRestore(state), progress=ocp.args.JsonRestore())
+                with self._reading(number):
+                    log = self._restore(number, progress=ocp.args.JsonRestore()).progress
+                    items = self._restore(number, state=ocp.args.StandardRestore(state))
+                    restored = items.state, _progress(log)
             except DamagedCheckpoint as error:
                 failures.append(error)
                 continue
             if failures:
                 others = "the best of the others" if which == "best" else "the checkpoint before it"
                 _warn(f"{failures[0]}: taking {others}")
-            return items.state, _progress(items.progress)
+            return restored
         if failures:
             advice = "try --checkpoint latest" if which == "best" else "no other checkpoint is whole"
             raise UserError(f"{failures[0]}: {advice}")
         raise UserError(f"{self.directory}: no {which} checkpoint yet: train for an epoch first")
 
     def _restore(self, number: int, **items: Any) -> Any:
+        return self._manager.restore(number, args=ocp.args.Composite(**items))
+
+    @contextlib.contextmanager
+    def _reading(self, number: int) -> Iterator[None]:
+        """Raises: DamagedCheckpoint for a wrong checksum or any error within; UserError if the checkpoint is gone."""
         folder = self.directory / str(number)
         try:
             if (damaged := find_damage(folder)) is not None:  # Orbax lets some changed bytes through
                 raise DamagedCheckpoint(f"{damaged}: damaged or missing")
             with _quiet():
-                return self._manager.restore(number, args=ocp.args.Composite(**items))
+                yield
         except Exception as error:  # whatever Orbax and TensorStore raise
             if not folder.exists():
                 raise UserError(f"{folder}: replaced by a training that is under way: try again") from error
@@ -242,7 +238,7 @@ class Checkpoints:
 
 
 def _progress(saved: dict[str, Any]) -> Progress:
-    return Progress(saved["epoch"], saved["step"], saved["seconds"])
+    return Progress(int(saved["epoch"]), int(saved["step"]), float(saved["seconds"]))
 
 
 def _warn(text: str) -> None:
