@@ -23,7 +23,7 @@ from cifar_jax.console import say
 from cifar_jax.datasets import Dataset
 from cifar_jax.environment import describe_environment
 from cifar_jax.errors import UserError
-from cifar_jax.io import read_json, user_path, write_json
+from cifar_jax.io import made_folder, read_json, user_path, write_json
 from cifar_jax.metrics import EpochMetrics
 
 MAX_RESTARTS = 3
@@ -57,26 +57,29 @@ def claim_workdir(workdir: Path, config: Config) -> Iterator[None]:
 
     Raises: UserError if it holds a run with another config, if another process holds it, or if it can't be used.
     """
-    made = not workdir.exists()
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / ".lock").open("a")
-    except OSError as error:
-        raise UserError(f"--workdir {workdir}: {error.strerror}: name a folder that can be written") from error
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"--workdir {workdir}: another training is at work there: name another") from error
-        except OSError as error:  # a file system without locks, as some network ones
-            say(f"warning: {workdir} can't be locked ({error.strerror}): start no other training there", error=True)
-        check_same_config(workdir, config)
-        yield
-    finally:
-        if made and [path.name for path in workdir.iterdir()] == [".lock"]:
-            (workdir / ".lock").unlink()
-            workdir.rmdir()
-        lock.close()
+            made = not (workdir / ".lock").exists()
+            stack.enter_context(made_folder(workdir))
+            lock = stack.enter_context((workdir / ".lock").open("a"))
+        except OSError as error:
+            raise UserError(f"--workdir {workdir}: {error.strerror}: name a folder that can be written") from error
+        _lock(workdir, lock.fileno())
+        try:
+            check_same_config(workdir, config)
+            yield
+        finally:
+            if made and [path.name for path in workdir.iterdir()] == [".lock"]:
+                (workdir / ".lock").unlink()
+
+
+def _lock(workdir: Path, descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"--workdir {workdir}: another training is at work there: name another") from error
+    except OSError as error:  # a file system without locks, as some network ones
+        say(f"warning: {workdir} can't be locked ({error.strerror}): start no other training there", error=True)
 
 
 def probe_workdir(workdir: Path) -> None:

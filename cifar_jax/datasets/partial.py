@@ -11,6 +11,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from cifar_jax.io import made_folder
+
 PREFIX = "partial-"
 _FRESH = 600  # seconds in which a folder may not have its lock yet
 _FORGOTTEN = 86_400  # seconds that no download or decoding takes, for file systems without locks
@@ -19,17 +21,17 @@ _FORGOTTEN = 86_400  # seconds that no download or decoding takes, for file syst
 @contextlib.contextmanager
 def partial_folder(parent: Path) -> Iterator[Path]:
     """A new folder in `parent`, which is made; what is left of it is removed at the end. Raises: OSError."""
-    parent.mkdir(parents=True, exist_ok=True)
-    _clear_abandoned(parent)
-    folder = parent / f"{PREFIX}{uuid.uuid4()}"  # not mkdtemp: others who share the parent may read what is renamed
-    folder.mkdir()
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        _lock(descriptor)
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(descriptor)
+    with made_folder(parent):
+        _clear_abandoned(parent)
+        folder = parent / f"{PREFIX}{uuid.uuid4()}"  # not mkdtemp: others who share the parent may read what is renamed
+        folder.mkdir()
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            _lock(descriptor)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(descriptor)
 
 
 def _lock(descriptor: int) -> bool | None:
