@@ -99,7 +99,8 @@ class Checkpoints:
             lightweight_initialize=True,  # else damaged metadata of one keep it from listing the others
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=_ITEMS)
-        self._numbers, self._kept.best, self._kept.accuracy = sorted(self._manager.all_steps()), None, -1.0
+        self._numbers = sorted(self._manager.all_steps())
+        self._kept.accuracies.clear()
         self._unreadable: list[UserError] = []
         for number in self._numbers:
             try:
@@ -197,7 +198,7 @@ class Checkpoints:
         """
         numbers, failures = self._numbers[::-1], []
         if which == "best":
-            numbers, failures = ([] if self._kept.best is None else [self._kept.best]), list(self._unreadable)
+            numbers, failures = self._kept.by_accuracy(), list(self._unreadable)
         for number in numbers:
             try:
                 with self._reading(number):
@@ -212,7 +213,8 @@ class Checkpoints:
                 _warn(f"{failures[0]}: taking {others}")
             return restored
         if failures:
-            advice = "try --checkpoint latest" if which == "best" else "no other checkpoint is whole"
+            untried = len(failures) < len(self._numbers)  # those without an accuracy
+            advice = "try --checkpoint latest" if untried else "no other checkpoint is whole"
             raise UserError(f"{failures[0]}: {advice}")
         raise UserError(f"{self.directory}: no {which} checkpoint yet: train for an epoch first")
 
