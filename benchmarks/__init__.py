@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from cifar_jax.errors import UserError
+from cifar_jax.io import made_folder, write_json
 
 
 def output_file(folder: Path, name: str) -> Path:
-    """Returns FOLDER/NAME.json and creates the folder. Called before a measurement, so that its result can be saved.
+    """Returns FOLDER/NAME.json. Called before a measurement, so that `write_result` can save its result.
 
     Raises: UserError if the file can't be written or `name` is not a file name; OSError.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    if Path(name).name != name or path.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"can't write {path}: name another --out, or a --name without a folder")
+    with made_folder(folder):
+        if Path(name).name != name or path.is_dir() or not os.access(folder, os.W_OK):
+            raise UserError(f"can't write {path}: name another --out, or a --name without a folder")
     return path
+
+
+def write_result(path: Path, content: dict[str, Any]) -> None:
+    """Writes a measurement's JSON, and makes its folder: not before, so that a refused command leaves none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content)

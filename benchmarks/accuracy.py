@@ -20,7 +20,7 @@ import collections
 import sys
 from typing import Any
 
-from benchmarks import output_file
+from benchmarks import output_file, write_result
 from benchmarks.ablation import run_ablation
 from benchmarks.parity_training import TRAINERS, run_parity
 from benchmarks.seeds import Arguments, Stop, configure, origin, spread, train_in_jax
@@ -31,7 +31,6 @@ from cifar_jax.datasets import load_dataset
 from cifar_jax.environment import describe_command
 from cifar_jax.errors import UserError
 from cifar_jax.host import prepare_host
-from cifar_jax.io import write_json
 from cifar_jax.training import Interrupted
 
 MILESTONES = (0.70, 0.74, 0.80, 0.86, 0.90, 0.94)  # test accuracies whose training times are reported
@@ -116,7 +115,7 @@ def main() -> int:
             raise UserError(own_flags) from error
         if content is not None:
             command_line = describe_command("-m benchmarks.accuracy", sys.argv[1:])
-            write_json(file, {"command": command_line} | content)
+            write_result(file, {"command": command_line} | content)
         return 0
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import output_file
+from benchmarks import output_file, write_result
 from cifar_jax.augment import augmentation_keys, create_augment
 from cifar_jax.batches import epoch_order, pixel_statistics, scale_images
 from cifar_jax.cli import command, parse_arguments
@@ -28,7 +28,6 @@ from cifar_jax.datasets import Dataset, get_dataset, load_dataset
 from cifar_jax.environment import PACKAGES, describe_command, describe_environment
 from cifar_jax.errors import UserError
 from cifar_jax.host import check_devices
-from cifar_jax.io import write_json
 from cifar_jax.optimizer import create_schedule
 from cifar_jax.parallel import select_devices
 from cifar_jax.train_step import create_train_state
@@ -128,7 +127,7 @@ def main() -> int:
                 "dataset": arguments.dataset,
                 "runs": runs,
             }
-            write_json(file, content)
+            write_result(file, content)
     return 0
 
 

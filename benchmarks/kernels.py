@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import output_file
+from benchmarks import output_file, write_result
 from benchmarks.workloads import create_workload
 from cifar_jax import host, ops, trainer
 from cifar_jax.cli import command, parse_arguments
@@ -36,7 +36,6 @@ from cifar_jax.datasets import get_dataset
 from cifar_jax.environment import describe_command, describe_environment
 from cifar_jax.errors import UserError
 from cifar_jax.host import check_devices, keep_memory, use_cpu_cores
-from cifar_jax.io import write_json
 from cifar_jax.ops import cpu, direct, winograd
 from cifar_jax.ops.reference import lax_convolution, lax_max_pool
 from cifar_jax.parallel import replicate, select_devices
@@ -167,7 +166,7 @@ def main() -> int:
         **describe_environment(jax.local_devices()[:1]),
         "results": results,
     }
-    write_json(file, content)
+    write_result(file, content)
     return 0
 
 

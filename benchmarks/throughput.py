@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import jax
 
-from benchmarks import output_file
+from benchmarks import output_file, write_result
 from benchmarks.backends import FAMILIES, Family
 from benchmarks.worker import Absent, Worker
 from benchmarks.workloads import PHASES, Phase, Workload, create_workload, default_batch_sizes, flops_per_image
@@ -33,7 +33,6 @@ from cifar_jax.cli import command, parse_arguments
 from cifar_jax.configs.base import ModelName
 from cifar_jax.environment import describe_command
 from cifar_jax.errors import UserError
-from cifar_jax.io import write_json
 from cifar_jax.models import MODELS
 
 MATRIX_SIZES = {"cpu": (1024, 2048)}  # on other platforms 4096 and 8192
@@ -182,7 +181,7 @@ def main() -> int:
             "matrix_flops_per_second": limit,
             "workloads": workloads,
         }
-        write_json(file, content)
+        write_result(file, content)
         for backend, values in workloads[name]["contenders"].items():
             rates = (f"{values['phases'][phase]['images_per_second']:12,.1f}" for phase in arguments.phases)
             print(f"{name:18} {backend:32} {' '.join(rates)} images/s ({', '.join(arguments.phases)})")

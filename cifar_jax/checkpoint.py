@@ -10,7 +10,7 @@ import logging
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +22,7 @@ from cifar_jax.checksums import find_damage, write_checksums
 from cifar_jax.console import say
 from cifar_jax.errors import UserError
 from cifar_jax.metrics import EpochMetrics, RunLog
+from cifar_jax.preservation import LatestTwoAndBest
 from cifar_jax.train_step import Metrics, TrainState
 
 
@@ -59,23 +60,6 @@ def _padded(losses: np.ndarray) -> np.ndarray:
     return np.append(losses, np.float32(0))
 
 
-@dataclasses.dataclass
-class _LatestTwoAndBest:
-    """Orbax preservation policy. Orbax' own policy for the best fails on a run with one damaged metric."""
-
-    best: int | None = None
-    accuracy: float = -1.0
-
-    def add(self, number: int, accuracy: float | None) -> None:
-        """Registers a checkpoint. Of equally accurate ones the latest counts as best."""
-        if accuracy is not None and accuracy >= self.accuracy:
-            self.best, self.accuracy = number, accuracy
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        numbers = [checkpoint.step for checkpoint in checkpoints]
-        return [number in numbers[-2:] or number == self.best for number in numbers]
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Hides failures that Orbax' threads print, now or later. The same failure is raised as an exception."""
@@ -100,26 +84,30 @@ class Checkpoints:
                 f"{workdir}: checkpoints can't be saved in a path that contains [, ], *, ?, \\ or is not UTF-8: "
                 "name another --workdir"
             )
-        self._kept = _LatestTwoAndBest()
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=self._kept, enable_async_checkpointing=False, create=False
-        )
+        self._kept = LatestTwoAndBest()
         try:
-            self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=_ITEMS)
-            self._list()
+            self._open()
         except Exception as error:  # Orbax raises many types
-            damaged = next(filter(None, map(find_damage, self.directory.glob("[0-9]*"))), None)
-            advice = f"{damaged} is damaged: move its checkpoint away" if damaged else "use another --workdir"
-            raise UserError(f"{self.directory}: can't read the checkpoints ({error}): {advice}") from error
+            raise UserError(f"{self.directory}: can't open them ({error}): use another --workdir") from error
 
-    def _list(self) -> None:
+    def _open(self) -> None:
         """Lists the checkpoints on disk and finds the best of those whose accuracy can be read."""
-        self._numbers, self._kept.best, self._kept.accuracy = sorted(self._manager.all_steps()), None, -1.0
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._kept,
+            enable_async_checkpointing=False,
+            create=False,
+            lightweight_initialize=True,  # otherwise damaged metadata of one checkpoint hide the others
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=_ITEMS)
+        self._numbers = sorted(self._manager.all_steps())
+        self._kept.accuracies.clear()
         self._unreadable: list[UserError] = []
         for number in self._numbers:
             try:
-                saved = self._restore(number, progress=ocp.args.JsonRestore()).progress
-                self._kept.add(number, saved.get("test_accuracy"))
+                with self._reading(number):
+                    saved = self._restore(number, progress=ocp.args.JsonRestore()).progress
+                    _progress(saved)  # raises if it is not whole
+                    self._kept.add(number, saved.get("test_accuracy"))
             except UserError as error:
                 self._unreadable.append(error)
 
@@ -165,7 +153,8 @@ class Checkpoints:
         failures: list[DamagedCheckpoint] = []
         for number in reversed(self._numbers):
             try:
-                restored = self._restore_run(number, state, history)
+                with self._reading(number):
+                    restored = self._restore_run(number, state, history)
             except DamagedCheckpoint as error:
                 failures.append(error)
                 continue
@@ -174,8 +163,7 @@ class Checkpoints:
                 where = f"{restored.progress.epoch} epochs and {restored.progress.step} steps"
                 _warn(f"{failure}: renamed to {aside}; resuming from the previous checkpoint, after {where}")
             if failures:
-                self._manager.reload()
-                self._list()
+                self._open()
             return restored
         if failures:
             raise UserError(f"{failures[0]}, and no other checkpoint is intact: name another --workdir")
@@ -200,6 +188,7 @@ class Checkpoints:
             batch_loss=ocp.args.StandardRestore(batch_loss),
         )
         rows = [EpochMetrics(**row) for row in log["rows"]]
+        sum(map(sum, map(dataclasses.astuple, rows)))  # raises TypeError if one is no number
         losses = np.asarray(items.batch_loss["batch_loss"])[:-1]
         return Restored(items.state, items.history, _progress(log), RunLog(rows, losses))
 
@@ -210,29 +199,38 @@ class Checkpoints:
         """
         numbers, failures = self._numbers[::-1], []
         if which == "best":
-            numbers, failures = ([] if self._kept.best is None else [self._kept.best]), list(self._unreadable)
+            numbers, failures = self._kept.by_accuracy(), list(self._unreadable)
         for number in numbers:
             try:
-                items = self._restore(number, state=ocp.args.StandardRestore(state), progress=ocp.args.JsonRestore())
+                with self._reading(number):
+                    log = self._restore(number, progress=ocp.args.JsonRestore()).progress
+                    items = self._restore(number, state=ocp.args.StandardRestore(state))
+                    restored = items.state, _progress(log)
             except DamagedCheckpoint as error:
                 failures.append(error)
                 continue
             if failures:
                 others = "the best intact checkpoint" if which == "best" else "the previous checkpoint"
                 _warn(f"{failures[0]}: using {others}")
-            return items.state, _progress(items.progress)
+            return restored
         if failures:
-            advice = "try --checkpoint latest" if which == "best" else "no other checkpoint is intact"
+            untried = len(failures) < len(self._numbers)  # those without an accuracy
+            advice = "try --checkpoint latest" if untried else "no other checkpoint is intact"
             raise UserError(f"{failures[0]}: {advice}")
         raise UserError(f"{self.directory}: no {which} checkpoint yet: train for at least one epoch")
 
     def _restore(self, number: int, **items: Any) -> Any:
+        return self._manager.restore(number, args=ocp.args.Composite(**items))
+
+    @contextlib.contextmanager
+    def _reading(self, number: int) -> Iterator[None]:
+        """Raises: DamagedCheckpoint for a wrong checksum or any error within; UserError if the checkpoint is gone."""
         folder = self.directory / str(number)
         try:
             if (damaged := find_damage(folder)) is not None:  # Orbax misses some changed bytes
                 raise DamagedCheckpoint(f"{damaged}: damaged or missing")
             with _quiet():
-                return self._manager.restore(number, args=ocp.args.Composite(**items))
+                yield
         except Exception as error:  # Orbax and TensorStore raise many types
             if not folder.exists():
                 raise UserError(f"{folder}: removed by a training run in progress: try again") from error
@@ -243,7 +241,7 @@ class Checkpoints:
 
 
 def _progress(saved: dict[str, Any]) -> Progress:
-    return Progress(saved["epoch"], saved["step"], saved["seconds"])
+    return Progress(int(saved["epoch"]), int(saved["step"]), float(saved["seconds"]))
 
 
 def _warn(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import io
@@ -12,17 +13,15 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from cifar_jax.console import say, silence
 from cifar_jax.errors import UserError
-from cifar_jax.interrupt import raise_on_interrupt
+from cifar_jax.interrupt import Interrupts, Terminated
+from cifar_jax.io import user_path
 
 T = TypeVar("T")
-
-
-class Terminated(BaseException):
-    """Raised when a command gets SIGTERM, so that unfinished files are removed on the way out."""
 
 
 class StopSignals:
@@ -46,8 +45,10 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, _: object) -> None:
+    def _handle(self, number: int, frame: Any) -> None:
         if self.received is not None:
+            if callable(self._previous[number]):
+                self._previous[number](number, frame)
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
         self.received = number
         with contextlib.suppress(RuntimeError):  # the signal interrupted another print
@@ -55,10 +56,6 @@ class StopSignals:
 
     def __call__(self) -> bool:
         return self.received is not None
-
-
-def _terminate(*_: object) -> None:
-    raise Terminated
 
 
 def command(main: Callable[[], int]) -> Callable[[], int]:
@@ -74,26 +71,41 @@ def command(main: Callable[[], int]) -> Callable[[], int]:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.closed:
             sys.stdout.reconfigure(line_buffering=True, errors="replace")
-        previous = signal.signal(signal.SIGTERM, _terminate)
-        raise_on_interrupt()
+        interrupts, status = Interrupts(), 0
         try:
-            return main()
-        except KeyboardInterrupt:
-            say("interrupted", error=True)
-            return 128 + signal.SIGINT
-        except Terminated:
-            return 128 + signal.SIGTERM
-        except Exception as error:
-            line, status = describe_failure(error)
-            if line is None and status is None:
+            interrupts.install()
+            try:
+                status = main()
+            except Exception as error:
+                if interrupts.received is not None:  # a library made it of the interrupt
+                    raise
+                status = _say_failure(error)
+            interrupts.over = True
+        except BaseException as error:
+            interrupts.over = True
+            if interrupts.received is None and isinstance(error, (KeyboardInterrupt, Terminated)):
+                interrupts.received = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
+            if interrupts.received is None:
                 raise
-            if line:
-                say(f"error: {' '.join(line.split())}", error=True)
-            return status or 2
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            interrupts.restore()
+        if interrupts.received is None:
+            return status
+        if interrupts.received == signal.SIGINT:
+            say("interrupted", error=True)
+        return 128 + interrupts.received
 
     return wrapped
+
+
+def _say_failure(error: Exception) -> int:
+    """Says an error in a line. Returns: the exit status. Raises: the error if it is a bug."""
+    line, status = describe_failure(error)
+    if line is None and status is None:
+        raise error
+    if line:
+        say(f"error: {' '.join(line.split())}", error=True)
+    return status or 2
 
 
 def describe_failure(error: Exception) -> tuple[str | None, int | None]:
@@ -116,13 +128,16 @@ def describe_failure(error: Exception) -> tuple[str | None, int | None]:
 
 
 def parse_arguments(kind: type[T], **options: Any) -> T:
-    """Parses flags with tyro.cli(kind, **options). Raises: UserError with tyro's first paragraph about a bad flag."""
+    """Parses flags with tyro.cli(kind, **options) and expands ~ in paths.
+
+    Raises: UserError with tyro's first paragraph about a bad flag.
+    """
     import tyro  # imported here because load_pretrained does without it
 
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            return tyro.cli(kind, **options)
+            arguments = tyro.cli(kind, **options)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -132,3 +147,16 @@ def parse_arguments(kind: type[T], **options: Any) -> T:
         is_ruler = lambda line: line.startswith(("╭", "╰")) or not line.strip("─-")
         paragraphs = [" ".join(group) for ruler, group in itertools.groupby(lines, is_ruler) if not ruler]
         raise UserError(f"{paragraphs[0 if '╭' in box else 1].rstrip('.')}: see --help") from stop
+    return _expand_paths(arguments)
+
+
+def _expand_paths(value: Any) -> Any:
+    """With ~ replaced in every path of a dataclass of arguments. The shell leaves it in --flag=~/x."""
+    if isinstance(value, Path):
+        return user_path(value)
+    if isinstance(value, tuple):
+        return tuple(map(_expand_paths, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: _expand_paths(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return value

@@ -5,10 +5,33 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cifar_jax.errors import UserError
+
+
+def user_path(path: str | os.PathLike[str], name: str = "") -> Path:
+    """With ~ and ~user replaced. Raises: UserError, with the `name` of the setting, if there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        setting = f"{name} " if name else ""
+        raise UserError(f"{setting}{path}: there is no such home folder: write the path without ~") from error
+
+
+@contextlib.contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Makes a folder and its parents. At the end those that it made and that are empty are removed. Raises: OSError."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def write_atomically(path: Path, data: bytes) -> None:

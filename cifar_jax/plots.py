@@ -21,7 +21,7 @@ import numpy as np
 
 from cifar_jax.cli import command
 from cifar_jax.errors import UserError
-from cifar_jax.io import read_json
+from cifar_jax.io import read_json, user_path
 from cifar_jax.metrics import read_batch_loss, read_metrics
 
 RUNNING_MEAN_STEPS = 500
@@ -91,7 +91,7 @@ def main() -> int:
         return 0
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         raise UserError(USAGE)
-    plot_run(Path(sys.argv[1]).expanduser())
+    plot_run(user_path(sys.argv[1]))
     return 0
 
 

@@ -24,6 +24,7 @@ from cifar_jax.batches import pixel_statistics, scale_images
 from cifar_jax.cli import command, parse_arguments
 from cifar_jax.errors import UserError
 from cifar_jax.host import prepare_host
+from cifar_jax.io import user_path
 from cifar_jax.sources import Source, SourceFlags, load_source
 
 DEFAULT = "all_cnn"  # the most accurate released network
@@ -36,7 +37,7 @@ def load_image(path: Path) -> np.ndarray:
     EXIF rotation is applied, transparency becomes white, and the central square is resized to 32×32 pixels.
     Raises: UserError if Pillow can't read the file; PermissionError.
     """
-    path = path.expanduser()
+    path = user_path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder: name the image files in it")
     if not path.is_file():

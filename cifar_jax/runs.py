@@ -7,7 +7,6 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import os
 import re
 import shutil
 import uuid
@@ -24,7 +23,7 @@ from cifar_jax.console import say
 from cifar_jax.datasets import Dataset
 from cifar_jax.environment import describe_environment
 from cifar_jax.errors import UserError
-from cifar_jax.io import read_json, write_json
+from cifar_jax.io import made_folder, read_json, user_path, write_json
 from cifar_jax.metrics import EpochMetrics
 
 MAX_RESTARTS = 3
@@ -49,7 +48,7 @@ def resolve_workdir(name: str) -> str:
     """Expands ~ in a workdir's path. Raises: UserError for an address such as gs://bucket/run."""
     if re.match(r"\w+:/", name):  # Path turns two slashes into one
         raise UserError(f"--workdir {name}: remote addresses are not supported: name a local or mounted folder")
-    return os.path.expanduser(name)
+    return str(user_path(name, "--workdir"))
 
 
 @contextlib.contextmanager
@@ -58,26 +57,29 @@ def claim_workdir(workdir: Path, config: Config) -> Iterator[None]:
 
     Raises: UserError if it holds a run with another config, another process has locked it, or it can't be written.
     """
-    made = not workdir.exists()
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / ".lock").open("a")
-    except OSError as error:
-        raise UserError(f"--workdir {workdir}: {error.strerror}: name a writable folder") from error
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"--workdir {workdir}: another process is training there: name another folder") from error
-        except OSError as error:  # some network file systems have no locks
-            say(f"warning: {workdir} can't be locked ({error.strerror}): don't start another run there", error=True)
-        check_same_config(workdir, config)
-        yield
-    finally:
-        if made and [path.name for path in workdir.iterdir()] == [".lock"]:
-            (workdir / ".lock").unlink()
-            workdir.rmdir()
-        lock.close()
+            made = not (workdir / ".lock").exists()
+            stack.enter_context(made_folder(workdir))
+            lock = stack.enter_context((workdir / ".lock").open("a"))
+        except OSError as error:
+            raise UserError(f"--workdir {workdir}: {error.strerror}: name a writable folder") from error
+        _lock(workdir, lock.fileno())
+        try:
+            check_same_config(workdir, config)
+            yield
+        finally:
+            if made and [path.name for path in workdir.iterdir()] == [".lock"]:
+                (workdir / ".lock").unlink()
+
+
+def _lock(workdir: Path, descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"--workdir {workdir}: another process is training there: name another folder") from error
+    except OSError as error:  # some network file systems have no locks
+        say(f"warning: {workdir} can't be locked ({error.strerror}): don't start another run there", error=True)
 
 
 def probe_workdir(workdir: Path) -> None:

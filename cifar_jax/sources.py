@@ -41,8 +41,7 @@ class WeightFileFlags:
 
     def load(self, path: Path) -> Weights:
         """Reads a weight file with these flags: see load_weights."""
-        architecture = self.architecture and self.architecture.expanduser()
-        weights = load_weights(path.expanduser(), self.model, architecture, self.input_scaling)
+        weights = load_weights(path, self.model, self.architecture, self.input_scaling)
         if self.dataset is None or self.dataset == weights.dataset:
             return weights
         return dataclasses.replace(weights, dataset=self.dataset, class_names=None)

@@ -319,10 +319,11 @@ def test_time_and_cost():
     ],
 )
 def test_bad_input_is_one_line(flags, message, tmp_path, run_command):
-    status, _, errors = run_command(accuracy.main, "--out", tmp_path, *flags)
+    status, _, errors = run_command(accuracy.main, "--out", tmp_path / "new" / "out", *flags)
     assert status == 2
     assert message in errors
     assert errors.count("\n") == 1
+    assert [*tmp_path.iterdir(), *(name for name in os.listdir() if name == "runs")] == []
 
 
 def test_one_seed_is_no_comparison(run_command, tmp_path):

@@ -1,9 +1,11 @@
 import dataclasses
+import json
 import resource
 import shutil
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -168,16 +170,84 @@ def test_all_damaged_is_refused_and_nothing_is_touched(state, history, save, tmp
     assert capsys.readouterr().err == ""
 
 
-def test_metadata_that_orbax_stumbles_over_are_named(save, tmp_path):
-    """Metadata that are a list keep Orbax from opening the other checkpoints."""
+JSON_TEXTS = ["[]", "null", "3", '"text"', "{}", '{"a": {"b": [1]}}', "", "\0" * 50, "[" * 100_000, '{"a":' * 100_000]
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    """Of states with few numbers: (workdir, state, history)."""
+    workdir, state, history = tmp_path_factory.mktemp("run"), {"step": jnp.int32(0)}, {"loss": jnp.zeros(6)}
     for step in (1, 2):
-        save(Checkpoints(tmp_path), step, 0.5)
-    metadata = tmp_path / "checkpoints" / "2" / "_CHECKPOINT_METADATA"
-    metadata.write_text("[]")
-    with pytest.raises(UserError, match=f"{metadata} is damaged"):
-        Checkpoints(tmp_path)
-    (tmp_path / "checkpoints" / "2").rename(tmp_path / "aside")  # as the message advises
-    Checkpoints(tmp_path)
+        log = RunLog([dataclasses.replace(ROW, epoch=epoch) for epoch in range(1, step + 1)], np.zeros(3, np.float32))
+        Checkpoints(workdir).save({"step": jnp.int32(step)}, history, Progress(step), log, 0.5)
+    return workdir, state, history
+
+
+@pytest.fixture
+def small_run(two_checkpoints, tmp_path):
+    """A copy that may be damaged."""
+    return shutil.copytree(two_checkpoints[0], tmp_path / "run"), *two_checkpoints[1:]
+
+
+def fall_back(workdir, state, history, capsys):
+    """Falls back to the first checkpoint, with one line each, and goes on."""
+    for which in ("latest", "best"):
+        assert int(Checkpoints(workdir).restore_state(which, state)[0]["step"]) == 1
+        assert capsys.readouterr().err.count("\n") == 1
+    checkpoints = Checkpoints(workdir)
+    restored = checkpoints.restore_run(state, history)
+    assert (int(restored.state["step"]), restored.progress) == (1, Progress(1))
+    assert capsys.readouterr().err.count("\n") == 1
+    assert (workdir / "checkpoints" / "damaged-2").is_dir()
+    checkpoints.save({"step": jnp.int32(2)}, history, Progress(2), restored.log, 0.5)
+    assert int(Checkpoints(workdir).restore_run(state, history).state["step"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "checksums"), [*((text, True) for text in JSON_TEXTS), ("[]", False), ("[" * 100_000, False)]
+)
+def test_any_json_in_the_metadata_is_survived(text, checksums, small_run, capsys):
+    """Orbax reads those of every checkpoint before it lists them, and stumbles over JSON of another kind."""
+    folder = small_run[0] / "checkpoints" / "2"
+    (folder / "_CHECKPOINT_METADATA").write_text(text)
+    if checksums:
+        fall_back(*small_run, capsys)
+    else:  # after a crash between the two writes Orbax vouches
+        (folder / "sha256.json").unlink()
+        assert int(Checkpoints(small_run[0]).restore_run(*small_run[1:]).state["step"]) in (1, 2)
+
+
+@pytest.mark.parametrize(("text", "checksums"), [("[]", True), ("[]", False), ("[" * 100_000, False)])
+@pytest.mark.parametrize("name", ["history/_METADATA", "state/_METADATA", "progress/metadata"])
+def test_any_json_in_an_items_metadata_is_survived(name, text, checksums, small_run, capsys):
+    folder = small_run[0] / "checkpoints" / "2"
+    (folder / name).write_text(text)
+    if not checksums:
+        (folder / "sha256.json").unlink()
+    if name == "history/_METADATA" and not checksums:  # which an evaluation needs not
+        assert int(Checkpoints(small_run[0]).restore_run(*small_run[1:]).state["step"]) == 1
+    else:
+        fall_back(*small_run, capsys)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"epoch": None}, {"step": "x"}, {"seconds": []}, {"rows": 3}, {"rows": [{}]}, {"rows": [[]]}, {"num_losses": -1},
+     {"num_losses": None}, {"rows": [dataclasses.asdict(ROW) | {"seconds": "x"}]}, {"test_accuracy": "x"}],
+    ids=str,
+)  # fmt: skip
+def test_progress_of_other_types_is_survived(change, small_run, capsys):
+    """Without checksums, as they would tell."""
+    folder = small_run[0] / "checkpoints" / "2"
+    (folder / "sha256.json").unlink()
+    progress = json.loads((folder / "progress" / "metadata").read_text())
+    (folder / "progress" / "metadata").write_text(json.dumps(progress | change))
+    best = 2 if {"rows", "num_losses"} & change.keys() else 1  # its parameters are whole
+    assert int(Checkpoints(small_run[0]).restore_state("best", small_run[1])[0]["step"]) == best
+    assert capsys.readouterr().err.count("\n") == 2 - best
+    expected = 2 if "test_accuracy" in change else 1
+    assert int(Checkpoints(small_run[0]).restore_run(*small_run[1:]).state["step"]) == expected
+    assert capsys.readouterr().err.count("\n") == 2 - expected
 
 
 def test_reading_passes_over_a_damaged_checkpoint_and_changes_nothing(state, save, tmp_path, capsys):

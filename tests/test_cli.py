@@ -6,10 +6,12 @@ import sys
 
 import jax
 import pytest
+from parity import command as parity_command
 
-from benchmarks import accuracy
-from cifar_jax import __main__, convert, evaluate, predict, train
-from cifar_jax.cli import command
+from benchmarks import accuracy, early_training, kernels, throughput
+from benchmarks.faults import __main__ as faults
+from cifar_jax import __main__, convert, evaluate, plots, predict, train
+from cifar_jax.cli import command, parse_arguments
 from cifar_jax.errors import UserError
 from cifar_jax.pretrained import pretrained_path
 
@@ -116,6 +118,46 @@ def test_sigterm_ends_a_command_and_clears_away(run_command):
     assert run_command(command(main)) == (143, "", "")
     assert cleared
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+TILDES = [
+    (convert.Arguments, ["--input=~/x", "--output=~/x", "--architecture=~/x"]),
+    (evaluate.Arguments, ["--workdir=~/x", "--weights=~/x", "--architecture=~/x"]),
+    (predict.Arguments, ["~/x", "~/x", "--weights=~/x"]),
+    (accuracy.Arguments, ["--out=~/x", "--runs=~/x"]),
+    (early_training.Arguments, ["--out=~/x"]),
+    (kernels.Arguments, ["--out=~/x"]),
+    (throughput.Arguments, ["--out=~/x"]),
+    (faults.Arguments, ["--out=~/x"]),
+    (parity_command.Arguments, ["--out=~/x", "--weights", "~/x", "~/x"]),
+]
+
+
+@pytest.mark.parametrize(("kind", "words"), TILDES, ids=[kind.__module__ for kind, _ in TILDES])
+def test_home_is_expanded_in_every_path(kind, words, monkeypatch):
+    """The shell leaves it in --flag=~/x, and a notebook or a Dockerfile everywhere."""
+    monkeypatch.setenv("HOME", "/home/me")
+    told = repr(parse_arguments(kind, args=words))
+    assert (told.count("/home/me/x"), "~" in told) == (len([word for word in words if "~" in word]), False)
+
+
+def test_home_in_a_commands_own_paths(run_command, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.safetensors").write_bytes(pretrained_path("lenet5").read_bytes())
+    assert run_command(convert.main, "~/a.safetensors", "~/b.safetensors")[0] == 0
+    assert (tmp_path / "b.safetensors").is_file()
+    for main, *words in (
+        (convert.main, "~nobody-of-this-name/a.pth", "b.pth"),
+        (evaluate.main, "--weights=~nobody-of-this-name/a.pth"),
+        (evaluate.main, "--workdir=~nobody-of-this-name/run"),
+        (train.main, "--workdir=~nobody-of-this-name/run"),
+        (plots.main, "~nobody-of-this-name/run"),
+        (predict.main, "~nobody-of-this-name/image.png"),
+    ):
+        status, _, error = run_command(main, *words)
+        assert (status, error.count("\n")) == (2, 1)
+        assert "~nobody-of-this-name" in error
+        assert "without ~" in error
 
 
 def test_all_commands_are_told(run_command):

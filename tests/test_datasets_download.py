@@ -3,6 +3,7 @@ import http.server
 import os
 import socket
 import threading
+from pathlib import Path
 
 import pooch
 import pytest
@@ -76,3 +77,4 @@ def test_no_network(monkeypatch, run_command):
     assert len(lines) == 1
     assert "the download failed (" in lines[0]
     assert "--data-dir" in lines[0]
+    assert {path.name for path in Path().iterdir()} == {"tfds"}  # neither runs nor the cache

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks.faults import __main__ as faults
-from benchmarks.faults import caches, data_files, disks, guard, weight_files
+from benchmarks.faults import caches, data_files, disks, guard, layouts, stops, victims, weight_files
 from benchmarks.faults.faults import FAULTS
 from benchmarks.faults.lab import IDENTICAL, REFUSED, Lab
 from benchmarks.faults.mutations import mutate
@@ -107,6 +107,18 @@ def test_locks_that_are_needed_are_found(lab, monkeypatch):
     """The lines that training prints are counted."""
     monkeypatch.setattr(runs, "say", lambda text, error: None)
     assert list(disks.no_locks(lab, 1, np.random.default_rng(0))) == [f"says 0 lines: {IDENTICAL}"]
+
+
+def test_a_signal_that_is_lost_is_found(lab, monkeypatch):
+    """In this process, as the other imports the package anew."""
+    monkeypatch.setattr(victims, "run", lambda *_: 0)  # the command went on to its end
+    assert list(stops.garbage_collection(lab, 1, np.random.default_rng(0))) == ["status 0, , left []"]
+
+
+def test_the_small_datasets_are_whole(tmp_path):
+    """Unchanged, each layout is read as it was: else mutations would be refused for nothing."""
+    for name, make in {**layouts.LAYOUTS, **layouts.RECORDS, "image folder": layouts.image_folder}.items():
+        assert data_files.read(data_files.write(tmp_path / name, make())) == data_files.RIGHT, name
 
 
 # --- Malicious files are read with limits ---

@@ -1,5 +1,7 @@
-"""Ctrl-C during a command's imports."""
+"""Signals that end a command, from its first import on."""
 
+import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -81,7 +83,103 @@ def test_a_command_that_began_clears_away():
         interrupt.exit_on_interrupt()
         assert signal.getsignal(signal.SIGINT) is not before
         assert command(main)() == 130
-        assert signal.getsignal(signal.SIGINT) is before
+        assert signal.getsignal(signal.SIGINT) is interrupt._exit  # while Python ends
     finally:
         signal.signal(signal.SIGINT, before)
     assert cleared
+
+
+# --- Where an exception of the handler is lost ---
+
+STATUSES = [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, ""), (signal.SIGHUP, 129, "")]
+
+
+def strike(number):
+    os.kill(os.getpid(), number)
+    for _ in range(1000):  # Python runs the handler at the end of one of them
+        pass
+
+
+def in_a_garbage_collection(number):
+    """There Python drops the exception; JAX has such a callback."""
+    callback = lambda phase, _: strike(number) if phase == "start" else None
+    gc.callbacks.append(callback)
+    try:
+        gc.collect()
+    finally:
+        gc.callbacks.remove(callback)
+
+
+def in_a_finalizer(number):
+    class Dropped:
+        def __del__(self):
+            strike(number)
+
+    Dropped()
+
+
+def in_code_that_takes_it(number):
+    with contextlib.suppress(BaseException):
+        strike(number)
+
+
+def in_code_that_renames_it(number):
+    try:
+        strike(number)
+    except BaseException as error:
+        raise ImportError("this module could not be initialised") from error
+
+
+PLACES = [in_a_garbage_collection, in_a_finalizer, in_code_that_takes_it, in_code_that_renames_it]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("number", "status", "line"), STATUSES)
+def test_no_signal_is_lost(place, number, status, line, run_command):
+    numbers = [*interrupt.Interrupts.NUMBERS, signal.SIGALRM]
+    before, hook = [signal.getsignal(each) for each in numbers], sys.unraisablehook
+    reached = []
+
+    def main():
+        place(number)
+        signal.sigtimedwait([], 60)  # the work that follows
+        reached.append(True)
+        return 0
+
+    assert run_command(command(main)) == (status, "", line)
+    assert not reached
+    assert [signal.getsignal(each) for each in numbers] == before
+    assert sys.unraisablehook is hook
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_what_clears_away_is_left_alone(run_command):
+    """Neither the repetition nor a second signal interrupts it."""
+    cleared = []
+
+    def main():
+        try:
+            strike(signal.SIGTERM)
+        finally:
+            strike(signal.SIGALRM)
+            strike(signal.SIGTERM)
+            cleared.append(True)
+        return 0
+
+    assert run_command(command(main)) == (143, "", "")
+    assert cleared
+
+
+def test_a_signal_as_the_command_ends_is_not_a_traceback(run_command, monkeypatch):
+    restore = interrupt.Interrupts.restore
+    monkeypatch.setattr(interrupt.Interrupts, "restore", lambda self: (strike(signal.SIGTERM), restore(self)))
+    assert run_command(command(lambda: 0)) == (143, "", "")
+
+
+def test_ignored_signals_stay_ignored(run_command):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run_command(command(lambda: strike(signal.SIGHUP) or 0)) == (0, "", "")
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

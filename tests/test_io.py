@@ -5,7 +5,7 @@ import os
 import pytest
 
 from cifar_jax.errors import UserError
-from cifar_jax.io import read_json, write_atomically, write_json
+from cifar_jax.io import made_folder, read_json, write_atomically, write_json
 
 
 def test_a_full_disk_leaves_the_old_file_alone(tmp_path, monkeypatch):
@@ -54,3 +54,19 @@ def test_anything_but_an_object_is_a_value_error(content, tmp_path):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(ValueError):  # noqa: PT011  # whose text is the parser's
         read_json(tmp_path / "x.json")
+
+
+def test_made_folders_that_stay_empty_go(tmp_path):
+    with made_folder(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b").is_dir()
+    assert list(tmp_path.iterdir()) == []
+    with made_folder(tmp_path / "a" / "b"), made_folder(tmp_path / "a" / "c"):
+        (tmp_path / "a" / "c" / "file").touch()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["c"]
+    (tmp_path / "mine").mkdir()
+    with made_folder(tmp_path / "mine"):
+        pass
+    assert (tmp_path / "mine").is_dir()
+    with pytest.raises(OSError, match="too long"), made_folder(tmp_path / "new" / ("x" * 300)):
+        pass
+    assert not (tmp_path / "new").exists()

@@ -49,6 +49,18 @@ def test_a_file_system_without_locks_is_warned_of(code, tiny_config, monkeypatch
     assert "no locks here" in error
 
 
+@pytest.mark.parametrize("workdir", ["runs/a/run", "runs/" + "x" * 300])
+def test_a_refused_run_leaves_no_folder(workdir, tiny_config, tiny_dataset, monkeypatch):
+    """Nor those above it; a folder that was there stays."""
+    Path("mine/empty").mkdir(parents=True)
+    before = sorted(Path().rglob("*"))
+    for folder in (workdir, f"mine/{workdir}", "mine/empty"):
+        config = dataclasses.replace(tiny_config, workdir=folder, batch_size=4096)
+        with pytest.raises(UserError, match=r"--batch-size|--workdir"):
+            train_and_evaluate(config, tiny_dataset)
+    assert sorted(Path().rglob("*")) == before
+
+
 def test_a_workdir_in_the_home_folder(tiny_config, tiny_dataset):
     with pytest.raises(Interrupted):
         train_and_evaluate(dataclasses.replace(tiny_config, workdir="~/a/run"), tiny_dataset, stop_at(3))

@@ -15,13 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import output_file
+from benchmarks import output_file, write_result
 from benchmarks.faults.faults import FAULTS, Fault, Skipped
 from benchmarks.faults.lab import XLA_FLAGS, Lab
 from cifar_jax.cli import command, parse_arguments
 from cifar_jax.environment import describe_command, describe_environment
 from cifar_jax.errors import UserError
-from cifar_jax.io import write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +99,7 @@ def main() -> int:
         "seed": arguments.seed,
         "faults": rows,
     }
-    write_json(file, content)
+    write_result(file, content)
     return int(any(row["failed"] for row in rows))
 
 

@@ -3,95 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gzip
+import importlib.util
 import io
 import os
 import pickle
 import shutil
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 
 from benchmarks.faults import guard
+from benchmarks.faults.disks import Skipped
 from benchmarks.faults.lab import Lab
+from benchmarks.faults.layouts import INFO, LAYOUTS, RECORDS, binary_files, image_folder, python_files, small_data
 from benchmarks.faults.mutations import mutate
 from cifar_jax.datasets import DATASETS, load_dataset
-from cifar_jax.datasets.cifar import CIFAR
 
 RIGHT = "read as it was"
 CHANGED = "read, with the changed pixels or labels"
-INFO = dataclasses.replace(CIFAR["cifar10"], train_size=100, test_size=20)
-Data = dict[str, np.ndarray]
-
-
-def small_data() -> Data:
-    """Returns 100 training and 20 test images, random, with labels from 0 to 9."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(120, dtype=np.int32) % 10
-    images = rng.integers(0, 256, (120, 32, 32, 3), dtype=np.uint8)
-    return {
-        "train_images": images[:100],
-        "train_labels": labels[:100],
-        "test_images": images[100:],
-        "test_labels": labels[100:],
-    }
-
-
-def _batches(names: tuple[str, ...], split: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    data = small_data()
-    planes = data[f"{split}_images"].transpose(0, 3, 1, 2).reshape(-1, 3072)
-    size = len(planes) // len(names)
-    for i, name in enumerate(names):
-        rows = slice(i * size, (i + 1) * size)
-        yield name, planes[rows], data[f"{split}_labels"][rows]
-
-
-def binary_files() -> dict[str, bytes]:
-    files = INFO.binary
-    return {
-        f"{files.folder}/{name}": np.concatenate([labels[:, None].astype(np.uint8), planes], axis=1).tobytes()
-        for split in ("train", "test")
-        for name, planes, labels in _batches(getattr(files, split), split)
-    }
-
-
-def python_files() -> dict[str, bytes]:
-    files = INFO.python
-    return {
-        f"{files.folder}/{name}": pickle.dumps({b"labels": labels.tolist(), b"data": planes}, protocol=2)
-        for split in ("train", "test")
-        for name, planes, labels in _batches(getattr(files, split), split)
-    }
-
-
-def archive() -> dict[str, bytes]:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz", compresslevel=1) as tar:
-        for name, content in python_files().items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return {INFO.python.archive: file.getvalue()}
-
-
-def npz() -> dict[str, bytes]:
-    data, file = small_data(), io.BytesIO()
-    names = {"x_train": "train_images", "y_train": "train_labels", "x_test": "test_images", "y_test": "test_labels"}
-    np.savez(file, **{ours: data[name] for ours, name in names.items()})  # type: ignore[arg-type]
-    return {"cifar10.npz": file.getvalue()}
-
-
-LAYOUTS: dict[str, Callable[[], dict[str, bytes]]] = {
-    "binary": binary_files,
-    "python": python_files,
-    "archive": archive,
-    "npz": npz,
-}
+Layouts = Mapping[str, Callable[[], dict[str, bytes]]]
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:
@@ -127,9 +62,23 @@ def read(folder: Path) -> str:
 
 
 def mutated(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
-    """Mutates one file of a layout: an archive, or a batch in a folder."""
+    return _mutated(lab, count, rng, LAYOUTS)
+
+
+def mutated_images(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
+    return _mutated(lab, count, rng, {"image folder": image_folder})
+
+
+def mutated_records(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
+    if any(importlib.util.find_spec(package) is None for package in ("pyarrow", "array_record")):
+        raise Skipped("needs pyarrow and array-record")
+    return _mutated(lab, count, rng, RECORDS)
+
+
+def _mutated(lab: Lab, count: int, rng: np.random.Generator, layouts: Layouts) -> Iterator[str]:
+    """Mutates one file of a layout: an archive, or a file in a folder."""
     folder = lab.new_folder()
-    originals = {name: make() for name, make in LAYOUTS.items()}
+    originals = {name: make() for name, make in layouts.items()}
     paths = []
     for number in range(count):
         files = dict(originals[list(originals)[number % len(originals)]])

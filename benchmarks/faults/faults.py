@@ -45,6 +45,11 @@ FAULTS = (
         stops.start_up, (stops.STATUS_143,), 6, 0,
     ),
     Fault(
+        "SIGTERM in a garbage collection",
+        "SIGTERM within a callback of the garbage collector, where Python drops exceptions, in `convert` and `predict`",
+        stops.garbage_collection, (stops.STATUS_143,), 8, 2,
+    ),
+    Fault(
         "crash between two file events",
         "SIGKILL as a training is about to open a file for writing, or to rename, make or remove one",
         stops.file_events, IDENTICALLY, 24, 1,
@@ -138,6 +143,14 @@ FAULTS = (
         "mutated data files",
         "1 to 4 random changes of the bytes of a binary or Python batch, an official archive, or an .npz file",
         data_files.mutated, READ, 8000, 40,
+    ),
+    Fault(
+        "mutated image folders", "the same to one PNG file of an ImageFolder",
+        data_files.mutated_images, READ, 300, 20,
+    ),
+    Fault(
+        "mutated parquet and ArrayRecord files", "the same to a file of Hugging Face's or TensorFlow Datasets' layout",
+        data_files.mutated_records, READ, 24, 0,
     ),
     Fault(
         "crafted data files",

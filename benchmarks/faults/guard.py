@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,6 +69,7 @@ def _read(task: Task, paths: list[Path], report: Path, folder: Path) -> None:
     sys.dont_write_bytecode = True
     os.chdir(folder)
     os.environ["CIFAR_JAX_CACHE"] = str(folder / "cache")
+    tempfile.tempdir = str(folder)
     watch = _Watch(folder)
     sys.addaudithook(watch)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)

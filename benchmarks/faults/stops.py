@@ -101,6 +101,19 @@ def start_up(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
         yield STATUS_143 if ended and not traced else f"status {process.returncode}: {errors.splitlines()[-1:]}"
 
 
+def garbage_collection(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
+    """To a short command, at a random one of its first collections."""
+    for number, collection in enumerate(rng.integers(1, 40, count)):
+        folder = lab.new_folder()
+        folder.mkdir()
+        status = victims.run(victims.collect, ("convert", "predict")[number % 2], folder, int(collection))
+        noise = _noise(folder / "output.log")
+        left = [path.name for path in folder.iterdir() if path.name not in ("output.log", "image.png")]
+        shutil.rmtree(folder)
+        ended = status in (128 + signal.SIGTERM, -signal.SIGTERM)  # the latter before the command began
+        yield STATUS_143 if ended and not noise and not left else f"status {status}, {noise}, left {left}"
+
+
 def other_thread(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
     for _ in range(count):
         workdir, outcomes = lab.new_folder(), list[str]()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -17,9 +18,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
+
 from benchmarks.faults.lab import quickly_compiled, tiny_config, tiny_dataset
+from cifar_jax import convert, predict
 from cifar_jax.cli import StopSignals, command
 from cifar_jax.console import say
+from cifar_jax.pretrained import pretrained_path
 from cifar_jax.train import train_and_evaluate
 from cifar_jax.training import Interrupted
 
@@ -141,6 +146,18 @@ def train_here(workdir: Path, strike: Strike | None, counted: Path | None = None
     if counted is not None:
         counted.write_text(f"{ticks.count} {ticks.files}")
     sys.exit(status)
+
+
+def collect(name: str, folder: Path, collection: int) -> None:
+    """A command that gets SIGTERM within a callback of its n-th garbage collection."""
+    redirect(folder / "output.log")
+    image, source, output = folder / "image.png", str(pretrained_path("lenet5")), str(folder / "lenet5.safetensors")
+    PIL.Image.new("RGB", (32, 32)).save(image)
+    sys.argv = [name, *([source, output] if name == "convert" else [str(image)])]
+    ticks = Ticks(Strike(signal.SIGTERM, collection), folder)
+    gc.callbacks.append(lambda phase, _: ticks.tick() if phase == "start" else None)
+    gc.set_threshold(20)
+    sys.exit({"convert": convert, "predict": predict}[name].main())
 
 
 @functools.cache

@@ -17,13 +17,14 @@ from cifar_jax.datasets.info import SPLITS, Arrays, Dataset
 from cifar_jax.datasets.layout import Layout
 from cifar_jax.datasets.partial import PREFIX
 from cifar_jax.errors import UserError
+from cifar_jax.io import user_path
 
 LAYOUTS = (tfds.LAYOUT, official.LAYOUT, npz.LAYOUT, parquet.LAYOUT, imagefolder.LAYOUT)
 
 
 def load_files(info: Cifar, data_dir: str | os.PathLike[str] | None) -> Dataset:
     """Finds, downloads if necessary, decodes and checks a dataset. Raises: UserError, naming the file."""
-    layout, path = _locate(info, None if data_dir is None else _user_path(data_dir, "--data-dir"))
+    layout, path = _locate(info, None if data_dir is None else user_path(data_dir, "--data-dir"))
     cache, files = cache_folder(), layout.files(info, path)
 
     def decode() -> Arrays:
@@ -82,7 +83,7 @@ def _places() -> Iterator[Path]:
     """Yields the folders to search if the user named none."""
     home = _home()
     if named := os.environ.get("TFDS_DATA_DIR"):
-        folder = _user_path(named, "TFDS_DATA_DIR")
+        folder = user_path(named, "TFDS_DATA_DIR")
         try:
             folder.stat()
         except OSError as error:
@@ -94,19 +95,11 @@ def _places() -> Iterator[Path]:
         yield home / "tensorflow_datasets"
     yield from (Path("."), Path("data"))  # torchvision's examples use ./data
     if named := os.environ.get("KERAS_HOME"):
-        yield _user_path(named, "KERAS_HOME") / "datasets"
+        yield user_path(named, "KERAS_HOME") / "datasets"
     elif home is not None:
         yield home / ".keras" / "datasets"
     if (cache := cache_folder()) is not None:
         yield cache
-
-
-def _user_path(path: str | os.PathLike[str], name: str) -> Path:
-    """Expands ~ and ~user. Raises: UserError, naming the setting `name`, if there is no such home folder."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{name} {path}: no such home folder: write the path without ~") from error
 
 
 def _home() -> Path | None:
@@ -120,7 +113,7 @@ def _home() -> Path | None:
 def cache_folder() -> Path | None:
     """Returns CIFAR_JAX_CACHE or the user's cache folder; None without a home folder."""
     if folder := os.environ.get("CIFAR_JAX_CACHE"):
-        return _user_path(folder, "CIFAR_JAX_CACHE")
+        return user_path(folder, "CIFAR_JAX_CACHE")
     import pooch  # imported here because it is not needed if the cache is named
 
     try:

@@ -11,6 +11,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from cifar_jax.io import made_folder
+
 PREFIX = "partial-"
 _FRESH = 600  # seconds during which a new folder may not be locked yet
 _FORGOTTEN = 86_400  # seconds after which a folder is abandoned on file systems without locks
@@ -19,17 +21,17 @@ _FORGOTTEN = 86_400  # seconds after which a folder is abandoned on file systems
 @contextlib.contextmanager
 def partial_folder(parent: Path) -> Iterator[Path]:
     """Yields a new folder in `parent`, which is created if needed, and removes it at the end. Raises: OSError."""
-    parent.mkdir(parents=True, exist_ok=True)
-    _clear_abandoned(parent)
-    folder = parent / f"{PREFIX}{uuid.uuid4()}"  # mkdtemp would make it private, and it is renamed to a shared one
-    folder.mkdir()
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        _lock(descriptor)
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(descriptor)
+    with made_folder(parent):
+        _clear_abandoned(parent)
+        folder = parent / f"{PREFIX}{uuid.uuid4()}"  # mkdtemp would make it private
+        folder.mkdir()
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            _lock(descriptor)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(descriptor)
 
 
 def _lock(descriptor: int) -> bool | None:
