@@ -1,4 +1,4 @@
-"""The --ablation of benchmarks.accuracy: a recipe, and variants that differ from it in one setting each."""
+"""Ablations for benchmarks.accuracy: a recipe, and variants that differ from it in one setting each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cifar_jax.training import FailedTraining
 
 HOLDOUT = 5000
 
-# Changes that take one setting of a recipe away or add one.
+# Variants for all recipes: changes that remove, add or replace one setting.
 ABLATIONS_OF_ALL: dict[str, dict[str, Any]] = {
     "the recipe": {},
     "no flip": {"alternating_flip": False},
@@ -33,7 +33,7 @@ ABLATIONS_OF_ALL: dict[str, dict[str, Any]] = {
     "cosine": {"schedule": "cosine"},
 }
 SGD = {"optimizer": "sgd", "learning_rate": 0.05, "momentum": 0.9}
-# By recipe.
+# Variants by recipe.
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "lenet5": {
         **ABLATIONS_OF_ALL,
@@ -59,16 +59,16 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def run_ablation(arguments: Arguments, recipe: str, stop: Stop) -> dict[str, Any]:
-    """The content of ablation_RECIPE.json. A variant that diverges has null for its accuracies.
+    """Returns the content of ablation_RECIPE.json. The accuracies of a variant that diverges are None.
 
-    Raises: UserError for a recipe that has no entry, and for data that are too few; Interrupted.
+    Raises: UserError if the recipe has no entry or the dataset is too small; Interrupted.
     """
     if recipe not in ABLATIONS:
         raise UserError(f"--ablation {recipe}: choose one of {', '.join(ABLATIONS)}")
     config = configure(arguments, recipe, "", arguments.seeds[0])
     dataset = load_dataset(config.dataset, arguments.data_dir)
     if len(dataset.train_labels) <= HOLDOUT:
-        raise UserError(f"--dataset {config.dataset}: has too few images to hold {HOLDOUT:,} out, as --ablation does")
+        raise UserError(f"--dataset {config.dataset}: --ablation needs more than {HOLDOUT:,} training images")
     variants, all_runs = {}, []
     for name, changes in ABLATIONS[recipe].items():
         runs = []

@@ -1,17 +1,17 @@
-"""Accuracy over seeds: of a recipe, of its variants, and of a reference recipe in JAX and in PyTorch.
+"""Measures accuracy over seeds: of a recipe, of its variants, or of a reference recipe in JAX and PyTorch.
 
 python -m benchmarks.accuracy --recipe NAME --out DIR [--seeds 0 1 2] [--runs RUNS]
 python -m benchmarks.accuracy --ablation NAME --out DIR [--num-epochs N] …
 python -m benchmarks.accuracy --parity MODEL --out DIR …
 
-Every training resumes from its folder in RUNS, so the command may be stopped and started again.
+All runs resume from their folders in RUNS, so the command can be stopped and started again.
 
---recipe writes DIR/accuracy_NAME.json: the curves, mean and standard deviation of the last test accuracy, time to
+--recipe writes DIR/accuracy_NAME.json: learning curves, mean and standard deviation of the last test accuracy, times to
 given accuracies, images and FLOPs. --ablation (ablation.py) trains the recipe and variants that differ in one setting
-each, with 5,000 training images held out, and writes their accuracies on those to DIR/ablation_NAME.json. --parity
-(parity_training.py) trains a reference recipe in both frameworks, and writes DIR/parity_MODEL.json: the curves, mean
-and deviation by framework, and Welch's t-test of the two means; `--frameworks` and `--seeds` may divide that work over
-processes before a last call with all.
+each. It holds out 5,000 training images and writes the accuracies on them to DIR/ablation_NAME.json. --parity
+(parity_training.py) trains a reference recipe in both frameworks and writes DIR/parity_MODEL.json: learning curves,
+mean and standard deviation by framework, and Welch's t-test of the two means. Several processes can share this work:
+give each its --frameworks and --seeds, then run the command once more with all of them.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from cifar_jax.host import prepare_host
 from cifar_jax.io import write_json
 from cifar_jax.training import Interrupted
 
-MILESTONES = (0.70, 0.74, 0.80, 0.86, 0.90, 0.94)  # test accuracies to reach
+MILESTONES = (0.70, 0.74, 0.80, 0.86, 0.90, 0.94)  # test accuracies whose training times are reported
 
 
 def time_to(metrics: list[dict[str, float]], accuracy: float) -> float | None:
-    """Seconds of training until the test accuracy was first reached, without compilation and evaluation; else None."""
+    """Returns the training seconds, without compilation and evaluation, to a test accuracy; None if not reached."""
     for number, row in enumerate(metrics, 1):
         if row["test_accuracy"] >= accuracy:
             return round(sum(earlier["seconds"] for earlier in metrics[:number]), 1)
@@ -46,14 +46,14 @@ def time_to(metrics: list[dict[str, float]], accuracy: float) -> float | None:
 
 
 def training_cost(config: Config, num_images: int) -> dict[str, float]:
-    """Images seen, and FLOPs of forward and backward (see workloads.layer_flops), of a whole training."""
+    """Returns {'images', 'flops'} of a whole run. FLOPs count forward and backward (see workloads.layer_flops)."""
     sizes = collections.Counter(config.image_size(epoch) for epoch in range(config.num_epochs))
     flops = sum(epochs * flops_per_image(config, size)["training"] for size, epochs in sizes.items())
     return {"images": config.num_epochs * num_images, "flops": flops * num_images}
 
 
 def run_recipe(arguments: Arguments, recipe: str, stop: Stop) -> dict[str, Any]:
-    """The content of accuracy_RECIPE.json. Raises: UserError; Interrupted."""
+    """Returns the content of accuracy_RECIPE.json. Raises: UserError; Interrupted."""
     configs = [configure(arguments, recipe, f"accuracy_{recipe}/seed{seed}", seed) for seed in arguments.seeds]
     dataset = load_dataset(configs[0].dataset, arguments.data_dir)
     summaries = [train_in_jax(config, dataset, stop) for config in configs]
@@ -75,7 +75,7 @@ def run_recipe(arguments: Arguments, recipe: str, stop: Stop) -> dict[str, Any]:
     }
 
 
-# Of each flag: how its results' names begin, and what it does.
+# Flag: (prefix of its result's name, function).
 MODES = {
     "recipe": ("accuracy", run_recipe),
     "ablation": ("ablation", run_ablation),
@@ -84,14 +84,14 @@ MODES = {
 
 
 def choose_mode(arguments: Arguments) -> str:
-    """The one flag of MODES that is given. Raises: UserError for flags that do not go together, and bad seeds."""
+    """Returns the given flag of MODES. Raises: UserError for conflicting flags and bad seeds."""
     asked = [mode for mode in MODES if getattr(arguments, mode) is not None]
     if len(asked) != 1:
         raise UserError("name one of --recipe, --ablation and --parity")
     if len(set(arguments.seeds)) < max(1, len(arguments.seeds)):
         raise UserError(f"--seeds {' '.join(map(str, arguments.seeds))}: name one or more, each once")
     if asked[0] != "parity" and arguments.frameworks != tuple(TRAINERS):
-        raise UserError(f"--frameworks goes with --parity: --{asked[0]} trains in JAX alone")
+        raise UserError(f"--frameworks needs --parity: --{asked[0]} trains only in JAX")
     return asked[0]
 
 
@@ -103,13 +103,13 @@ def main() -> int:
         mode = choose_mode(arguments)
         name, (kind, run_mode) = getattr(arguments, mode), MODES[mode]
         try:
-            for seed in arguments.seeds:  # now, not after hours of training
+            for seed in arguments.seeds:  # reports bad flags now and not after hours of training
                 configure(arguments, reference_recipe(name) if mode == "parity" else name, "", seed)
             dtype = f"_{arguments.dtype}" if arguments.dtype else ""
             file = output_file(arguments.out, arguments.name or f"{kind}_{name}{dtype}")
             content = run_mode(arguments, name, stop)
         except Interrupted as interrupted:
-            print(f"{interrupted}; the same command goes on from there", file=sys.stderr)
+            print(f"{interrupted}. Run the same command again to resume.", file=sys.stderr)
             return 128 + (stop.received or 0)
         except UserError as error:
             own_flags = str(error).replace("--workdir", "--runs").replace("--seed ", "--seeds ")

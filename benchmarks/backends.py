@@ -1,4 +1,4 @@
-"""The backends that benchmarks.throughput times, and JAX's: the package's own Trainer and Evaluator."""
+"""Base class of the backends for benchmarks.throughput, and the JAX backend (the package's Trainer and Evaluator)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FAMILIES: dict[Family, tuple[str, ...]] = {
 
 
 def best_rate(multiply: Callable[[], Any], wait: Callable[[Any], Any], size: int) -> float:
-    """The best FLOP/s of a few timings of a product of two [size, size] matrices."""
+    """Times products of two [size, size] matrices. Returns: the best rate in FLOP/s."""
     wait(multiply())
     seconds = []
     for _ in range(5):
@@ -43,13 +43,13 @@ def best_rate(multiply: Callable[[], Any], wait: Callable[[Any], Any], size: int
 
 
 def max_rss() -> int:
-    """The most memory that this process ever held, in bytes, the package and its imports included."""
+    """Returns the peak memory of this process in bytes, including all imports."""
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class Backend(abc.ABC):
-    """A framework at work on a workload. What it compiles, it compiles at the first run of a phase."""
+    """A framework that runs a workload. It compiles a phase at the phase's first run."""
 
     def __init__(self, workload: Workload) -> None:
         self._workload = workload
@@ -57,27 +57,27 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
-        """{'threads'}, and of JAX {'platform', 'environment'}, as JSON values."""
+        """Returns {'threads'} and, for JAX, {'platform', 'environment'}, as JSON values."""
 
     @abc.abstractmethod
     def run(self, phase: str, steps: int) -> float:
-        """Seconds that so many steps take."""
+        """Runs this many steps. Returns: seconds."""
 
     @abc.abstractmethod
     def multiply(self, size: int) -> float:
-        """The best FLOP/s of a product of two [size, size] matrices."""
+        """Returns the best rate in FLOP/s of a product of two [size, size] matrices."""
 
     @abc.abstractmethod
     def peak_memory(self) -> int:
-        """Bytes: of the GPU as the framework counts them, on the CPU of the whole process."""
+        """Returns bytes: the framework's count on a GPU, those of the whole process on a CPU."""
 
     def warm_up(self, phase: str, seconds: float) -> dict[str, Any]:
-        """Compiles, and chooses the steps of a round so that it takes about `seconds`."""
+        """Compiles a phase and chooses the number of steps for a round of about `seconds`."""
         begin = time.perf_counter()
         self.run(phase, 1)
         first_call = time.perf_counter() - begin
         for _ in range(2):
-            self.run(phase, 1)  # PyTorch's compiled functions record their CUDA graphs in the second call
+            self.run(phase, 1)  # PyTorch's compiled functions record CUDA graphs in their second call
         steps, taken = 1, self.run(phase, 1)
         while taken < seconds / 10:
             steps *= 4
@@ -86,23 +86,23 @@ class Backend(abc.ABC):
         return {"first_call_seconds": round(first_call, 3), "steps_of_a_round": self._steps[phase]}
 
     def run_round(self, phase: str) -> float:
-        """Images a second."""
+        """Runs a round. Returns: images per second."""
         steps = self._steps[phase]
         return round(steps * self._workload.plain.batch_size / self.run(phase, steps), 1)
 
 
 class JaxBackend(Backend):
-    """The package's own training and evaluation steps, as train.py and evaluate.py call them."""
+    """The package's training and evaluation steps, called as in train.py and evaluate.py."""
 
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
         use_cpu_cores()
         check_devices()
-        one = None if jax.default_backend() == "cpu" else 1  # PyTorch has all cores and one GPU
+        one = None if jax.default_backend() == "cpu" else 1  # PyTorch uses all cores, or one GPU
         self._devices = select_devices(dataclasses.replace(workload.plain, num_devices=one))
         self._per_call = default_steps_per_call(workload.plain.model, self._devices)
         images, labels, order = workload.data()
-        # On the devices once: what is replicated already, Trainer and Evaluator do not copy.
+        # Copied to the devices once: Trainer and Evaluator do not copy replicated arrays again.
         self._images, self._labels, self._order = replicate((images, labels, order.ravel()), self._devices)
         self._phases: dict[str, Callable[[int, int], Any]] = {}
 
@@ -132,7 +132,7 @@ class JaxBackend(Backend):
         return len(self._labels) // self._workload.plain.batch_size if phase == "inference" else ORDER_STEPS
 
     def _create_training(self, phase: str) -> Callable[[int, int], Any]:
-        """(first step, number of steps) → arrays of the state after them."""
+        """Returns call(first step, number of steps) → arrays of the state after these steps."""
         config = self._workload.config(phase)
         trainer = Trainer(config, self._images, self._labels, self._devices, steps_per_epoch=ORDER_STEPS)
 
@@ -143,7 +143,7 @@ class JaxBackend(Backend):
         return call
 
     def _create_evaluation(self) -> Callable[[int, int], Any]:
-        """(first step, number of steps) → the metrics after them."""
+        """Returns call(first step, number of steps) → metrics after these steps."""
         config, devices = self._workload.plain, self._devices
         state = replicate(create_train_state(config, ORDER_STEPS), devices)
         evaluator = Evaluator(config, state, self._images, self._labels, devices)
@@ -167,12 +167,12 @@ class JaxBackend(Backend):
 
 
 def create_backend(name: str, workload: Workload, platform: str | None) -> Backend:
-    """A backend of FAMILIES. Args: platform: the one JAX found; None for JAX itself."""
+    """Creates a backend of FAMILIES. Args: platform: the one that JAX found; None for JAX itself."""
     if name == "jax":
         return JaxBackend(workload)
     if "cudagraphs" in name and platform == "cpu":
         raise RuntimeError("CUDA graphs need a GPU")
-    from benchmarks import pytorch_backends  # here: it imports torch
+    from benchmarks import pytorch_backends  # imported here because it imports torch
 
     kind = pytorch_backends.KerasBackend if name == "keras" else pytorch_backends.PyTorchBackend
     return kind(name, workload, platform)

@@ -1,10 +1,10 @@
-"""The first steps of all_cnn_reference in JAX and in PyTorch, from the same initial weights on the same images.
+"""Compares the first steps of all_cnn_reference in JAX and PyTorch, with the same initial weights and images.
 
 python -m benchmarks.early_training --out DIR [--seeds 0 1] [--num-steps 260]
 
-After a plateau at ln 10 the loss falls, and in some runs jumps back near step 200. This tells the recipe from the
-program: both frameworks get the same initial weights and the same augmented batches in the same order, PyTorch draws
-its own dropout. The batch losses of every step go to DIR/early_training.json.
+After a plateau at ln 10 the loss falls. In some runs it jumps back near step 200. This comparison shows whether the
+recipe or the program causes the jump: both frameworks get the same initial weights and the same augmented batches in
+the same order, and PyTorch draws its own dropout. The loss of every step goes to DIR/early_training.json.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RECIPE = "all_cnn_reference"
 
 
 def losses_in_jax(config: Config, dataset: Dataset, num_steps: int) -> list[float]:
-    """The batch losses of cifar_jax.train's first steps."""
+    """Returns the batch losses of cifar_jax.train's first steps."""
     trainer = Trainer(config, dataset.train_images, dataset.train_labels, select_devices(config))
     order = trainer.order(0)
     for step in range(0, num_steps, trainer.steps_per_call):
@@ -48,7 +48,7 @@ def losses_in_jax(config: Config, dataset: Dataset, num_steps: int) -> list[floa
 
 
 def losses_in_pytorch(config: Config, dataset: Dataset, num_steps: int) -> list[float]:
-    """The same from the same initial weights, images, order and augmentation; Keras' update written out."""
+    """Returns batch losses with the same initial weights, images, order and augmentation, and with Keras' update."""
     torch = pytorch.import_torch()
     state = create_train_state(config, 1)
     augment = jax.jit(create_augment(config))
@@ -87,29 +87,29 @@ class Arguments:
     out: Path
     """Folder for early_training.json."""
     seeds: tuple[int, ...] = (0, 1)
-    """Each gives initial weights, order and augmentation."""
+    """Seeds of initial weights, order and augmentation."""
     num_steps: int = 260
-    """Of batch 64."""
+    """Number of steps of 64 images."""
     dataset: DatasetName = RECIPES[RECIPE].dataset
-    """The data."""
+    """Dataset."""
     data_dir: str | None = None
-    """Where to look for the dataset first."""
+    """Folder of the dataset; None: the standard places (docs/data.md)."""
 
 
 @command
 def main() -> int:
     arguments = parse_arguments(Arguments, prog="python -m benchmarks.early_training")
     check_devices()
-    pytorch.import_torch()  # now, not after JAX's part
+    pytorch.import_torch()  # fails now and not after JAX's part
     file = output_file(arguments.out, "early_training")
     dataset = load_dataset(arguments.dataset, arguments.data_dir)
     most = len(dataset.train_labels) // RECIPES[RECIPE].batch_size
     if not 5 <= arguments.num_steps <= most:
-        raise UserError(f"--num-steps {arguments.num_steps}: must be from 5 to {most}, the whole batches of an epoch")
+        raise UserError(f"--num-steps {arguments.num_steps}: must be from 5 to {most}, the full batches of an epoch")
     if not arguments.seeds:
         raise UserError("--seeds: name one or more")
     runs: list[dict[str, Any]] = []
-    with jax.default_matmul_precision("highest"):  # else TensorFloat-32 on NVIDIA's GPUs; the environment tells it
+    with jax.default_matmul_precision("highest"):  # otherwise NVIDIA GPUs use TensorFloat-32
         for seed in arguments.seeds:
             config = dataclasses.replace(RECIPES[RECIPE], dataset=arguments.dataset, seed=seed, num_devices=1)
             for framework, losses_of in (("jax", losses_in_jax), ("pytorch", losses_in_pytorch)):

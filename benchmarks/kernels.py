@@ -1,12 +1,12 @@
-"""What each form of cifar_jax/ops gains in the whole training step, on this machine.
+"""Measures the speedup of each CPU kernel of cifar_jax/ops in the whole training step.
 
 python -m benchmarks.kernels --out DIR [--rounds N] [--workloads …]
 
-The forms of a workload are compiled first, then timed in turn, round by round, forth and back, so that a drifting
-machine hurts all alike (but for keep_memory, which can't be taken back: its rounds come last); medians over the
-rounds, and ratios to the plain form, go to DIR/kernels.json. A step is forward, backward and update, dropout and the
-recipe's augmentation on, float32, random images. Each form but the last three is measured without the others: beside
-Winograd's, which makes other convolutions of them, their gains are not the same.
+All variants of a workload are compiled first and then timed in turns, in alternating order, so that a drift of the
+machine's speed affects all alike. The variant with keep_memory comes last, because keep_memory can't be undone.
+DIR/kernels.json gets the medians over the rounds and the ratios to the plain variant. A step is forward, backward and
+update in float32 on random images, with dropout and the recipe's augmentation. All variants except the last three
+measure a kernel without the others, because gains differ once Winograd's form replaces some convolutions.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from cifar_jax.ops.reference import lax_convolution, lax_max_pool
 from cifar_jax.parallel import replicate, select_devices
 from cifar_jax.trainer import Trainer
 
-# name: (config, steps of a round)
+# name: (config, steps per round)
 WORKLOADS = {
     "lenet5_batch4": (RECIPES["lenet5_reference"], 200),
     "lenet5_batch128": (create_workload("lenet5", 128, "float32")[1].augmented, 8),
     "all_cnn_batch64": (RECIPES["all_cnn_reference"], 2),
 }
 ALL = ("gradient", "winograd", "large", "row", "few channels", "pool", "dropout")
-# name: the parts of ops that are not JAX's own; "cores": the batch is divided over the CPU's cores, where it is large;
-# "memory": freed memory stays with the process
+# name: the parts of ops that replace JAX's own; "cores": a large batch is divided over the CPU's cores; "memory": the
+# process keeps freed memory
 FORMS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "kernel gradient": ("gradient",),
@@ -68,8 +68,7 @@ FORMS: dict[str, tuple[str, ...]] = {
 
 @contextlib.contextmanager
 def only(parts: tuple[str, ...]) -> Iterator[None]:
-    """While entered, programs are traced and lowered for the CPU with these parts of ops, and JAX's own forms of the
-    others."""
+    """Context in which programs for the CPU use only these parts of ops, and JAX's own forms of the others."""
     convolution = ops.convolution if "gradient" in parts else lax_convolution
     pool = cpu.max_pool if "pool" in parts else lax_max_pool
     mask = ops.bernoulli_mask if "dropout" in parts else jax.random.bernoulli
@@ -92,7 +91,7 @@ def only(parts: tuple[str, ...]) -> Iterator[None]:
 
 
 def create_timer(config: Config) -> Callable[[int], float]:
-    """Compiles the step; the timer takes a number of steps and returns milliseconds a step."""
+    """Compiles the training step. Returns: timer(number of steps) → milliseconds per step."""
     devices, size = select_devices(config), 4 * config.batch_size
     images = np.random.default_rng(0).integers(0, 256, (size, 32, 32, 3), dtype=np.uint8)
     labels = np.arange(size, dtype=np.int32) % get_dataset(config.dataset).num_classes
@@ -112,14 +111,14 @@ def create_timer(config: Config) -> Callable[[int], float]:
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Times the training step with each form of cifar_jax.ops by itself, and with all."""
+    """Times the training step with each CPU kernel of cifar_jax.ops alone, and with all."""
 
     out: Path
     """Folder for kernels.json."""
     rounds: int = 5
-    """Each form is timed once a round."""
+    """Number of rounds. Each variant is timed once per round."""
     workloads: tuple[Literal["lenet5_batch4", "lenet5_batch128", "all_cnn_batch64"], ...] = tuple(WORKLOADS)
-    """What is trained."""
+    """Networks and batch sizes to train."""
 
 
 @command
@@ -128,7 +127,7 @@ def main() -> int:
     use_cpu_cores()
     check_devices()
     if not arguments.workloads or arguments.rounds < 1:
-        raise UserError("--workloads: name one or more, and --rounds 1 or more")
+        raise UserError("--workloads must name one or more, and --rounds must be 1 or more")
     file = output_file(arguments.out, "kernels")
     all_timers: dict[str, dict[str, Callable[[int], float]]] = {}
     all_times: dict[str, dict[str, list[float]]] = {}
@@ -144,7 +143,7 @@ def main() -> int:
             for form in list(timers)[:: -1 if number % 2 else 1]:
                 if "memory" not in FORMS[form]:
                     times[form].append(timers[form](num_steps))
-    keep_memory()  # can't be taken back: so last, in rounds of its own
+    keep_memory()  # can't be undone, so its rounds come last
     results: dict[str, dict[str, dict[str, Any]]] = {}
     for workload, times in all_times.items():
         config, num_steps = WORKLOADS[workload]
@@ -162,7 +161,7 @@ def main() -> int:
                 "speedup": round(plain / median, 3),
                 "rounds_ms": [round(value, 3) for value in values],
             }
-            print(f"{workload:16} {form:33} {median:9.2f} ms a step, {plain / median:.2f}× plain")
+            print(f"{workload:16} {form:33} {median:9.2f} ms per step, {plain / median:.2f}× plain")
     content = {
         "command": describe_command("-m benchmarks.kernels", sys.argv[1:]),
         **describe_environment(jax.local_devices()[:1]),

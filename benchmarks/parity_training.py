@@ -1,4 +1,4 @@
-"""The --parity of benchmarks.accuracy: a reference recipe trained in JAX and in PyTorch, and the means compared."""
+"""Parity for benchmarks.accuracy: trains a reference recipe in JAX and PyTorch and compares mean accuracies."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ TRAINERS = {"jax": train_in_jax, "pytorch": train_in_pytorch}
 
 
 def compare(accuracies: dict[str, list[float]]) -> dict[str, Any]:
-    """Last test accuracies by framework → mean, standard deviation (n - 1) and Welch's t-test of the two means.
+    """Computes mean, standard deviation (n - 1) and Welch's t-test from the last test accuracies by framework.
 
-    The test's results are None where no seed differs from another.
+    The test's results are None if all seeds of each framework have the same accuracy.
     """
     results: dict[str, Any] = {name: spread(values) for name, values in accuracies.items()}
     statistics: dict[str, Any] = {"confidence_interval_95": None, "p_value": None}
@@ -33,26 +33,26 @@ def compare(accuracies: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def _check(arguments: Arguments, recipe: str) -> bool:
-    """Whether both frameworks are asked for. Raises: UserError for what can't be compared."""
+    """Checks the flags. Returns: whether both frameworks are to be trained. Raises: UserError."""
     if arguments.dtype == "bfloat16":
-        raise UserError("--dtype bfloat16: --parity compares in the notebook's float32")
+        raise UserError("--dtype bfloat16: --parity compares in float32, as the notebook computes")
     if len(set(arguments.frameworks)) < max(1, len(arguments.frameworks)):
         raise UserError(f"--frameworks {' '.join(arguments.frameworks)}: name one or more, each once")
     compared = set(arguments.frameworks) == set(TRAINERS)
     if compared and len(set(arguments.seeds)) < 2:
-        raise UserError("--seeds: a comparison needs two or more")
+        raise UserError("--seeds: a comparison needs two or more seeds")
     fields = unsupported_fields(configure(arguments, recipe, "", 0))
     if fields:
-        raise UserError(f"--parity: of {recipe} the training in PyTorch does not know {', '.join(fields)}")
+        raise UserError(f"--parity: training {recipe} in PyTorch does not support {', '.join(fields)}")
     if "pytorch" in arguments.frameworks:
-        pytorch.import_torch()  # now, not after JAX's first training
+        pytorch.import_torch()  # fails now and not after JAX's first run
     return compared
 
 
 def run_parity(arguments: Arguments, model: str, stop: Stop) -> dict[str, Any] | None:
-    """The content of parity_MODEL.json; None if one framework alone was asked for.
+    """Returns the content of parity_MODEL.json; None if only one framework was trained.
 
-    Raises: UserError for what can't be compared; Interrupted.
+    Raises: UserError for flags that can't be compared; Interrupted.
     """
     recipe = reference_recipe(model)
     compared = _check(arguments, recipe)
@@ -68,7 +68,7 @@ def run_parity(arguments: Arguments, model: str, stop: Stop) -> dict[str, Any] |
     curves = {
         name: [[row["test_accuracy"] for row in run["metrics"]] for run in runs] for name, runs in all_runs.items()
     }
-    trained = origin(all_runs["jax"])  # PyTorch's runs do not say theirs
+    trained = origin(all_runs["jax"])  # PyTorch's runs do not store theirs
     trained["versions"]["torch"] = importlib.metadata.version("torch")
     result = compare({name: [run[-1] for run in runs] for name, runs in curves.items()})
     p = "none, as no seed differs" if result["p_value"] is None else f"{result['p_value']:.2f}"

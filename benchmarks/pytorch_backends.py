@@ -1,6 +1,6 @@
-"""PyTorch and Keras (on PyTorch) at their best, as backends of benchmarks.throughput: see benchmarks.backends.
+"""Backends of benchmarks.throughput for PyTorch and Keras (on PyTorch), in their fastest forms.
 
-Data, augmentation and loss stay on the device; augmentation is batched there.
+Data, augmentation and loss stay on the device. Augmentation works on whole batches.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from cifar_jax.weights import pytorch as pytorch_weights
 
 
 def scaling(config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, shift), float32 [3, 1, 1] or [1, 1, 1]: image · scale + shift is cifar_jax.batches.scale_images."""
+    """Returns (scale, shift), float32 [3, 1, 1] or [1, 1, 1]: image · scale + shift equals batches.scale_images."""
     statistics = pixel_statistics(config.input_scaling, config.dataset)
     mean, std = (np.reshape(values, (-1, 1, 1)) for values in statistics)
     return np.float32(1 / (255 * std)), np.float32(-mean / std)
 
 
 def affine(images: Tensor, angle: Tensor, shift_y: Tensor, shift_x: Tensor) -> Tensor:
-    """cifar_jax.augment.affine of a batch.
+    """Applies cifar_jax.augment.affine to a batch.
 
-    Args: images float [N, C, S, S]; angle [N] in radians; shifts [N] in pixels. Returns: [N, C, S, S].
+    Args: images: float [N, C, S, S]; angle: [N], radians; shift_y, shift_x: [N], pixels. Returns: [N, C, S, S].
     """
     half, offset = (images.shape[-1] - 1) / 2, images.shape[-1] / 2 + 0.5  # grid_sample has pixel i at i / half - 1
     c, s = torch.cos(angle), torch.sin(angle)
@@ -45,14 +45,14 @@ def affine(images: Tensor, angle: Tensor, shift_y: Tensor, shift_x: Tensor) -> T
 
 
 def crop(images: Tensor, padding: int, y: Tensor, x: Tensor) -> Tensor:
-    """Pads float images [N, C, S, S] by reflection and crops them at offsets y, x int64 [N], 0 … 2 · padding."""
+    """Pads float images [N, C, S, S] by reflection and crops them at offsets y, x, int64 [N], from 0 to 2 · padding."""
     size = images.shape[-1]
     windows = functional.pad(images, (padding,) * 4, mode="reflect").unfold(2, size, 1).unfold(3, size, 1)
     return windows[torch.arange(len(images), device=images.device), :, y, x]
 
 
 def augment(images: Tensor, config: Config) -> Tensor:
-    """The recipe's random affine warp, crop and flip of float images [N, C, S, S]."""
+    """Applies the recipe's random affine warp, crop and flip to float images [N, C, S, S]."""
     count, size, device = len(images), images.shape[-1], images.device
     if config.rotation_degrees or config.shift_fraction:
         uniform = lambda bound: torch.empty(count, device=device).uniform_(-bound, bound)
@@ -68,19 +68,19 @@ def augment(images: Tensor, config: Config) -> Tensor:
 
 
 class PyTorchBackend(Backend):
-    """Eager, compiled or captured as a CUDA graph, contiguous or channels_last, as its name says."""
+    """PyTorch eager, compiled or captured as a CUDA graph, contiguous or channels_last. The name tells which."""
 
     def __init__(self, name: str, workload: Workload, platform: str | None) -> None:
         super().__init__(workload)
         if platform != "cpu" and not torch.cuda.is_available():
-            raise RuntimeError(f"PyTorch finds no GPU, where JAX has a {platform}")
+            raise RuntimeError(f"PyTorch finds no GPU, but JAX has a {platform}")
         self._captured = "cudagraphs" in name
-        # max-autotune tries kernels, and captures CUDA graphs of its own.
+        # max-autotune tries kernels and captures its own CUDA graphs.
         self._autotuned = "compile" in name and platform != "cpu"
         torch.manual_seed(0)
         torch.set_num_threads(cpu_cores())
         if platform != "cpu":
-            torch.set_float32_matmul_precision("high")  # TF32, as JAX's default; cuDNN has it by default
+            torch.set_float32_matmul_precision("high")  # TF32, the default of JAX and cuDNN
             torch.backends.cudnn.benchmark = True
         self._device = torch.device("cpu" if platform == "cpu" else "cuda")
         self._format = torch.channels_last if "channels_last" in name else torch.contiguous_format
@@ -132,7 +132,7 @@ class PyTorchBackend(Backend):
         return time.perf_counter() - begin
 
     def _step(self, phase: str, index: Tensor) -> None:
-        """One step on the images `index` int64 [batch]; its loss is added to a total on the device."""
+        """Runs a step on the images `index`, int64 [batch], and adds its loss to a total on the device."""
         if self._autotuned:
             torch.compiler.cudagraph_mark_step_begin()
         images, labels = self._images[index], self._labels[index]
@@ -149,7 +149,7 @@ class PyTorchBackend(Backend):
             self._total.add_(loss.detach())
 
     def _prepare(self, images: Tensor, augmented: bool) -> Tensor:
-        """uint8 [N, 3, 32, 32] to the scaled, augmented float32."""
+        """Scales and augments images: uint8 [N, 3, 32, 32] → float32."""
         scaled = images * self._scale + self._shift
         if augmented:
             scaled = augment(scaled, self._workload.augmented)
@@ -157,7 +157,7 @@ class PyTorchBackend(Backend):
 
     def _logits(self, images: Tensor) -> Tensor:
         half = self._workload.plain.dtype == "bfloat16"
-        # No cache of the weights in bfloat16: each is used once, and a captured graph would keep a stale one.
+        # No cache of bfloat16 weights: each is used once, and a captured graph would keep stale ones.
         with torch.autocast(self._device.type, torch.bfloat16, enabled=half, cache_enabled=False):
             return self._network(images).float()
 
@@ -169,7 +169,7 @@ class PyTorchBackend(Backend):
         return functional.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum()
 
     def _capture(self, phase: str) -> Any:
-        """A CUDA graph of a whole step, which moves on by itself to the next row of the order."""
+        """Captures a CUDA graph of a whole step, which advances to the next row of the order."""
 
         def step() -> None:
             self._step(phase, self._order.index_select(0, self._position)[0])
@@ -177,7 +177,7 @@ class PyTorchBackend(Backend):
 
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # cuDNN's choices and the momentum must be there before the capture
+        with torch.cuda.stream(stream):  # cuDNN must choose kernels and the momentum must exist before the capture
             for _ in range(3):
                 step()
         torch.cuda.current_stream().wait_stream(stream)
@@ -195,7 +195,7 @@ class PyTorchBackend(Backend):
 
 
 class KerasBackend(PyTorchBackend):
-    """Keras' own loop of train_on_batch and test_on_batch, on the same data and augmentation."""
+    """Keras' train_on_batch and test_on_batch in a loop, on the same data and augmentation."""
 
     def _create_network(self, compiled: bool) -> None:
         config, keras = self._workload.plain, keras_weights.import_keras()
@@ -204,7 +204,7 @@ class KerasBackend(PyTorchBackend):
         num_classes = get_dataset(config.dataset).num_classes
         model = keras_weights.create_model(config.model, config.dropout_rates, num_classes=num_classes)
         model.compile(
-            # Its weight decay is not the recipe's L2, but costs the same.
+            # Keras' weight decay differs from the recipe's L2 but costs the same.
             keras.optimizers.SGD(
                 config.learning_rate, config.momentum, config.nesterov, weight_decay=config.weight_decay or None
             ),

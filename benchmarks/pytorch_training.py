@@ -1,4 +1,4 @@
-"""A whole training in PyTorch, as the notebook trains: SGD with momentum at a constant rate, no augmentation."""
+"""Trains a recipe in PyTorch like the notebook: SGD with momentum at a constant rate, without augmentation."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from cifar_jax.training import Interrupted
 from cifar_jax.weights import pytorch
 
 EVALUATION_BATCH = 500
-_FIELDS = (  # what this training does as a recipe says; the other fields must have their defaults
+_FIELDS = (  # fields of a recipe that this training supports; other fields must have their defaults
     *("workdir", "model", "dropout_rates", "input_scaling", "batch_size", "num_epochs", "learning_rate"),
     *("momentum", "dataset", "seed", *EXECUTION_FIELDS),
 )
 
 
 def unsupported_fields(config: Config) -> list[str]:
-    """The fields of a recipe that `train_in_pytorch` would have to respect, and does not."""
+    """Returns the fields that a recipe sets and `train_in_pytorch` does not support."""
     respected = Config(**{name: getattr(config, name) for name in _FIELDS})
     names = [field.name for field in dataclasses.fields(Config)]
     return [name for name in names if getattr(respected, name) != getattr(config, name)]
@@ -38,7 +38,7 @@ def unsupported_fields(config: Config) -> list[str]:
 
 @dataclasses.dataclass
 class Run:
-    """Network, optimizer and metrics by epoch of one training, kept in a checkpoint after each epoch."""
+    """Network, optimizer and epoch metrics of one run. A checkpoint stores them after each epoch."""
 
     config: Config
     network: Any
@@ -47,7 +47,7 @@ class Run:
 
     @classmethod
     def create(cls, config: Config) -> Run:
-        """From PyTorch's own initial weights, or from the checkpoint. Raises: UserError if that can't be used."""
+        """Starts from PyTorch's initial weights, or from the checkpoint. Raises: UserError if it can't be used."""
         torch = pytorch.import_torch()
         torch.manual_seed(config.seed)
         num_classes = get_dataset(config.dataset).num_classes
@@ -74,17 +74,17 @@ class Run:
             saved = torch.load(self.path, weights_only=True)
         except OSError:
             raise
-        except Exception as error:  # a cut pickle can raise anything
+        except Exception as error:  # a truncated pickle can raise anything
             raise UserError(f"{self.path}: damaged: remove it to train from the start, or name other --runs") from error
         if saved.get("recipe") != self._recipe:
-            raise UserError(f"{self.path} is of another recipe or version: remove it, or name other --runs")
+            raise UserError(f"{self.path}: saved by another recipe or version: remove it, or name other --runs")
         self.network.load_state_dict(saved["network"])
         self.optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"])
         self.metrics = saved["metrics"]
 
     def save(self) -> None:
-        """Writes all that the next epoch needs."""
+        """Writes everything that the next epoch needs."""
         torch = pytorch.import_torch()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint = {
@@ -99,7 +99,7 @@ class Run:
         write_atomically(self.path, buffer.getvalue())
 
     def train_epoch(self, images: Any, labels: Any, stop: Stop) -> float:
-        """Mean loss over the images while they trained. Raises: Interrupted, with what was saved before."""
+        """Trains an epoch. Returns: the mean training loss, nats. Raises: Interrupted; the last checkpoint stays."""
         torch, total = pytorch.import_torch(), 0.0
         batches = torch.randperm(len(labels)).split(self.config.batch_size)
         self.network.train()
@@ -114,7 +114,7 @@ class Run:
         return total / len(labels)
 
     def evaluate(self, images: Any, labels: Any) -> tuple[float, float]:
-        """Loss and accuracy, without dropout."""
+        """Returns (loss in nats, accuracy from 0 to 1), without dropout."""
         torch = pytorch.import_torch()
         with torch.no_grad():
             logits = torch.cat([self.network.eval()(part) for part in images.split(EVALUATION_BATCH)])
@@ -123,9 +123,9 @@ class Run:
 
 
 def train_in_pytorch(config: Config, dataset: Dataset, stop: Stop) -> dict[str, Any]:
-    """The same recipe as the notebook trains it (but evaluated without dropout), from PyTorch's own initial weights.
+    """Trains a recipe like the notebook, from PyTorch's initial weights. Evaluation is without dropout.
 
-    Returns: {'metrics': by epoch {'epoch', 'train_loss', 'test_accuracy', …}}, as `train_and_evaluate` does.
+    Returns: {'metrics': [{'epoch', 'train_loss', 'test_accuracy', …} of each epoch]}, like `train_and_evaluate`.
     Raises: UserError for a checkpoint that can't be used; Interrupted.
     """
     torch = pytorch.import_torch()
@@ -152,4 +152,4 @@ def train_in_pytorch(config: Config, dataset: Dataset, stop: Stop) -> dict[str, 
         )
         print(f"pytorch seed {config.seed} epoch {epoch:2} test accuracy {accuracy:.2%} {seconds:.0f} s", flush=True)
         run.save()
-    return {"metrics": run.metrics[: config.num_epochs]}  # an earlier call may have asked for more
+    return {"metrics": run.metrics[: config.num_epochs]}  # an earlier call may have trained more epochs

@@ -1,4 +1,4 @@
-"""What the modes of benchmarks.accuracy share: their flags, a training for each seed, and what is said of them."""
+"""Shared by the modes of benchmarks.accuracy: flags, one run per seed, and statistics of the runs."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ Stop = Callable[[], bool]
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Accuracy over seeds: name a --recipe, an --ablation or a --parity."""
+    """Measures accuracy over seeds. Give --recipe, --ablation or --parity."""
 
     out: Path
-    """Folder for the JSON."""
+    """Folder for the JSON file."""
     name: str | None = None
-    """Name of the JSON file, without .json; None: accuracy_, ablation_ or parity_ and what was named, and --dtype."""
+    """Name of the JSON file without .json; None: {accuracy,ablation,parity}_NAME, with _DTYPE if --dtype is given."""
     recipe: str | None = None
     """Train this recipe with every seed."""
     ablation: str | None = None
-    """Train this recipe and its variants with 5,000 training images held out."""
+    """Train this recipe and its variants, and test on 5,000 held-out training images."""
     parity: ModelName | None = None
-    """Train this model's reference recipe in JAX and in PyTorch, and compare."""
+    """Train this network's reference recipe in JAX and PyTorch, and compare."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of every training."""
+    """Seeds of the runs."""
     frameworks: tuple[Framework, ...] = ("jax", "pytorch")
-    """Of --parity. With one of them nothing is compared and no JSON written: to divide the work."""
+    """Frameworks of --parity. With only one, nothing is compared and no JSON is written."""
     runs: Path = Path("runs")
-    """Where the trainings are kept, and resumed from."""
+    """Folder of the runs, which resume from it."""
     num_epochs: int | None = None
-    """None: the recipe's."""
+    """Number of epochs; None: the recipe's."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of the computation; None: the recipe's. Another one needs other --runs."""
+    """Computation type; None: the recipe's. Another type needs other --runs."""
     dataset: DatasetName | None = None
-    """The data; None: the recipe's."""
+    """Dataset; None: the recipe's."""
     data_dir: str | None = None
-    """Where to look for the dataset first."""
+    """Folder of the dataset; None: the standard places (docs/data.md)."""
 
 
 def configure(arguments: Arguments, recipe: str, workdir: str, seed: int, **changes: Any) -> Config:
-    """A recipe for one training of this command. Raises UserError for an unknown one."""
+    """Returns the config of one run of this command. Raises: UserError for an unknown recipe."""
     if recipe not in RECIPES:
         raise UserError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
     num_epochs = RECIPES[recipe].num_epochs if arguments.num_epochs is None else arguments.num_epochs
-    share = num_epochs / RECIPES[recipe].num_epochs  # a shorter training has fewer epochs of each image size, too
+    share = num_epochs / RECIPES[recipe].num_epochs  # a shorter run also has fewer epochs of each image size
     rounded = [(size, round(share * epochs)) for size, epochs in RECIPES[recipe].image_sizes]
     sizes = tuple((size, epochs) for size, epochs in rounded if epochs)
     return dataclasses.replace(
@@ -71,9 +71,9 @@ def configure(arguments: Arguments, recipe: str, workdir: str, seed: int, **chan
 
 
 def train_in_jax(config: Config, dataset: Dataset, stop: Stop) -> dict[str, Any]:
-    """train_and_evaluate, but a diverged training is a UserError: a mean of the seeds that are left would be too good.
+    """Runs train_and_evaluate. Raises: UserError for a diverged run: a mean over the other seeds would be biased.
 
-    One that is stalled goes on, with a warning, and counts in the mean.
+    A stalled run continues with a warning and counts in the mean.
     """
     try:
         return train_and_evaluate(config, dataset, stop)
@@ -82,13 +82,13 @@ def train_in_jax(config: Config, dataset: Dataset, stop: Stop) -> dict[str, Any]
 
 
 def spread(values: list[float]) -> dict[str, Any]:
-    """Mean, standard deviation (n - 1; None for one value) and number of accuracies."""
+    """Returns {'mean', 'std': standard deviation (n - 1), None for one value, 'n'}."""
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "std": std, "n": len(values)}
 
 
 def origin(summaries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the trainings, which other processes may have made: their 'hardware', 'versions' and 'date'."""
+    """Combines 'hardware', 'versions' and 'date' of runs, which may have been made by other processes."""
     versions = {
         name: {summary["versions"].get(name, "none") for summary in summaries} for name in summaries[0]["versions"]
     }

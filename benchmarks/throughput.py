@@ -1,16 +1,16 @@
-"""Training and inference throughput beside PyTorch and Keras, and the part of the hardware's matrix-product rate used.
+"""Measures training and inference throughput of JAX, PyTorch and Keras, and their share of the matrix-product rate.
 
 python -m benchmarks.throughput --out DIR [--models …] [--batch-sizes …] [--frameworks …] [--dtype bfloat16] …
 
-Each backend has a process of its own; they are compiled and warmed up one by one, then take turns, phase by phase
-and round by round, forth and back, so that a drifting machine hurts all alike. Training is the whole loop: batches
-gathered by a shuffled order from uint8 images on the device, scaling, augmentation if any, forward with dropout,
-backward, update. Inference is the whole evaluation: gather, scaling, forward, loss and number of correct ones. Medians
-over the rounds go to DIR/NAME.json, written anew after each workload. A backend that fails is named there with its
-reason. The file calls backends contenders, as files that were measured earlier do.
+Each backend has its own process. Backends are compiled and warmed up one by one. Then they take turns in alternating
+order, phase by phase and round by round, so that a drift of the machine's speed affects all alike. Training is the
+whole loop: gather batches from uint8 images on the device by a shuffled order, scale, augment, forward with dropout,
+backward, update. Inference is the whole evaluation: gather, scale, forward, loss, number of correct predictions.
+DIR/NAME.json gets medians over the rounds and is rewritten after each workload. It names backends that fail, with the
+reason. The file calls backends "contenders" for compatibility with earlier results.
 
-Measure on a quiet machine: where others compute, PyTorch's OpenMP threads wait for each other in vain, and it slows
-down tenfold.
+Measure on an idle machine: if other processes compute, PyTorch's OpenMP threads wait for each other, which slows
+PyTorch down tenfold.
 """
 
 from __future__ import annotations
@@ -36,38 +36,38 @@ from cifar_jax.errors import UserError
 from cifar_jax.io import write_json
 from cifar_jax.models import MODELS
 
-MATRIX_SIZES = {"cpu": (1024, 2048)}  # and 4096, 8192 elsewhere
+MATRIX_SIZES = {"cpu": (1024, 2048)}  # on other platforms 4096 and 8192
 FLOPS = "forward: sum over layers of 2·H_out·W_out·kh·kw·I·O (dense: 2·I·O); training: 3·forward - first layer's"
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Measures training and inference in images a second, beside PyTorch and Keras."""
+    """Measures training and inference in images per second, in JAX, PyTorch and Keras."""
 
     out: Path
     """Folder for the JSON file."""
     name: str = "throughput"
-    """Name of the JSON file, without .json."""
+    """Name of the JSON file without .json."""
     models: tuple[ModelName, ...] = tuple(MODELS)
-    """The networks."""
+    """Networks."""
     batch_sizes: tuple[int, ...] | None = None
-    """Of all networks; None: the reference recipe's, 64 for all_cnn, 4 for lenet5 and then 128."""
+    """Batch sizes for all networks; None: 64 for all_cnn, 4 and 128 for lenet5."""
     frameworks: tuple[Family, ...] = ("jax", "pytorch", "pytorch-compile", "keras")
-    """Who takes part, JAX always; PyTorch's contiguous and channels_last."""
+    """Frameworks to measure. JAX is always included. PyTorch runs contiguous and channels_last."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the computation; parameters stay float32."""
+    """Computation type. Parameters stay float32."""
     phases: tuple[Phase, ...] = PHASES
-    """What is measured."""
+    """Phases to measure."""
     rounds: int = 7
-    """Each backend is timed once a round."""
+    """Number of rounds. Each backend is timed once per round."""
     seconds_per_round: float = 2.0
-    """How long a backend runs in a round, one step at least."""
+    """Seconds per backend and round, at least one step."""
     timeout: float = 600.0
-    """Seconds after which a backend that does not answer is left out."""
+    """Seconds after which a backend that does not respond is dropped."""
 
 
 def measure(workload: Workload, backends: list[str], arguments: Arguments) -> dict[str, Any]:
-    """{'environment', 'contenders': raw values by name, 'absent': reasons by name}.
+    """Returns {'environment', 'contenders': raw values by name, 'absent': reasons by name}.
 
     Raises: UserError if JAX fails.
     """
@@ -75,14 +75,14 @@ def measure(workload: Workload, backends: list[str], arguments: Arguments) -> di
     absent: dict[str, str] = {}
 
     def ask(method: str, *args: Any) -> Iterator[tuple[str, Any]]:
-        """(name, answer) of one backend after the other; one that fails takes no part any more."""
+        """Yields (name, answer) of each backend in turn, and drops backends that fail."""
         for name in list(workers):
             try:
                 answer = workers[name].call(method, *args)
             except Absent as reason:
                 if name == "jax":
-                    raise UserError(f"JAX must take part: {reason}") from reason
-                print(f"{name} is absent: {reason}", file=sys.stderr)
+                    raise UserError(f"the JAX backend failed: {reason}") from reason
+                print(f"{name} is left out: {reason}", file=sys.stderr)
                 absent[name] = str(reason)
                 workers.pop(name).close()
             else:
@@ -91,7 +91,7 @@ def measure(workload: Workload, backends: list[str], arguments: Arguments) -> di
     try:
         workers["jax"] = Worker("jax", workload, None, arguments.timeout)
         jax_itself = dict(ask("describe"))["jax"]
-        for name in backends[1:]:  # they start side by side, and are compiled one by one
+        for name in backends[1:]:  # all start in parallel, then compile one by one
             workers[name] = Worker(name, workload, jax_itself["platform"], arguments.timeout)
         results = {name: {"threads": answer["threads"], "phases": {}} for name, answer in ask("describe")}
         for phase in arguments.phases:
@@ -101,8 +101,8 @@ def measure(workload: Workload, backends: list[str], arguments: Arguments) -> di
             for phase in arguments.phases:
                 for name, rate in ask("run_round", phase):
                     results[name]["phases"][phase]["rounds"].append(rate)
-            workers = dict(reversed(workers.items()))  # else each would always follow the same one
-        for name, peak in ask("peak_memory"):  # before the matrices
+            workers = dict(reversed(workers.items()))  # otherwise each would always follow the same backend
+        for name, peak in ask("peak_memory"):  # before the matrix products
             results[name]["peak_memory_bytes"] = peak
         for size in MATRIX_SIZES.get(jax_itself["platform"], (4096, 8192)):
             for name, rate in ask("multiply", size):
@@ -118,9 +118,9 @@ def measure(workload: Workload, backends: list[str], arguments: Arguments) -> di
 
 
 def summarize(workloads: dict[str, dict[str, Any]]) -> float:
-    """Adds medians, JAX's ratios and shares of the matrix-product rate to measured workloads, and returns that rate.
+    """Adds medians, JAX's ratios and shares of the matrix-product rate to measured workloads.
 
-    The rate, in FLOP/s, is the highest that any backend reached in any size: the device's practical limit.
+    Returns: the rate in FLOP/s, the highest of any backend and matrix size, as the device's practical limit.
     """
     everyone = [backend for workload in workloads.values() for backend in workload["contenders"].values()]
     limit = max(rate for backend in everyone for rate in backend["matrix_products"].values())
@@ -146,14 +146,14 @@ def summarize(workloads: dict[str, dict[str, Any]]) -> float:
 def main() -> int:
     arguments = parse_arguments(Arguments, prog="python -m benchmarks.throughput")
     if min(arguments.rounds, *(arguments.batch_sizes or ()), arguments.seconds_per_round, arguments.timeout) <= 0:
-        raise UserError("--rounds, --batch-sizes, --seconds-per-round and --timeout take numbers above 0")
+        raise UserError("--rounds, --batch-sizes, --seconds-per-round and --timeout must be above 0")
     if not (arguments.models and arguments.phases):
-        raise UserError("--models and --phases: name one or more")
+        raise UserError("--models and --phases must each name one or more")
     backends = [name for family in FAMILIES if family in {"jax", *arguments.frameworks} for name in FAMILIES[family]]
     sizes_of = lambda model: arguments.batch_sizes or default_batch_sizes(model)
     tasks = [(model, size) for model in arguments.models for size in sizes_of(model)]
     file = output_file(arguments.out, arguments.name)
-    jax.config.update("jax_platforms", "cpu")  # this process only counts FLOPs: a GPU is all the workers'
+    jax.config.update("jax_platforms", "cpu")  # this process only counts FLOPs and leaves a GPU to the workers
     load_average = os.getloadavg()[0]
     workloads: dict[str, dict[str, Any]] = {}
     for model, batch_size in tasks:

@@ -1,4 +1,4 @@
-"""The process that each backend of benchmarks.throughput has to itself."""
+"""Runs each backend of benchmarks.throughput in its own process."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from cifar_jax.host import keep_memory
 
 
 class Absent(Exception):
-    """Why a backend takes no part, in one line."""
+    """A backend can't be measured. The text is the reason, in one line."""
 
 
 class Worker:
     """A backend in its own process."""
 
     def __init__(self, backend: str, workload: Workload, platform: str | None, timeout: float) -> None:
-        """Args: platform: the one JAX found; None for JAX itself. timeout: seconds to wait for an answer."""
+        """Args: platform: the one that JAX found; None for JAX itself; timeout: seconds to wait for an answer."""
         context = multiprocessing.get_context("spawn")
         self._timeout = timeout
         self._connection, theirs = context.Pipe()
@@ -31,7 +31,7 @@ class Worker:
         theirs.close()
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """What the backend's method returns. Raises Absent if it fails, hangs or its process ends."""
+        """Calls a method of the backend. Raises: Absent if it fails, hangs or its process ends."""
         try:
             self._connection.send((method, *arguments))
             if not self._connection.poll(self._timeout):
@@ -54,16 +54,16 @@ class Worker:
 
 
 def serve(connection: Connection, backend: str, workload: Workload, platform: str | None) -> None:
-    """The process: creates the backend, then answers (method, *arguments) with (error in one line, result)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    # Set before a framework wakes up: they share the GPU, or none may use it. OMP_WAIT_POLICY stays as it is: an idle
-    # worker's OpenMP threads were seen to use no CPU, and PASSIVE could cost PyTorch the time of waking them.
+    """Main function of the process: creates the backend and answers (method, *arguments) with (error line, result)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    # Set before a framework starts: all share the GPU, or none uses it. OMP_WAIT_POLICY is not set: OpenMP threads of
+    # an idle worker use no CPU, and PASSIVE could slow PyTorch down when it wakes them.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     if platform == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    keep_memory()  # PyTorch gains from it, too
+    keep_memory()  # PyTorch benefits from it too
     in_one_line = lambda error: f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-    # Whatever a framework fails with is the reason for its absence.
+    # Any failure of a framework becomes the reason why it is left out.
     failure, worker = None, None
     try:
         worker = create_backend(backend, workload, platform)

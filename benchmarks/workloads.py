@@ -1,4 +1,4 @@
-"""What is timed: a network's reference recipe at a batch size and a type, on random images, and its FLOPs."""
+"""Workloads to time: a network's reference recipe at a batch size and dtype, on random images, and its FLOPs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from cifar_jax.train_step import create_model
 
 Phase = Literal["training", "training_augmented", "inference"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
-ORDER_STEPS = 1000  # steps until the order of the images repeats: the most that JAX runs in one call
+ORDER_STEPS = 1000  # steps after which the order of the images repeats, the most that JAX runs in one call
 
-# Batch sizes beside the reference recipe's own, and what the recipe becomes there: LeNet-5's usual training with larger
-# batches, as every framework can do it.
+# Batch sizes in addition to the reference recipe's, and changes of the recipe for them: usual settings for LeNet-5 with
+# larger batches, which every framework supports.
 MORE_BATCH_SIZES = {"lenet5": (128,)}
 LARGE_BATCH: dict[str, dict[str, Any]] = {
     "lenet5": {
@@ -34,7 +34,7 @@ LARGE_BATCH: dict[str, dict[str, Any]] = {
         "input_scaling": "standardized",
     }
 }
-# Augmentations that every framework has here; a recipe without any is timed with crops and flips.
+# Augmentations that every backend supports. A recipe without any of them is timed with crops and flips.
 NO_AUGMENTATION: dict[str, Any] = {
     "rotation_degrees": 0.0,
     "shift_fraction": 0.0,
@@ -46,17 +46,17 @@ CROPS_AND_FLIPS: dict[str, Any] = {"crop_padding": 3, "random_flip": True}
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A recipe without and with augmentation, at one batch size and dtype, on random images that stay on the device."""
+    """A recipe without and with augmentation at one batch size and dtype, on random images that stay on the device."""
 
     plain: Config
     augmented: Config
 
     def config(self, phase: str) -> Config:
-        """The recipe of a phase."""
+        """Returns the recipe of a phase."""
         return self.augmented if phase == "training_augmented" else self.plain
 
     def data(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Images uint8 [N, 32, 32, 3], labels int32 [N], and order int32 [ORDER_STEPS, batch], shuffled passes."""
+        """Returns images, uint8 [N, 32, 32, 3]; labels, int32 [N]; shuffled order, int32 [ORDER_STEPS, batch]."""
         batch = self.plain.batch_size
         size = batch * max(4, 4096 // batch)
         rng = np.random.default_rng(0)
@@ -68,7 +68,7 @@ class Workload:
 
 
 def reference_recipe(model: str) -> str:
-    """The name of a network's reference recipe. Raises: UserError if it has none."""
+    """Returns the name of a network's reference recipe. Raises: UserError if there is none."""
     name = f"{model}_reference"
     if name not in RECIPES:
         raise UserError(f"{model} has no recipe {name}: add cifar_jax/configs/{name}.py")
@@ -76,12 +76,12 @@ def reference_recipe(model: str) -> str:
 
 
 def default_batch_sizes(model: str) -> tuple[int, ...]:
-    """The reference recipe's batch size, and those of MORE_BATCH_SIZES."""
+    """Returns the reference recipe's batch size and those of MORE_BATCH_SIZES."""
     return (RECIPES[reference_recipe(model)].batch_size, *MORE_BATCH_SIZES.get(model, ()))
 
 
 def create_workload(model: str, batch_size: int, dtype: str) -> tuple[str, Workload]:
-    """The reference recipe's name, and the recipe at this batch size without and with augmentation."""
+    """Returns the reference recipe's name, and the recipe at this batch size without and with augmentation."""
     name = reference_recipe(model)
     recipe = RECIPES[name]
     changes = LARGE_BATCH.get(model, {}) if batch_size != recipe.batch_size else {}
@@ -94,7 +94,7 @@ def create_workload(model: str, batch_size: int, dtype: str) -> tuple[str, Workl
 
 
 def layer_flops(config: Config, image_size: int = 32) -> list[int]:
-    """FLOPs of the products of each layer in the forward pass of one image; a multiplication and an addition are 2.
+    """Returns each layer's FLOPs in the forward pass of one image. A multiplication and an addition count as 2.
 
     A convolution has 2·H_out·W_out·kh·kw·I·O, a dense layer 2·I·O.
     """
@@ -107,7 +107,7 @@ def layer_flops(config: Config, image_size: int = 32) -> list[int]:
 
 
 def flops_per_image(config: Config, image_size: int = 32) -> dict[str, int]:
-    """FLOPs by phase. Backward takes two products where forward takes one, but none for the image's gradient."""
+    """Returns FLOPs by phase. Backward has two products for each forward product, except the image's gradient."""
     layers = layer_flops(config, image_size)
     training = 3 * sum(layers) - layers[0]
     return {"training": training, "training_augmented": training, "inference": sum(layers)}

@@ -12,7 +12,7 @@ __all__ = ["__version__", "load_pretrained", "pretrained_names"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the released networks, and JAX, when they are asked for: a command first imports this package."""
+    """Imports pretrained.py, and with it JAX, on first use: a command imports this package before it handles Ctrl-C."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from cifar_jax import pretrained

@@ -1,4 +1,4 @@
-"""All commands: cifar-jax COMMAND …, or python -m cifar_jax COMMAND …, the same as python -m cifar_jax.COMMAND …"""
+"""Runs any command: cifar-jax COMMAND … equals python -m cifar_jax COMMAND … and python -m cifar_jax.COMMAND …"""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from cifar_jax.errors import UserError
 from cifar_jax.interrupt import exit_on_interrupt
 
 COMMANDS = {
-    "train": "train a recipe, or resume it",
-    "evaluate": "loss and accuracy of a run, a weight file or a released network",
+    "train": "train a recipe, or resume its run",
+    "evaluate": "measure loss and accuracy of a run, a weight file or a released network",
     "predict": "classify image files",
-    "convert": "write weights as another framework's file",
-    "plots": "draw a run's figures anew",
+    "convert": "write weights in another framework's file format",
+    "plots": "redraw a run's figures",
 }
 
 
 def describe() -> str:
-    """The text of --help."""
+    """Returns the text of --help."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {purpose}" for name, purpose in COMMANDS.items()]
     return "\n".join(["usage: cifar-jax COMMAND …; COMMAND --help lists its flags", "", *lines])
@@ -30,13 +30,13 @@ def main() -> int:
     if name in COMMANDS:
         sys.argv = [f"{sys.argv[0]} {name}", *arguments]
         return int(importlib.import_module(f"cifar_jax.{name}").main())
-    from cifar_jax.cli import command  # here, as in the commands: imports take seconds
+    from cifar_jax.cli import command  # imported here because it takes seconds
 
     return command(lambda: answer(name))()
 
 
 def answer(name: str) -> int:
-    """Tells the commands. Raises: UserError for a name that is none."""
+    """Prints the help text. Raises: UserError if `name` is not a help flag."""
     if name not in ("-h", "--help"):
         raise UserError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
     print(describe())

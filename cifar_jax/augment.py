@@ -1,7 +1,7 @@
-"""What happens to a training batch on the device: its keys, scaling, augmentation, size and mixing.
+"""Prepares a training batch on the device: random keys, scaling, augmentation, resizing and mixing.
 
-Augmentations are pure functions of (key, image), one float image [H, W, C] at a time, to be vmapped. Each image has a
-key of its own, so the number of devices does not change the draws.
+Each augmentation is a pure function of (key, image) for one image [H, W, C], and is vmapped over the batch. Each image
+has its own key, so the draws do not depend on the number of devices.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from cifar_jax.configs.base import Config
 
 
 def affine(image: jax.Array, angle: jax.Array, shift_y: jax.Array, shift_x: jax.Array) -> jax.Array:
-    """Rotates about the image centre and shifts, in one bilinear warp with edge fill, as keras-preprocessing 1.1.
+    """Rotates an image about its centre and shifts it, in one bilinear warp with edge fill (keras-preprocessing 1.1).
 
     Output pixel (i, j) samples the input at (c·u - s·v + o_y, s·u + c·v + o_x) with c, s = cos and sin of the angle,
-    u = i - o_y + shift_y, v = j - o_x + shift_x, o = size/2 + 0.5 (keras_preprocessing/image/
-    affine_transformations.py: rotation · shift, offset to the centre).
+    u = i - o_y + shift_y, v = j - o_x + shift_x, o = size/2 + 0.5. Source: keras_preprocessing/image/
+    affine_transformations.py, which multiplies rotation by shift and moves the origin to the centre.
 
-    Args: image float [H, W, C]; angle in radians; shifts in pixels, all scalars. Returns: [H, W, C].
+    Args: image: float [H, W, C]; angle: radians; shift_y, shift_x: pixels, scalars. Returns: float [H, W, C].
     """
     height, width, _ = image.shape
     o_y, o_x = height / 2 + 0.5, width / 2 + 0.5
@@ -35,7 +35,7 @@ def affine(image: jax.Array, angle: jax.Array, shift_y: jax.Array, shift_x: jax.
 
 
 def _warp(image: jax.Array, coordinates: list[jax.Array]) -> jax.Array:
-    """Samples each channel at the coordinates, rows and columns [H, W], bilinear, with edge fill."""
+    """Samples each channel at the coordinates (rows [H, W], columns [H, W]): bilinear, with edge fill."""
     warp_channel = lambda channel: map_coordinates(channel, coordinates, order=1, mode="nearest")
     return jax.vmap(warp_channel, in_axes=-1, out_axes=-1)(image)
 
@@ -43,7 +43,7 @@ def _warp(image: jax.Array, coordinates: list[jax.Array]) -> jax.Array:
 def draw_affine(
     key: jax.Array, rotation_degrees: float, shift_fraction: float, height: int = 32, width: int = 32
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The angle, U(±rotation_degrees) in radians, and the shifts, U(±shift_fraction) of height and width in pixels."""
+    """Draws float32 (angle, shift_y, shift_x): U(±rotation_degrees) in radians, U(±shift_fraction · size) in pixels."""
     angle_key, y_key, x_key = jax.random.split(key, 3)
     uniform = lambda key, bound: jax.random.uniform(key, (), jnp.float32, -bound, bound)
     angle = jnp.deg2rad(uniform(angle_key, rotation_degrees))
@@ -51,34 +51,37 @@ def draw_affine(
 
 
 def random_affine(key: jax.Array, image: jax.Array, rotation_degrees: float, shift_fraction: float) -> jax.Array:
-    """`affine` with the parameters of `draw_affine`."""
+    """Applies `affine` with parameters drawn by `draw_affine`."""
     return affine(image, *draw_affine(key, rotation_degrees, shift_fraction, *image.shape[:2]))
 
 
 def random_crop(key: jax.Array, image: jax.Array, padding: int) -> jax.Array:
-    """Pads by reflection and crops back to size at a uniform whole-pixel offset: a shift of up to ±padding pixels."""
+    """Pads by reflection and crops at a uniform whole-pixel offset, which shifts by up to ±padding pixels."""
     padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
     y, x = jax.random.randint(key, (2,), 0, 2 * padding + 1)
     return jax.lax.dynamic_slice(padded, (y, x, jnp.zeros_like(x)), image.shape)
 
 
 def random_flip(key: jax.Array, image: jax.Array) -> jax.Array:
-    """Mirrors left and right with probability 0.5."""
+    """Mirrors the image horizontally with probability 0.5."""
     return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
 
 
 def is_mirrored(key: jax.Array, indices: jax.Array, epoch: jax.Array) -> jax.Array:
-    """Which images alternating flip mirrors in an epoch (arXiv:2404.00498): a random half, then the other half, …
+    """Returns which images alternating flip mirrors in an epoch, bool [N] (arXiv:2404.00498).
 
-    So an image is seen both ways in any two epochs. Args: indices int32 [N] in the dataset; epoch int32 scalar from 0.
-    Returns: bool [N].
+    Even epochs mirror a random half of the images and odd epochs the other half, so two consecutive epochs show each
+    image both ways. Args: indices: int32 [N], positions in the dataset; epoch: int32 scalar from 0.
     """
     at_first = jax.vmap(lambda index: jax.random.bernoulli(jax.random.fold_in(key, index)))(indices)
     return at_first ^ (epoch % 2 == 1)
 
 
 def cutout(key: jax.Array, image: jax.Array, size: int) -> jax.Array:
-    """Sets a square of `size` pixels to 0, its centre uniform over the image, cut at the edges (arXiv:1708.04552)."""
+    """Sets a square with sides of `size` pixels to 0 (arXiv:1708.04552).
+
+    The centre is uniform over the image. The square is clipped at the image's edges.
+    """
     height, width, _ = image.shape
     y_key, x_key = jax.random.split(key)
     top = jax.random.randint(y_key, (), 0, height) - size // 2
@@ -91,11 +94,12 @@ def cutout(key: jax.Array, image: jax.Array, size: int) -> jax.Array:
 
 
 def trivial_augment(key: jax.Array, image: jax.Array) -> jax.Array:
-    """One of 13 operations at a strength of U(0, 1) of its largest, after TrivialAugment (arXiv:2103.10158).
+    """Applies one of 13 operations at random, with strength U(0, 1), like TrivialAugment (arXiv:2103.10158).
 
-    Its operations but equalize, with AutoAugment's ranges: identity; rotation (±30°), shears (±0.3) and shifts (±10
-    pixels), here with edge fill; brightness, contrast, colour and sharpness (1 ± 0.9); solarize (from 256 down to 0),
-    posterize (8 to 4 bits), autocontrast. Args: image uint8 or float [H, W, 3] in 0 to 255. Returns: float32.
+    The operations are TrivialAugment's except equalize, with AutoAugment's ranges: identity; rotation (±30°), shear
+    (±0.3) and shift (±10 pixels), with edge fill; brightness, contrast, colour and sharpness (1 ± 0.9); solarize
+    (threshold 256 to 0), posterize (8 to 4 bits), autocontrast.
+    Args: image: uint8 or float [H, W, 3], from 0 to 255. Returns: float32 [H, W, 3], from 0 to 255.
     """
     kind_key, strength_key, sign_key = jax.random.split(key, 3)
     kind = jax.random.randint(kind_key, (), 0, 13)
@@ -103,7 +107,7 @@ def trivial_augment(key: jax.Array, image: jax.Array) -> jax.Array:
     signed = jnp.where(jax.random.bernoulli(sign_key), strength, -strength)
     image = image.astype(jnp.float32)
 
-    chosen = lambda number, most: jnp.where(kind == number, most * signed, 0.0)  # at most one of the five is not 0
+    chosen = lambda number, most: jnp.where(kind == number, most * signed, 0.0)  # at most one of five is nonzero
     height, width, _ = image.shape
     y, x = (jnp.arange(size, dtype=jnp.float32) - (size - 1) / 2 for size in (height, width))
     c, s = jnp.cos(chosen(1, jnp.pi / 6)), jnp.sin(chosen(1, jnp.pi / 6))
@@ -114,11 +118,11 @@ def trivial_augment(key: jax.Array, image: jax.Array) -> jax.Array:
     gray = (image * jnp.array([0.299, 0.587, 0.114]).reshape(1, 1, 3)).sum(-1, keepdims=True)
     padded = jnp.pad(image, ((1, 1), (1, 1), (0, 0)), mode="edge")
     box = sum(padded[i : i + height, j : j + width] for i in range(3) for j in range(3))
-    blend = lambda dull: dull + (1 + 0.9 * signed) * (image - dull)  # away from, or towards, an image without it
+    blend = lambda dull: dull + (1 + 0.9 * signed) * (image - dull)  # moves away from or towards the dull image
     step = 2.0 ** jnp.round(4 * strength)
     low, high = image.min((0, 1), keepdims=True), image.max((0, 1), keepdims=True)
     results = [
-        *[warped] * 6,  # the first is the identity
+        *[warped] * 6,  # operation 0 is the identity
         blend(jnp.zeros_like(image)),
         blend(jnp.full_like(image, gray.mean())),
         blend(jnp.broadcast_to(gray, image.shape)),
@@ -133,10 +137,10 @@ def trivial_augment(key: jax.Array, image: jax.Array) -> jax.Array:
 def mix(
     key: jax.Array, images: jax.Array, others: jax.Array, mixup_alpha: float, cutmix_alpha: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixes each image with another: mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899).
+    """Mixes each image with another by mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899).
 
-    Args: images and others float [N, H, W, C]; one alpha above 0. Returns: the mixed images, and each one's
-    own share of itself, float32 [N], to weigh its label with.
+    Args: images, others: float [N, H, W, C]; mixup_alpha, cutmix_alpha: exactly one is above 0.
+    Returns: (mixed images [N, H, W, C], weight of each image's own label, float32 [N]).
     """
     size, height, width, _ = images.shape
     share_key, y_key, x_key = jax.random.split(key, 3)
@@ -151,12 +155,12 @@ def mix(
         half = length * jnp.sqrt(1 - share)[:, None] / 2
         return jnp.abs(jnp.arange(0.5, length)[None, :] - centre) < half
 
-    box = inside(y_key, height)[:, :, None] & inside(x_key, width)[:, None, :]  # cut at the edges, so count it anew
+    box = inside(y_key, height)[:, :, None] & inside(x_key, width)[:, None, :]  # clipped at the edges: count pixels
     return jnp.where(box[..., None], others, images), 1 - box.mean((1, 2))
 
 
 def create_augment(config: Config) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """The recipe's augmentation of scaled images: (keys [N], float images [N, H, W, C]) → images."""
+    """Returns the recipe's augmentation of scaled images: (keys [N], float images [N, H, W, C]) → images."""
 
     def augment_one(key: jax.Array, image: jax.Array) -> jax.Array:
         affine_key, crop_key, flip_key, cutout_key = jax.random.split(key, 4)
@@ -174,28 +178,31 @@ def create_augment(config: Config) -> Callable[[jax.Array, jax.Array], jax.Array
 
 
 def step_keys(rng: jax.Array, step: jax.Array | int) -> jax.Array:
-    """The two keys of a training step: one for augmentation, one for dropout and mixing."""
+    """Returns a training step's two keys: the first for augmentation, the second for dropout and mixing."""
     return jax.random.split(jax.random.fold_in(rng, step))
 
 
 def augmentation_keys(rng: jax.Array, step: jax.Array | int, positions: jax.Array) -> jax.Array:
-    """One key for each image of a step, by its position in the global batch: the same for any number of devices."""
+    """Returns one key per image. It depends on the position in the global batch, not on the number of devices.
+
+    Args: rng: the run's key; step: int32 scalar; positions: int32 [n]. Returns: keys [n].
+    """
     augment_rng, _ = step_keys(rng, step)
     return jax.vmap(lambda i: jax.random.fold_in(augment_rng, i))(positions)
 
 
 class Mixture(NamedTuple):
-    """How a batch was mixed: each image's partner, int32 [N], and its own share, float32 [N]."""
+    """How a batch was mixed: each image's partner, int32 [N], and the weight of its own label, float32 [N]."""
 
     partner: jax.Array
     share: jax.Array
 
 
 def create_input_transform(config: Config, image_size: int) -> Callable[..., tuple[jax.Array, Mixture | None]]:
-    """(rng, step, device, batch) → (images, mixture): a device's share of a training batch as the network takes it.
+    """Returns transform(rng, step, device, batch) → (images, mixture), which prepares a device's part of a batch.
 
-    Args: rng is the run's key; step and device int32 scalars; batch is `take_batch`'s, with 'epoch', int32 from 0.
-    Returns: float32 [n, image_size, image_size, 3]; the mixture is None for a recipe that does not mix.
+    Its arguments: rng: the run's key; step, device: int32 scalars; batch: `take_batch`'s result and 'epoch', int32 from
+    0. Its results: images: float32 [n, image_size, image_size, 3]; mixture: None if the recipe does not mix.
     """
     augment = create_augment(config)
     statistics = pixel_statistics(config.input_scaling, config.dataset)
@@ -218,7 +225,7 @@ def create_input_transform(config: Config, image_size: int) -> Callable[..., tup
         _, dropout_rng = step_keys(rng, step)
         mix_rng = jax.random.fold_in(jax.random.fold_in(dropout_rng, device), 1)
         place, real = jnp.arange(size), batch["mask"].sum().astype(jnp.int32)
-        partner = jnp.where(place < real, real - 1 - place, place)  # the reversed batch, without its padding
+        partner = jnp.where(place < real, real - 1 - place, place)  # the batch in reverse; padding stays in place
         images, share = mix(mix_rng, images, images[partner], config.mixup_alpha, config.cutmix_alpha)
         return images, Mixture(partner, share)
 

@@ -1,4 +1,4 @@
-"""What a step sees: the order of an epoch's images, batches of them, and how their pixels are scaled."""
+"""Selects what a step sees: the order of an epoch's images, the batches, and the scaling of pixels."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import jax.numpy as jnp
 
 from cifar_jax.datasets import DATASETS
 
-# Always the same generator: a run then does not depend on the user's jax_default_prng_impl.
+# A fixed generator keeps runs independent of the user's jax_default_prng_impl.
 PRNG_IMPL = "threefry2x32"
 
 
 def split_seed(seed: int) -> jax.Array:
-    """A run's three independent keys: of the initial parameters, of the training steps, of the epochs' orders."""
+    """Returns a run's three independent keys: for initial parameters, for training steps, for the order of epochs."""
     return jax.random.split(jax.random.key(seed, impl=PRNG_IMPL), 3)
 
 
 def epoch_order(seed: int, epoch: int, num_images: int) -> jax.Array:
-    """The order of the training images in an epoch: int32 [num_images], a function of seed and epoch alone."""
+    """Returns an epoch's permutation of the training images, int32 [num_images]. It depends only on seed and epoch."""
     _, _, order_key = split_seed(seed)
     return jax.random.permutation(jax.random.fold_in(order_key, epoch), num_images)
 
@@ -27,12 +27,12 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> jax.Array:
 def take_batch(
     images: jax.Array, labels: jax.Array, order: jax.Array, start: jax.Array, size: int, wrap: bool = False
 ) -> dict[str, jax.Array]:
-    """Positions start … start+size of an order as a batch. Positions past the end are masked.
+    """Takes positions start … start + size - 1 of an order as a batch. Positions past the end are padding.
 
-    Args: images uint8 [N, 32, 32, 3]; labels int32 [N]; order int32 [N]; start int32 scalar; wrap: the masked ones are
-    the order's first images, so that a batch's statistics are of different images, else copies of the last one.
-    Returns: {'image': uint8 [size, 32, 32, 3], 'label': int32 [size], 'index': int32 [size], its place in the dataset,
-    'mask': float32 [size], 1 for real examples}.
+    Args: images: uint8 [N, 32, 32, 3]; labels: int32 [N]; order: int32 [N]; start: int32 scalar; wrap: pad with the
+    order's first images, so that batch statistics see different images, instead of copies of the last image.
+    Returns: {'image': uint8 [size, 32, 32, 3], 'label': int32 [size], 'index': int32 [size], position in the dataset,
+    'mask': float32 [size], 1 for real examples and 0 for padding}.
     """
     positions = start + jnp.arange(size, dtype=jnp.int32)
     last = order.shape[0] - 1
@@ -45,10 +45,10 @@ INPUT_SCALINGS = ("unit", "symmetric", "standardized")
 
 
 def pixel_statistics(input_scaling: str, dataset: str) -> tuple[Sequence[float], Sequence[float]]:
-    """What is subtracted from pixels in [0, 1], and then divided by: one number, or one by channel, each.
+    """Returns (mean, std) with which `scale_images` scales pixels: one number each, or one per channel.
 
     Args: input_scaling: 'unit' (pixels in [0, 1]), 'symmetric' ([-1, 1]) or 'standardized' (zero mean and unit
-    variance over the dataset's training images).
+    variance per channel over the dataset's training images).
     """
     info = DATASETS[dataset]
     return {"unit": ((0.0,), (1.0,)), "symmetric": ((0.5,), (0.5,)), "standardized": (info.mean, info.std)}[
@@ -57,6 +57,6 @@ def pixel_statistics(input_scaling: str, dataset: str) -> tuple[Sequence[float],
 
 
 def scale_images(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """uint8 [N, H, W, 3] → float32, (pixel / 255 - mean) / std. Args: mean and std as `pixel_statistics` gives them."""
+    """Scales pixels: uint8 [N, H, W, 3] → float32, (pixel / 255 - mean) / std. See `pixel_statistics`."""
     shift, divisor = (jnp.asarray(values, jnp.float32).reshape(1, 1, 1, -1) for values in (mean, std))
     return (images.astype(jnp.float32) / 255 - shift) / divisor

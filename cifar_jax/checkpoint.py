@@ -1,4 +1,4 @@
-"""A run's Orbax checkpoints: the latest two, from which it resumes bit for bit, and the best by test accuracy."""
+"""Saves and restores a run's Orbax checkpoints: the latest two, and the best by test accuracy."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from cifar_jax.train_step import Metrics, TrainState
 
 
 class Progress(NamedTuple):
-    """How far a run is: `epoch` epochs are complete, evaluated and logged, and `step` steps of the next are taken.
+    """A run's position: `epoch` epochs are trained, evaluated and logged; `step` steps of the next one are done.
 
-    `seconds` is the training time spent on those steps, without compilation and evaluation.
+    `seconds` is the training time of those steps, without compilation and evaluation.
     """
 
     epoch: int = 0
@@ -37,7 +37,7 @@ class Progress(NamedTuple):
 
 
 class Restored(NamedTuple):
-    """What a run resumes from."""
+    """Everything from which a run resumes."""
 
     state: TrainState
     history: Metrics
@@ -46,28 +46,28 @@ class Restored(NamedTuple):
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint that can't be used."""
+    """A checkpoint that can't be read."""
 
 
-_MARGIN = 1.2  # room on the disk for a checkpoint, in sizes of its arrays
+_MARGIN = 1.2  # free disk space needed to save, relative to the size of the arrays
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ITEMS = ("state", "history", "batch_loss", "progress")
 
 
 def _padded(losses: np.ndarray) -> np.ndarray:
-    """With one number more, as Orbax saves no empty array."""
+    """Appends one number, because Orbax can't save an empty array."""
     return np.append(losses, np.float32(0))
 
 
 @dataclasses.dataclass
 class _LatestTwoAndBest:
-    """An Orbax preservation policy. Orbax' own for the best can't open a run with one damaged metric."""
+    """Orbax preservation policy. Orbax' own policy for the best fails on a run with one damaged metric."""
 
     best: int | None = None
     accuracy: float = -1.0
 
     def add(self, number: int, accuracy: float | None) -> None:
-        """Of equals the later one is the best."""
+        """Registers a checkpoint. Of equally accurate ones the latest counts as best."""
         if accuracy is not None and accuracy >= self.accuracy:
             self.best, self.accuracy = number, accuracy
 
@@ -78,7 +78,7 @@ class _LatestTwoAndBest:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what Orbax' threads print about a failure, then and later, from the terminal: it is raised as well."""
+    """Hides failures that Orbax' threads print, now or later. The same failure is raised as an exception."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels, hook = [logger.level for logger in loggers], sys.unraisablehook
     sys.unraisablehook = lambda _: None
@@ -91,13 +91,13 @@ def _quiet() -> Iterator[None]:
 
 
 class Checkpoints:
-    """The checkpoints in WORKDIR/checkpoints, numbered by save. Raises UserError if they can't be read or written."""
+    """The checkpoints in WORKDIR/checkpoints, numbered in order of saving. Raises: UserError if listing them fails."""
 
     def __init__(self, workdir: Path) -> None:
         self.directory = (workdir / "checkpoints").absolute()
-        if re.search(r"[][*?\\\ud800-\udfff]", str(self.directory)):  # Orbax takes it for a pattern, and loses arrays
+        if re.search(r"[][*?\\\ud800-\udfff]", str(self.directory)):  # Orbax reads it as a pattern and loses arrays
             raise UserError(
-                f"{workdir}: checkpoints can't lie below a folder whose name has [, ], *, ?, \\ or is not UTF-8: "
+                f"{workdir}: checkpoints can't be saved in a path that contains [, ], *, ?, \\ or is not UTF-8: "
                 "name another --workdir"
             )
         self._kept = _LatestTwoAndBest()
@@ -107,13 +107,13 @@ class Checkpoints:
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=_ITEMS)
             self._list()
-        except Exception as error:  # whatever Orbax raises
+        except Exception as error:  # Orbax raises many types
             damaged = next(filter(None, map(find_damage, self.directory.glob("[0-9]*"))), None)
             advice = f"{damaged} is damaged: move its checkpoint away" if damaged else "use another --workdir"
-            raise UserError(f"{self.directory}: can't open them ({error}): {advice}") from error
+            raise UserError(f"{self.directory}: can't read the checkpoints ({error}): {advice}") from error
 
     def _list(self) -> None:
-        """Finds the checkpoints on the disk, and which is the best of those whose accuracy can be read."""
+        """Lists the checkpoints on disk and finds the best of those whose accuracy can be read."""
         self._numbers, self._kept.best, self._kept.accuracy = sorted(self._manager.all_steps()), None, -1.0
         self._unreadable: list[UserError] = []
         for number in self._numbers:
@@ -126,9 +126,10 @@ class Checkpoints:
     def save(
         self, state: TrainState, history: Metrics, progress: Progress, log: RunLog, test_accuracy: float | None
     ) -> None:
-        """Saves; then older checkpoints go, except the one before and the best. Without an accuracy it can't be best.
+        """Saves a checkpoint, then removes all except the latest two and the best.
 
-        Raises: UserError if there is no room, or it can't be written; what was saved before stays.
+        Args: test_accuracy: from 0 to 1; None: this checkpoint never becomes the best.
+        Raises: UserError if the disk is full or can't be written. Earlier checkpoints stay.
         """
         number = max(self._numbers, default=0) + 1
         rows = [dataclasses.asdict(row) for row in log.rows]
@@ -144,22 +145,22 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             needed = _MARGIN * sum(leaf.nbytes for leaf in jax.tree.leaves((state, history, log.batch_loss)))
             if shutil.disk_usage(self.directory).free < needed:
-                raise OSError(errno.ENOSPC, f"it needs {needed / 2**20:.0f} MiB, which the disk lacks")
+                raise OSError(errno.ENOSPC, f"it needs {needed / 2**20:.0f} MiB of free space")
             with _quiet():
                 self._kept.add(number, test_accuracy)
                 self._manager.save(number, args=items)
                 write_checksums(folder)
         except Exception as error:
-            full = getattr(error, "errno", None) in _FULL or "ENOSPC" in str(error)  # the latter is TensorStore's
-            advice = "make room" if full else "see that it can be written"
+            full = getattr(error, "errno", None) in _FULL or "ENOSPC" in str(error)  # TensorStore only has the text
+            advice = "free disk space" if full else "make it writable"
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{self.directory}: can't save ({reason}): {advice}, then start again to resume") from error
+            raise UserError(f"{self.directory}: can't save ({reason}): {advice}, then run again to resume") from error
         self._numbers.append(number)
 
     def restore_run(self, state: TrainState, history: Metrics) -> Restored | None:
-        """The latest checkpoint that is whole, None if there are none. The arguments give shapes and placement.
+        """Restores the latest intact checkpoint; None if there is none. The arguments give shapes and placement.
 
-        Damaged ones are set aside, and said on stderr. Raises: UserError if all are damaged.
+        Damaged checkpoints are renamed, with a warning on stderr. Raises: UserError if all are damaged.
         """
         failures: list[DamagedCheckpoint] = []
         for number in reversed(self._numbers):
@@ -171,17 +172,17 @@ class Checkpoints:
             for failure, damaged in zip(failures, reversed(self._numbers)):
                 aside = self._set_aside(damaged)
                 where = f"{restored.progress.epoch} epochs and {restored.progress.step} steps"
-                _warn(f"{failure}: kept as {aside}; resuming from the checkpoint before it, after {where}")
+                _warn(f"{failure}: renamed to {aside}; resuming from the previous checkpoint, after {where}")
             if failures:
                 self._manager.reload()
                 self._list()
             return restored
         if failures:
-            raise UserError(f"{failures[0]}, and no other checkpoint is whole: name another --workdir")
+            raise UserError(f"{failures[0]}, and no other checkpoint is intact: name another --workdir")
         return None
 
     def _set_aside(self, number: int) -> str:
-        """Renames a checkpoint, so that it is kept and no longer counted as one. Returns: its folder's name."""
+        """Renames a damaged checkpoint so that it no longer counts as one. Returns: its folder's new name."""
         folder, names = self.directory / str(number), (f"damaged-{number}{'+' * again}" for again in itertools.count())
         free = next(name for name in names if not (self.directory / name).exists())
         with contextlib.suppress(OSError):
@@ -203,9 +204,9 @@ class Checkpoints:
         return Restored(items.state, items.history, _progress(log), RunLog(rows, losses))
 
     def restore_state(self, which: Literal["best", "latest"], state: TrainState) -> tuple[TrainState, Progress]:
-        """The best or the latest checkpoint's state, and how far the run was. Nothing is changed on the disk.
+        """Returns the best or latest checkpoint's (state, progress). The disk is not changed.
 
-        Damaged ones are passed over, and said on stderr. Raises: UserError if none is there, or whole.
+        Damaged checkpoints are skipped, with a warning on stderr. Raises: UserError if there is no intact one.
         """
         numbers, failures = self._numbers[::-1], []
         if which == "best":
@@ -217,28 +218,28 @@ class Checkpoints:
                 failures.append(error)
                 continue
             if failures:
-                others = "the best of the others" if which == "best" else "the checkpoint before it"
-                _warn(f"{failures[0]}: taking {others}")
+                others = "the best intact checkpoint" if which == "best" else "the previous checkpoint"
+                _warn(f"{failures[0]}: using {others}")
             return items.state, _progress(items.progress)
         if failures:
-            advice = "try --checkpoint latest" if which == "best" else "no other checkpoint is whole"
+            advice = "try --checkpoint latest" if which == "best" else "no other checkpoint is intact"
             raise UserError(f"{failures[0]}: {advice}")
-        raise UserError(f"{self.directory}: no {which} checkpoint yet: train for an epoch first")
+        raise UserError(f"{self.directory}: no {which} checkpoint yet: train for at least one epoch")
 
     def _restore(self, number: int, **items: Any) -> Any:
         folder = self.directory / str(number)
         try:
-            if (damaged := find_damage(folder)) is not None:  # Orbax lets some changed bytes through
+            if (damaged := find_damage(folder)) is not None:  # Orbax misses some changed bytes
                 raise DamagedCheckpoint(f"{damaged}: damaged or missing")
             with _quiet():
                 return self._manager.restore(number, args=ocp.args.Composite(**items))
-        except Exception as error:  # whatever Orbax and TensorStore raise
+        except Exception as error:  # Orbax and TensorStore raise many types
             if not folder.exists():
-                raise UserError(f"{folder}: replaced by a training that is under way: try again") from error
+                raise UserError(f"{folder}: removed by a training run in progress: try again") from error
             if isinstance(error, UserError):
                 raise
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise DamagedCheckpoint(f"{folder}: damaged, or of another model ({reason})") from error
+            raise DamagedCheckpoint(f"{folder}: damaged, or saved from another model ({reason})") from error
 
 
 def _progress(saved: dict[str, Any]) -> Progress:

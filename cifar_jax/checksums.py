@@ -1,4 +1,4 @@
-"""A folder's checksums, in a file of it: which of its files are not those that were saved."""
+"""Detects damaged files in a folder by SHA-256 checksums that are stored beside them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 
 def write_checksums(folder: Path) -> None:
-    """Writes FOLDER/sha256.json. Raises: UserError, OSError."""
+    """Writes FOLDER/sha256.json: {file name: SHA-256}. Raises: UserError, OSError."""
     write_json(folder / NAME, _checksums(folder))
 
 
 def find_damage(folder: Path) -> Path | None:
-    """The first file that is missing or not as it was saved; None if there is none, or no sound sha256.json."""
+    """Returns the first file that is missing or changed; None if all are intact or sha256.json can't be read."""
     try:
         saved = read_json(folder / NAME)
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What every command shares: errors of one line, exit statuses, signals, flags."""
+"""Shared by all commands: one-line errors, exit statuses, signals, parsing of flags."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ T = TypeVar("T")
 
 
 class Terminated(BaseException):
-    """SIGTERM reached a command. It is an exception so that files in the making are cleared away."""
+    """Raised when a command gets SIGTERM, so that unfinished files are removed on the way out."""
 
 
 class StopSignals:
-    """While entered, Ctrl-C, SIGTERM and SIGHUP only set `received`, which a training reads at each stage.
+    """Context in which Ctrl-C, SIGTERM and SIGHUP only set `received`. Training polls it by calling the object.
 
-    A second signal interrupts at once. Outside the main thread, where Python delivers no signals, nothing happens.
-    SIGHUP stays ignored where it is (nohup).
+    A second signal interrupts at once. The context has no effect outside the main thread, where Python delivers no
+    signals. A signal that is already ignored (SIGHUP under nohup) stays ignored.
     """
 
     received: int | None = None
@@ -50,8 +50,8 @@ class StopSignals:
         if self.received is not None:
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
         self.received = number
-        with contextlib.suppress(RuntimeError):  # it came within another print
-            say("\nstopping after this step, to save; once more to stop at once", error=True)
+        with contextlib.suppress(RuntimeError):  # the signal interrupted another print
+            say("\nstopping after this step to save the run; signal again to stop at once without saving", error=True)
 
     def __call__(self) -> bool:
         return self.received is not None
@@ -62,15 +62,15 @@ def _terminate(*_: object) -> None:
 
 
 def command(main: Callable[[], int]) -> Callable[[], int]:
-    """Wraps a command's `main`: a UserError, or one of the system, becomes one line on stderr and exit status 2.
+    """Wraps a command's `main`: a UserError or a system error becomes one line on stderr and exit status 2.
 
-    What it prints is seen at once, in a file or a pipe as well, with ? for what the output can't encode. Ctrl-C,
-    SIGTERM and a closed pipe end with the status that a shell gives them: 130, 143 and 141.
+    Output is line-buffered, also into a file or pipe. Characters that it can't encode become "?". Ctrl-C, SIGTERM and a
+    closed pipe end with the status that a shell would report: 130, 143 and 141.
     """
 
     @functools.wraps(main)
     def wrapped() -> int:
-        # Orbax comments its work through absl at WARNING and ERROR; what matters reaches the user as a UserError.
+        # Orbax logs its work through absl at WARNING and ERROR. Real problems reach the user as a UserError.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.closed:
             sys.stdout.reconfigure(line_buffering=True, errors="replace")
@@ -97,18 +97,18 @@ def command(main: Callable[[], int]) -> Callable[[], int]:
 
 
 def describe_failure(error: Exception) -> tuple[str | None, int | None]:
-    """(line, exit status) of an error that a command may end with; (None, None) for a bug, which is a traceback."""
+    """Returns (line, exit status) of an expected error, and (None, None) of a bug, which deserves a traceback."""
     if isinstance(error, UserError):
         return str(error), 2
     if isinstance(error, OSError):
-        if error.filename is None:  # it may be stdout's: Python would write the rest again at exit, and complain
+        if error.filename is None:  # stdout may have failed: at exit Python would write its rest and fail again
             silence(sys.__stdout__)
-        if isinstance(error, BrokenPipeError):  # the reader of our output (`| head`) left
+        if isinstance(error, BrokenPipeError):  # the reader of the output (`| head`) has ended
             return None, 128 + signal.SIGPIPE
-        if error.errno is None:  # no system's error: what a library calls one
+        if error.errno is None:  # a library's OSError, not the system's
             return None, None
         place = f"{error.filename}: " if error.filename else ""
-        advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "name another place"
+        advice = "free disk space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "name another place"
         return f"{place}{error.strerror}: {advice}", 2
     if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
         return "out of memory: lower --batch-size or --eval-batch-size", 2
@@ -116,8 +116,8 @@ def describe_failure(error: Exception) -> tuple[str | None, int | None]:
 
 
 def parse_arguments(kind: type[T], **options: Any) -> T:
-    """tyro.cli(kind, **options), but the first paragraph of its box about a bad flag is the text of a UserError."""
-    import tyro  # here: load_pretrained needs none
+    """Parses flags with tyro.cli(kind, **options). Raises: UserError with tyro's first paragraph about a bad flag."""
+    import tyro  # imported here because load_pretrained does without it
 
     captured = io.StringIO()
     try:
@@ -126,7 +126,7 @@ def parse_arguments(kind: type[T], **options: Any) -> T:
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        # A box of ─ and │ with its title in the frame; where stdout is not UTF-8, a title, a ruler of -, the text.
+        # tyro prints a box of ─ and │ with its title in the frame. If stdout is not UTF-8: title, ruler of -, text.
         box = captured.getvalue()
         lines = [line.strip("│ ") for line in box.splitlines()]
         is_ruler = lambda line: line.startswith(("╭", "╰")) or not line.strip("─-")

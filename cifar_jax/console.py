@@ -1,4 +1,4 @@
-"""What a training says while it runs. A console that fails (a closed window, a full disk) never stops it."""
+"""Console output of training. A failing console (a closed window, a full disk) never stops a run."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from cifar_jax.metrics import EpochMetrics
 if TYPE_CHECKING:
     import jax
 
-# The terminal or the reader of a pipe is gone; the stream is closed; tqdm met a bar that is being cleared away.
+# The terminal or the reader of a pipe is gone; the stream is closed; tqdm meets a bar that is being deleted.
 FAILURES = (OSError, ValueError, RuntimeError)
 
 
 def say(text: str, *, error: bool = False) -> None:
-    """A line on stdout or stderr, above a progress bar."""
+    """Prints a line on stdout or stderr, above any progress bar."""
     stream = sys.stderr if error else sys.stdout
-    if stream is None:  # it was closed before Python began
+    if stream is None:  # closed before Python started
         return
     written = False
     try:
         with tqdm.external_write_mode(file=stream):
             stream.write(f"{text}\n")
             written = True
-    except FAILURES:  # of the stream, or of the terminal that a progress bar is on
+    except FAILURES:  # either the stream or the progress bar's terminal fails
         try:
             if not written:
                 stream.write(f"{text}\n")
@@ -38,7 +38,7 @@ def say(text: str, *, error: bool = False) -> None:
 
 
 def silence(stream: TextIO | None) -> None:
-    """Sends the rest of a stream's output nowhere: else Python tries to write it when it ends, and complains."""
+    """Redirects a failed stream to the null device. Otherwise Python writes its rest at exit and reports an error."""
     if stream is None:
         return
     with contextlib.suppress(*FAILURES), open(os.devnull, "wb") as nowhere:
@@ -46,7 +46,7 @@ def silence(stream: TextIO | None) -> None:
 
 
 def format_epoch(row: EpochMetrics, num_epochs: int, tested: str) -> str:
-    """An epoch's line. Args: tested says on what: 'test' or 'held-out'."""
+    """Formats an epoch's line. Args: tested: the set that was tested on, 'test' or 'held-out'."""
     return (
         f"epoch {row.epoch:{len(str(num_epochs))}}/{num_epochs}"
         f"  train loss {row.train_loss:.4f} accuracy {row.train_accuracy:7.2%}"
@@ -56,18 +56,18 @@ def format_epoch(row: EpochMetrics, num_epochs: int, tested: str) -> str:
 
 
 class ProgressBar:
-    """A bar over the steps of an epoch; nothing where stderr is no terminal."""
+    """Progress bar over an epoch's steps. It shows nothing if stderr is not a terminal."""
 
     def __init__(self, description: str, total: int, start: int) -> None:
         options = {"total": total, "initial": start, "desc": description, "unit": "step", "leave": False}
         try:
-            self._bar = tqdm(**options, disable=None if sys.stderr else True)  # None: where it is no terminal
+            self._bar = tqdm(**options, disable=None if sys.stderr else True)  # None: disabled without a terminal
         except FAILURES:
             silence(sys.stderr)
             self._bar = tqdm(disable=True)
 
     def update(self, count: int, loss: jax.Array | None) -> None:
-        """Advances by `count` steps, and shows a loss that is at hand."""
+        """Advances by `count` steps and shows the loss, a float32 scalar, if given."""
         if self._bar.disable:
             return
         try:
@@ -76,7 +76,7 @@ class ProgressBar:
             self._bar.update(count)
         except FAILURES:
             silence(sys.stderr)
-            self.close()  # else it is drawn again with each line
+            self.close()  # otherwise each printed line redraws it
 
     def close(self) -> None:
         with contextlib.suppress(*FAILURES):
@@ -85,7 +85,7 @@ class ProgressBar:
 
 @contextlib.contextmanager
 def progress_bar(description: str, total: int, start: int) -> Iterator[ProgressBar]:
-    """A ProgressBar that is closed at the end."""
+    """Yields a ProgressBar and closes it at the end."""
     bar = ProgressBar(description, total, start)
     try:
         yield bar

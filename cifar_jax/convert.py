@@ -1,8 +1,8 @@
-"""Converts the weights of a file or of a run into another framework's file.
+"""Converts the weights of a file or a run to another framework's file format.
 
 python -m cifar_jax.convert IN OUT [--architecture JSON] [--model …] [--input-scaling …] [--checkpoint best|latest]
 
-IN is known by its content, OUT by its name: see weights/files.py.
+The content of IN and the name of OUT decide their formats: see weights/files.py.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from cifar_jax.weights.scaling import describe_scaling
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Converts weights: .safetensors, .pth (PyTorch), .h5, .weights.h5 and .keras (Keras), or a run's folder."""
+    """Converts weights between .safetensors, .pth (PyTorch) and .h5, .weights.h5, .keras (Keras)."""
 
     input: Annotated[Path, tyro.conf.arg(metavar="IN")]
-    """A weight file, or a run's folder."""
+    """Weight file or run folder to read."""
     output: Annotated[Path, tyro.conf.arg(metavar="OUT")]
-    """The file to write; it must not exist."""
+    """File to write. It must not exist."""
     weight_file: tyro.conf.OmitArgPrefixes[WeightFileFlags] = dataclasses.field(default_factory=WeightFileFlags)
     checkpoint: Literal["best", "latest"] | None = None
-    """Of a run's folder; None: the latest."""
+    """Checkpoint of a run folder to convert; None: latest."""
 
 
 @command
@@ -51,13 +51,13 @@ def main() -> int:
     arguments = parse_arguments(Arguments, prog="python -m cifar_jax.convert", config=positional)
     check_devices()
     if arguments.input.is_dir():
-        arguments.weight_file.refuse(without="a weight file")
+        arguments.weight_file.refuse(without="a weight file as IN")
         config, state, _ = load_run(arguments.input, arguments.checkpoint or "latest")
         class_names = DATASETS[config.dataset].class_names
         params = jax.tree.map(np.asarray, state.eval_params)
         weights = Weights(config.model, params, config.input_scaling, False, config.dataset, class_names)
     elif arguments.checkpoint is not None:
-        raise UserError(f"--checkpoint goes with a run's folder, and {arguments.input} is none")
+        raise UserError(f"--checkpoint needs a run folder, and {arguments.input} is not one")
     else:
         weights = arguments.weight_file.load(arguments.input)
     save_weights(arguments.output, weights)
@@ -66,12 +66,12 @@ def main() -> int:
     scaling = describe_scaling(weights.input_scaling, weights.dataset)
     print(f"{arguments.output}: {weights.model}, {count:,} parameters{relu}, for {weights.input_scaling} pixels:")
     print(scaling)
-    with contextlib.redirect_stderr(io.StringIO()):  # that it assumes the original's scaling; below is what to use
+    with contextlib.redirect_stderr(io.StringIO()):  # hides notes on assumed defaults: the lines below tell the values
         written = load_weights(arguments.output)
     if written.input_scaling != weights.input_scaling:
-        print(f"such a file does not hold the scaling: use it with --input-scaling {weights.input_scaling}")
+        print(f"this format does not store the scaling: use it with --input-scaling {weights.input_scaling}")
     if written.final_relu != weights.final_relu:
-        print("such a file does not hold the final ReLU: use it with an --architecture that has it")
+        print("this format does not store the final ReLU: use it with an --architecture that has it")
     if written.dataset != weights.dataset and weights.dataset not in (None, "cifar10"):
         print(f"trained on {weights.dataset}: evaluate it with --dataset {weights.dataset}")
     return 0

@@ -1,4 +1,4 @@
-"""What a measured number must stand beside: command, hardware, versions, date."""
+"""Describes how a number was measured: command, hardware, versions, date."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "flax", "
 
 
 def describe_command(program: str, arguments: Sequence[str]) -> str:
-    """The command line that measured, absolute paths cut to their last part: they say nothing on another machine."""
+    """Formats a command line. Absolute paths are cut to their last part, because other machines lack their folders."""
     words = [Path(word).name if word.startswith("/") else word for word in arguments]
     return shlex.join(["python", *program.split(), *words])
 
 
 def _processor() -> str:
-    """The architecture, and where Linux tells it the model."""
+    """Returns the CPU's architecture and, on Linux, its model name."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -35,7 +35,7 @@ def _processor() -> str:
 
 
 def describe_environment(devices: Sequence[jax.Device], packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
-    """{'hardware', 'versions', 'date'} of a measurement on these devices, without packages that aren't installed."""
+    """Returns {'hardware', 'versions', 'date'} for a measurement on these devices. Omits packages not installed."""
     versions = {"cifar_jax": cifar_jax.__version__, "python": platform.python_version()}
     for package in packages:
         try:

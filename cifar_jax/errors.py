@@ -1,7 +1,7 @@
-"""What a user can mend."""
+"""The error that users can fix."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user can mend; its text is one line that says what to do."""
+    """An error that the user can fix. Its text is one line: what is wrong and what to do."""

@@ -1,4 +1,4 @@
-"""Loss and accuracy of a trained network on the test set, every example counted once.
+"""Measures loss and accuracy of a trained network on the test set. Every image counts exactly once.
 
 python -m cifar_jax.evaluate --workdir RUN | --weights FILE | --pretrained NAME; --help lists the flags.
 """
@@ -34,35 +34,39 @@ class Arguments:
 
     source: tyro.conf.OmitArgPrefixes[SourceFlags] = dataclasses.field(default_factory=SourceFlags)
     dtype: Dtype | None = None
-    """Type of the computation; None: the run's, else float32."""
+    """Computation type; None: the run's, or float32 for weight files."""
     data_dir: str | None = None
-    """Where to look for the dataset first."""
+    """Folder of the dataset; None: the standard places (docs/data.md)."""
     eval_dropout: bool = False
-    """Leave dropout on, as the PyTorch notebook does when it tests."""
+    """Keep dropout on while testing, like the PyTorch notebook."""
     flip_tta: bool = False
     """Test-time augmentation: average the logits of each image and its mirror image."""
     json: bool = False
-    """Print JSON."""
+    """Print the result as JSON."""
 
 
 def evaluate(
     source: Source, data_dir: str | None = None, eval_dropout: bool = False, flip_tta: bool = False
 ) -> dict[str, Any]:
-    """Tests a network on its dataset's test set. Returns: a result with hardware and versions, as JSON values.
+    """Tests a network on its dataset's test set.
 
-    Raises: UserError if the data can't be loaded, or the loss is not finite.
+    Args: data_dir: folder of the dataset; eval_dropout: keep dropout on; flip_tta: average the logits of each image and
+    its mirror image. Returns: JSON values: loss in nats, accuracy from 0 to 1, options, hardware, versions, date.
+    Raises: UserError if the data can't be loaded, the classes differ, or the loss is not finite.
     """
     config, devices = source.config, jax.local_devices()
     count, classes = len(source.class_names), get_dataset(config.dataset).num_classes
     if count != classes:
-        raise UserError(f"{source.name} has {count} outputs, {config.dataset} {classes} classes: use another --dataset")
+        raise UserError(
+            f"{source.name} has {count} outputs and {config.dataset} has {classes} classes: use another --dataset"
+        )
     dataset = load_dataset(config.dataset, data_dir or config.data_dir)
     images, labels = dataset.test_images, dataset.test_labels
     metrics = Evaluator(config, source.state, images, labels, devices, eval_dropout, flip_tta)(source.state)
     assert metrics is not None  # nothing stops it
     if not math.isfinite(metrics["loss"]):
         raise UserError(f"{source.name}: the loss is {metrics['loss']}: the weights are too large for {config.dtype}")
-    # A weight file does not say its dropout rates: they are the original's.
+    # Weight files don't store dropout rates, so the original's are used.
     dropout = {"dropout_rates": config.dropout_rates} if eval_dropout else {}
     return {
         **source.origin,
@@ -85,7 +89,7 @@ def main() -> int:
     prepare_host()
     source = load_source(arguments.source, arguments.dtype)
     if source.config.holdout:
-        print("the run tested on held-out training images; this is the test set", file=sys.stderr)
+        print("note: this run tested on held-out training images; this command uses the test set", file=sys.stderr)
     result = evaluate(source, arguments.data_dir, arguments.eval_dropout, arguments.flip_tta)
     if arguments.json:
         print(json.dumps(result, indent=2))

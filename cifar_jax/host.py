@@ -1,4 +1,4 @@
-"""The CPU runtime: cores as devices, memory that the process keeps, options of the compiler."""
+"""CPU runtime: cores as devices, memory that the process keeps, compiler options."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from cifar_jax.errors import UserError
 from cifar_jax.models import get_model
 
-# mallopt's parameters (malloc.h): free bytes that are given back, bytes asked for ahead, number of blocks mapped.
+# Parameters of mallopt (malloc.h): free bytes before trimming, bytes of padding per request, number of mapped blocks.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-_HEAP_BYTES = 60 * 2**20  # below the 64 MiB of a heap of the C library
+_HEAP_BYTES = 60 * 2**20  # below the 64 MiB of glibc's heaps
 
 
 def cpu_cores() -> int:
@@ -26,25 +26,25 @@ def cpu_cores() -> int:
 
 
 def use_cpu_cores() -> None:
-    """Makes every core of the CPU a device. For commands, before anything asks JAX for its devices.
+    """Makes every CPU core a JAX device. Commands call it before JAX lists its devices.
 
-    XLA runs parts of a step on one core. With its batch divided over two cores, LeNet-5's step at batch 128 is 1.5
+    XLA runs parts of a step on one core only. Dividing the batch over two cores makes LeNet-5's step at batch 128 1.5
     times as fast.
     """
     unset = "JAX_NUM_CPU_DEVICES" not in os.environ and "device_count" not in os.environ.get("XLA_FLAGS", "")
     if unset:
-        with contextlib.suppress(RuntimeError):  # the devices are there already
+        with contextlib.suppress(RuntimeError):  # JAX has already created its devices
             jax.config.update("jax_num_cpu_devices", cpu_cores())
 
 
 def keep_memory() -> None:
-    """Makes the C library (glibc; of others nothing is asked) keep freed memory for the process.
+    """Makes glibc keep freed memory for the process. Other C libraries are left as they are.
 
-    By default a step's large buffers are given back to the system, and mapped and zeroed again in the next step:
-    LeNet-5's step at 256 then takes 1.6 times as long. A thread's memory comes in heaps of 64 MiB: an empty one is kept
-    if more than that is asked for ahead; a larger block is mapped each time, see `compiler_options`.
+    By default glibc returns a step's large buffers to the system, which maps and zeroes them again in the next step:
+    LeNet-5's step at batch 256 then takes 1.6 times as long. Each thread allocates from heaps of 64 MiB. An empty heap
+    is kept if the padding is larger. Larger blocks are mapped every time, which `compiler_options` avoids.
     """
-    with contextlib.suppress(OSError, AttributeError):  # no such library or function
+    with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
@@ -53,7 +53,7 @@ def keep_memory() -> None:
 
 @functools.cache
 def _largest_activation(model: str) -> int:
-    """Bytes of the largest output of a layer for one image, in float32, padded for the next layer."""
+    """Returns the bytes of the largest layer output for one image, in float32, padded for the next layer."""
     network = get_model(model)()
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     outputs = lambda: network.init_with_output(jax.random.key(0), jnp.zeros(images.shape), capture_intermediates=True)
@@ -63,9 +63,9 @@ def _largest_activation(model: str) -> int:
 
 
 def compiler_options(model: str, batch_size: int, devices: Sequence[jax.Device]) -> dict[str, Any]:
-    """XLA's options for a step: on a CPU its temporary arrays come in blocks that `keep_memory` can keep.
+    """Returns XLA's options for a step. On a CPU they limit blocks of temporary arrays to what `keep_memory` keeps.
 
-    Not if a single array is larger than a block, as XLA warns of each.
+    The limit is left out if a single array exceeds it, because XLA prints a warning for each one.
     """
     if devices[0].platform != "cpu" or batch_size // len(devices) * _largest_activation(model) > _HEAP_BYTES:
         return {}
@@ -73,7 +73,7 @@ def compiler_options(model: str, batch_size: int, devices: Sequence[jax.Device])
 
 
 def prepare_host() -> None:
-    """What commands do after reading their flags: uses the CPU well (see use_cpu_cores, keep_memory), checks devices.
+    """Prepares the CPU (see use_cpu_cores, keep_memory) and checks devices. Commands call it after parsing flags.
 
     Raises: UserError if JAX has no device.
     """
@@ -83,9 +83,11 @@ def prepare_host() -> None:
 
 
 def check_devices() -> None:
-    """Raises: UserError if JAX has no device, because JAX_PLATFORMS names one that is not there."""
+    """Checks that JAX has a device. Raises: UserError if not, because JAX_PLATFORMS names a missing platform."""
     try:
         jax.local_devices()
     except (RuntimeError, AssertionError) as error:
         asked = os.environ.get("JAX_PLATFORMS", "")
-        raise UserError(f"JAX finds no device: install for it (README), or unset JAX_PLATFORMS={asked}") from error
+        raise UserError(
+            f"JAX finds no device for JAX_PLATFORMS={asked}: install JAX for it (see README) or unset the variable"
+        ) from error

@@ -1,6 +1,6 @@
-"""Ctrl-C while a command's modules are imported: one line in place of a traceback.
+"""Handles Ctrl-C during a command's imports with one line instead of a traceback.
 
-A command imports this first, as its other imports take seconds. `cli.command` takes over when it begins.
+A command imports this module first, because its other imports take seconds. `cli.command` takes over afterwards.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import signal
 
 
 def exit_on_interrupt() -> None:
-    """From now on Ctrl-C says so and ends the process with status 130: there is nothing to clear away yet.
+    """Makes Ctrl-C print "interrupted" and end the process with status 130. Nothing needs to be cleaned up yet.
 
-    An exception would not do, as some modules take it for their own while they are imported.
+    An exception would not work, because some modules catch it while they are imported.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # an ignored signal stays ignored
         signal.signal(signal.SIGINT, _exit)
 
 
 def raise_on_interrupt() -> None:
-    """From now on it is a KeyboardInterrupt again."""
+    """Makes Ctrl-C raise KeyboardInterrupt again."""
     if signal.getsignal(signal.SIGINT) is _exit:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

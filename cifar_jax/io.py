@@ -1,4 +1,4 @@
-"""Files that are replaced whole, so that a crash or a reader never sees half of one."""
+"""Atomic file writes, so that a crash or a reader never sees half a file, and JSON files."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from cifar_jax.errors import UserError
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces a file, and syncs it first: after a crash the old or the new one is there.
+    """Writes a file atomically: after a crash either the old or the new content is there.
 
-    Raises: UserError if that is not possible.
+    Raises: UserError if the file can't be written.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -25,21 +25,21 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(partial, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            partial.unlink()  # it may be what fills the disk
+            partial.unlink()  # it may be the file that fills the disk
         if not isinstance(error, OSError):
             raise
         raise UserError(f"can't write {path}: {error.strerror}") from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replaces a file by a JSON object, indented. Raises: UserError; ValueError for a number that is not finite."""
+    """Writes an indented JSON object atomically. Raises: UserError; ValueError if a number is not finite."""
     write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Reads a JSON object from a file.
 
-    Raises: OSError if it can't be opened; ValueError if it holds anything else, however deeply nested.
+    Raises: OSError if the file can't be read; ValueError if it holds no JSON object or one nested too deeply.
     """
     try:
         content = json.loads(path.read_text())

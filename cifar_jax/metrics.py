@@ -1,4 +1,4 @@
-"""What a run logs: a row of metrics per epoch, and the loss of every step; metrics.csv and batch_loss.npy."""
+"""A run's log: metrics of every epoch (metrics.csv) and the loss of every step (batch_loss.npy)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ STALLED_STEPS = 500
 class EpochMetrics:
     """A row of metrics.csv.
 
-    Losses are in nats, accuracies from 0 to 1. The training ones are means over the epoch while it trained, with
-    dropout and augmentation. `learning_rate` is the last step's. `seconds` and `images_per_second` are of training
-    alone, without compilation and evaluation.
+    Losses are in nats, accuracies from 0 to 1. Training loss and accuracy are means over the epoch's steps, measured
+    during training with dropout and augmentation. `learning_rate` is the last step's. `seconds` and `images_per_second`
+    measure training without compilation and evaluation.
     """
 
     epoch: int
@@ -40,9 +40,9 @@ _COLUMNS = [field.name for field in dataclasses.fields(EpochMetrics)]
 
 @dataclasses.dataclass
 class RunLog:
-    """The rows of the complete epochs, and the loss of each of their steps, float32 [steps].
+    """The rows of all complete epochs and the loss of each of their steps, float32 [steps].
 
-    Every checkpoint holds it. metrics.csv and batch_loss.npy are written from it, so they may be lost or damaged.
+    Every checkpoint contains the log. metrics.csv and batch_loss.npy can be rewritten from it if they are lost.
     """
 
     rows: list[EpochMetrics] = dataclasses.field(default_factory=list)
@@ -66,18 +66,18 @@ class RunLog:
 
 
 def is_stalled(batch_loss: np.ndarray, num_classes: int) -> bool:
-    """Whether the loss stayed at chance, ln(num_classes), for the last STALLED_STEPS steps.
+    """Tells whether the loss stayed at chance, ln(num_classes), for the last STALLED_STEPS steps.
 
-    Args: batch_loss float32 [steps] in nats, of a whole run.
+    Args: batch_loss: float32 [steps], nats, all steps of a run.
     """
     if len(batch_loss) < STALLED_STEPS:
         return False
     excess = batch_loss[-STALLED_STEPS:].reshape(5, -1).mean(axis=1) - math.log(num_classes)
-    return bool(np.all((excess > -0.005) & (excess < 0.1)))  # in each part: a loss that falls through it is not flat
+    return bool(np.all((excess > -0.005) & (excess < 0.1)))  # in each of 5 parts: a loss that falls past chance is fine
 
 
 def read_metrics(workdir: Path) -> list[EpochMetrics]:
-    """The rows of WORKDIR/metrics.csv, none if it is not there. Raises: UserError if it is not such a file."""
+    """Reads WORKDIR/metrics.csv; [] if it does not exist. Raises: UserError if it is malformed."""
     path = workdir / "metrics.csv"
     if not path.exists():
         return []
@@ -85,25 +85,25 @@ def read_metrics(workdir: Path) -> list[EpochMetrics]:
         with path.open(newline="") as file:
             table = csv.DictReader(file)
             if table.fieldnames != _COLUMNS:
-                raise ValueError("other columns")
+                raise ValueError("unexpected columns")
             rows = [{name: float(value) for name, value in row.items()} for row in table]
         if not all(math.isfinite(value) for row in rows for value in row.values()):
             raise ValueError("a value is not finite")
         return [EpochMetrics(epoch=int(row.pop("epoch")), **row) for row in rows]
     except (OSError, KeyError, TypeError, ValueError, ArithmeticError, csv.Error) as error:
-        raise UserError(f"{path}: not a metrics.csv of this program ({error})") from error
+        raise UserError(f"{path}: not a metrics.csv written by this program ({error})") from error
 
 
 def read_batch_loss(workdir: Path) -> np.ndarray:
-    """The loss of every training step, float32 [steps], empty if the file is not there. Raises: UserError."""
+    """Reads the loss of every training step, float32 [steps]; empty if the file does not exist. Raises: UserError."""
     path = workdir / "batch_loss.npy"
     try:
-        with path.open("rb") as file:  # numpy leaves one open that it can't read
+        with path.open("rb") as file:  # numpy does not close a file that it can't read
             losses = np.load(file, allow_pickle=False)
         if not isinstance(losses, np.ndarray) or losses.ndim != 1 or losses.dtype != np.float32:
             raise ValueError("not float32 [steps]")
         return losses
     except FileNotFoundError:
         return np.zeros(0, np.float32)
-    except Exception as error:  # of a damaged header numpy's parser raises anything
-        raise UserError(f"{path}: damaged ({type(error).__name__}): resume the run to write it anew") from error
+    except Exception as error:  # numpy's parser can raise anything for a damaged header
+        raise UserError(f"{path}: damaged ({type(error).__name__}): resume the run to rewrite it") from error

@@ -1,9 +1,9 @@
-"""Batch normalisation while training, folded into kernels and biases afterwards: the network stays the published one.
+"""Batch normalisation during training, folded into kernels and biases for evaluation. The network stays unchanged.
 
-While training each hidden layer's output is normalised by its mean and variance over the device's share of the batch,
-then multiplied by a learnt `scale` and shifted by the layer's `bias`, before the ReLU (arXiv:1502.03167). For
-evaluation `fold` puts fixed statistics into the parameters of the plain network: kernel·scale/σ and
-bias - mean·scale/σ. Zero padding is exact, as the normalisation comes after the convolution.
+During training each hidden layer's output is normalised by its mean and variance over the device's part of the batch,
+multiplied by a learnt `scale` and shifted by the layer's `bias`, before the ReLU (arXiv:1502.03167). For evaluation
+`fold` puts fixed statistics into the plain network's parameters: kernel·scale/σ and bias - mean·scale/σ. This is exact
+with zero padding too, because the normalisation follows the convolution.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EPSILON = 1e-5
 
 
 class Moments(NamedTuple):
-    """Mean and variance of a layer's output by channel, before its bias: float32 [channels] each."""
+    """Mean and variance per channel of a layer's output without its bias, float32 [channels] each."""
 
     mean: jax.Array
     variance: jax.Array
@@ -30,17 +30,17 @@ Statistics = dict[str, Moments]
 
 
 def add_scales(model: Any, params: Any) -> Any:
-    """Parameters of the normalised network: those of `model`, and a `scale` of ones for each hidden layer."""
+    """Returns the normalised network's parameters: `params` and a `scale` of ones for each hidden layer."""
     hidden = {name: {**params[name], "scale": jnp.ones_like(params[name]["bias"])} for name in model.LAYERS[:-1]}
     return {**params, **hidden}
 
 
 def _moments(outputs: jax.Array, symmetric: bool) -> Moments:
-    """Over all axes except the last, in float32 (float64 for such outputs)."""
+    """Computes moments over all axes except the last, in float32 (float64 for float64 outputs)."""
     outputs = outputs.astype(np.promote_types(outputs.dtype, np.float32))
     axes = tuple(range(outputs.ndim - 1))
     mean = outputs.mean(axes)
-    if symmetric:  # units in reverse order see the mirror image
+    if symmetric:  # the units in reverse order see the mirror image
         mean = (mean + mean[::-1]) / 2
     centred = outputs - mean.reshape((1,) * len(axes) + (-1,))
     variance = (centred * centred).mean(axes)
@@ -55,11 +55,11 @@ def apply_normalized(
     symmetric: bool = False,
     **options: Any,
 ) -> tuple[jax.Array, Statistics]:
-    """The normalised network: (logits, statistics of the hidden layers).
+    """Runs the normalised network. Returns: (logits [N, num_classes], statistics of the hidden layers).
 
-    Args: model: a network of models.MODELS; params: of `add_scales`; images as the network takes them; statistics: the
-    batch's own unless given; symmetric: statistics are made symmetric, for parameters that are (see symmetry.py);
-    options are model.apply's (train, rngs).
+    Args: model: a network of models.MODELS; params: from `add_scales`; images: scaled, float32 [N, H, W, 3];
+    statistics: to normalise by; None: the batch's own; symmetric: make statistics symmetric, for mirror-symmetric
+    parameters (see symmetry.py); options: keyword arguments of model.apply (train, rngs).
     """
     found: Statistics = {}
     plain = {
@@ -86,7 +86,7 @@ def apply_normalized(
 
 
 def merge(parts: list[Statistics]) -> Statistics:
-    """The statistics of several batches of the same size together."""
+    """Combines the statistics of several batches of equal size."""
 
     def pooled(*moments: Moments) -> Moments:
         means = jnp.stack([part.mean for part in moments])
@@ -97,9 +97,9 @@ def merge(parts: list[Statistics]) -> Statistics:
 
 
 def fold(params: Any, statistics: Statistics) -> Any:
-    """Parameters of the plain network with which it computes what the normalised one does with these statistics.
+    """Returns parameters with which the plain network equals the normalised network with these statistics.
 
-    Args: params: of `add_scales`. Returns: the same without `scale`.
+    Args: params: from `add_scales`. Returns: kernels and biases without `scale`.
     """
     folded = {}
     for name, layer in params.items():

@@ -1,4 +1,4 @@
-"""A recipe's optimizer: schedule of the learning rate, average of the parameters, SGD, Keras' SGD, Muon, SAM."""
+"""A recipe's optimizer: learning-rate schedule, parameter averaging, SGD, Keras' SGD, Muon, SAM."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from cifar_jax.symmetry import symmetric_gradients
 
 
 def swa_steps(config: Config, steps_per_epoch: int) -> tuple[int, int]:
-    """The step at which the cycles of stochastic weight averaging begin, and the steps of each (0: there are none)."""
+    """Returns (first step, steps per cycle) of stochastic weight averaging; 0 steps per cycle: there are no cycles."""
     total_steps = config.num_epochs * steps_per_epoch
     cycle_steps = int(config.swa_fraction * total_steps / config.swa_cycles)
     return total_steps - config.swa_cycles * cycle_steps, cycle_steps
 
 
 def create_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
-    """Learning rate by step, float32."""
+    """Returns the learning-rate schedule: step, int32 scalar from 0 → rate, float32 scalar."""
     start, cycle_steps = swa_steps(config, steps_per_epoch)
     rate, warmup = config.learning_rate, min(round(config.warmup_fraction * start), start - 1)
     corners = jnp.array([0, max(warmup, 1), start], jnp.float32)
@@ -39,20 +39,20 @@ def create_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
         cycle = optax.linear_schedule(config.swa_learning_rate, 0.0, cycle_steps)
         starts = [start + number * cycle_steps for number in range(config.swa_cycles)]
         schedule = optax.join_schedules([schedule, *[cycle] * config.swa_cycles], starts)
-    return lambda step: schedule(jnp.asarray(step, jnp.float32))  # optax mixes the step's type with float32
+    return lambda step: schedule(jnp.asarray(step, jnp.float32))  # optax would mix the step's type with float32
 
 
 def create_averaging_share(config: Config, steps_per_epoch: int) -> Callable[[jax.Array | int], jax.Array]:
-    """The share of the parameters in their average, float32, by the number of steps taken, int32.
+    """Returns share(steps taken, int32) → weight of the current parameters in their average, float32.
 
-    It is an exponential moving average until the cycles of stochastic weight averaging; then the mean of what it was
-    and of the parameters at the end of each cycle.
+    Before the cycles of stochastic weight averaging the average is an exponential moving average. Then it becomes the
+    mean of that average and of the parameters at the end of each cycle.
     """
     start, cycle_steps = swa_steps(config, steps_per_epoch)
 
     def share(step: jax.Array | int) -> jax.Array:
         taken = jnp.asarray(step, jnp.float32)
-        moving = 1 - jnp.minimum(config.ema_decay, taken / (taken + 10))  # at first it forgets the initial parameters
+        moving = 1 - jnp.minimum(config.ema_decay, taken / (taken + 10))  # forgets the initial parameters quickly
         if cycle_steps == 0:
             return moving
         ended = jnp.where((step - start) % cycle_steps == 0, 1 / (1 + (taken - start) / cycle_steps), 0.0)
@@ -62,10 +62,10 @@ def create_averaging_share(config: Config, steps_per_epoch: int) -> Callable[[ja
 
 
 def create_tx(config: Config, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
-    """The recipe's optimizer. With sam_rho its update takes grad_fn(params, _), under the axis AXIS.
+    """Returns the recipe's optimizer. With sam_rho its update needs grad_fn(params, _) and the mapped axis AXIS.
 
-    Keras keeps the rate inside the velocity, v ← μv − lr_t·g; PyTorch (and optax.sgd) outside, p ← p − lr_t·v. With
-    a changing rate they are not the same optimizer.
+    Keras keeps the rate inside the velocity, v ← μv − lr_t·g. PyTorch and optax.sgd keep it outside, p ← p − lr_t·v.
+    The two optimizers differ when the rate changes.
     """
     schedule = create_schedule(config, steps_per_epoch)
     frozen = [_freeze(config)] if config.whitening or config.normalization_scale == "fixed" else []
@@ -92,7 +92,7 @@ def create_tx(config: Config, steps_per_epoch: int) -> optax.GradientTransformat
 
 
 def _create_muon(config: Config, schedule: optax.Schedule, last_layer: str) -> optax.GradientTransformation:
-    """Muon for all kernels except the last layer's, as matrices [inputs, outputs]; Adam for the rest."""
+    """Returns Muon for all kernels except the last layer's, as matrices [inputs, outputs], and Adam for the rest."""
 
     def dimension_numbers(params: Any) -> Any:
         matrix = lambda x: optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), (x.ndim - 1,))
@@ -113,7 +113,7 @@ def _create_muon(config: Config, schedule: optax.Schedule, last_layer: str) -> o
 
 
 def _normalize_kernels(layers: Sequence[str]) -> optax.GradientTransformation:
-    """Makes updates lead to kernels of norm √outputs."""
+    """Changes updates so that the updated kernels of these layers have norm √outputs."""
 
     def update(updates: Any, params: Any) -> Any:
         def scaled(update: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -130,7 +130,7 @@ def _normalize_kernels(layers: Sequence[str]) -> optax.GradientTransformation:
 
 
 def _freeze(config: Config) -> optax.GradientTransformation:
-    """Sets to 0 what does not learn: fixed scales, and whitening filters."""
+    """Sets the updates of fixed scales and whitening filters to 0."""
     first_layer = get_model(config.model).LAYERS[0]
 
     def freeze(path: Any, update: jax.Array) -> jax.Array:

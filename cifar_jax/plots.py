@@ -1,6 +1,6 @@
-"""The figures of a run, from its files; `python -m cifar_jax.plots RUN` draws them anew.
+"""Draws a run's figures from its files: python -m cifar_jax.plots RUN
 
-accuracy.png and loss.png as the Keras program drew them, batch_loss.png as the PyTorch notebook did.
+accuracy.png and loss.png follow the Keras program's figures, batch_loss.png the PyTorch notebook's.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from cifar_jax.io import read_json
 from cifar_jax.metrics import read_batch_loss, read_metrics
 
 RUNNING_MEAN_STEPS = 500
-USAGE = "usage: python -m cifar_jax.plots RUN, with RUN the workdir of a training"
+USAGE = "usage: python -m cifar_jax.plots RUN, where RUN is a run's workdir"
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Means of `window` neighbours: [N] → [N - window + 1], float64."""
+    """Returns the means of `window` consecutive values: [N] → float64 [N - window + 1]."""
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     return (sums[window:] - sums[:-window]) / window
 
 
 def plot_run(workdir: Path) -> None:
-    """Draws accuracy.png, loss.png and batch_loss.png into a run's folder. Raises: UserError without a metrics.csv."""
+    """Draws accuracy.png, loss.png and batch_loss.png in a run's folder. Raises: UserError without a metrics.csv."""
     rows = read_metrics(workdir)
     if not rows:
-        raise UserError(f"{workdir}: no metrics.csv with an epoch in it, so nothing to draw")
+        raise UserError(f"{workdir}: nothing to draw: metrics.csv is missing or has no epoch yet")
     epochs = [row.epoch for row in rows]
     for quantity in ("accuracy", "loss"):
         with _figure(workdir / f"{quantity}.png", f"model {quantity}", "epoch", quantity) as axes:
@@ -54,8 +54,8 @@ def plot_run(workdir: Path) -> None:
 
 
 def _tested_images(workdir: Path) -> str:
-    """What the run was tested on, by its config.json."""
-    with contextlib.suppress(OSError, ValueError, KeyError):  # a metrics.csv alone can be drawn, too
+    """Returns the set that the run was tested on, according to its config.json."""
+    with contextlib.suppress(OSError, ValueError, KeyError):  # metrics.csv alone is enough to draw
         if read_json(workdir / "config.json")["holdout"]:
             return "held-out"
     return "test"
@@ -63,8 +63,8 @@ def _tested_images(workdir: Path) -> str:
 
 @contextlib.contextmanager
 def _figure(path: Path, title: str, xlabel: str, ylabel: str) -> Iterator[Any]:
-    """Axes to draw on, saved as a PNG at the end. Neither a display nor the user's settings matter."""
-    backend = os.environ.pop("MPLBACKEND", None)  # a notebook's names a module that may be missing here
+    """Yields axes to draw on and saves them as PNG. The figure depends on neither a display nor the user's style."""
+    backend = os.environ.pop("MPLBACKEND", None)  # a notebook sets a backend that may be missing here
     try:
         import matplotlib.style
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -87,7 +87,7 @@ def _figure(path: Path, title: str, xlabel: str, ylabel: str) -> Iterator[Any]:
 @command
 def main() -> int:
     if sys.argv[1:] in (["-h"], ["--help"]):
-        print(f"{USAGE}\nDraws accuracy.png, loss.png and batch_loss.png of a run anew, into its folder.")
+        print(f"{USAGE}\nRedraws accuracy.png, loss.png and batch_loss.png in the run's folder.")
         return 0
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         raise UserError(USAGE)

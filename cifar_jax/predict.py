@@ -26,24 +26,25 @@ from cifar_jax.errors import UserError
 from cifar_jax.host import prepare_host
 from cifar_jax.sources import Source, SourceFlags, load_source
 
-DEFAULT = "all_cnn"  # the most accurate of the released networks
+DEFAULT = "all_cnn"  # the most accurate released network
 BATCH_SIZE = 256
 
 
 def load_image(path: Path) -> np.ndarray:
-    """An image file as the networks take it: upright, on white, its middle square in 32×32 pixels, uint8 [32, 32, 3].
+    """Reads an image file for the networks: uint8 [32, 32, 3].
 
-    Raises: UserError if it is not an image that Pillow can read; PermissionError.
+    EXIF rotation is applied, transparency becomes white, and the central square is resized to 32×32 pixels.
+    Raises: UserError if Pillow can't read the file; PermissionError.
     """
     path = path.expanduser()
     if path.is_dir():
         raise UserError(f"{path}: is a folder: name the image files in it")
     if not path.is_file():
-        raise UserError(f"{path}: there is no such file")
+        raise UserError(f"{path}: no such file")
     try:
-        with warnings.catch_warnings(action="ignore"), PIL.Image.open(path) as image:  # large ones are warned of
-            if image.mode.startswith(("I", "F")):  # convert would cut them off at 255
-                raise ValueError("more than 8 bits a pixel")
+        with warnings.catch_warnings(action="ignore"), PIL.Image.open(path) as image:  # Pillow warns of large images
+            if image.mode.startswith(("I", "F")):  # convert would clip them at 255
+                raise ValueError("more than 8 bits per channel")
             upright = PIL.ImageOps.exif_transpose(image).convert("RGBA")
     except PermissionError:
         raise
@@ -57,19 +58,19 @@ def load_image(path: Path) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Classifies image files: the middle square of each, at 32×32 pixels. The probabilities are not calibrated."""
+    """Classifies image files by their central square, at 32×32 pixels. The probabilities are not calibrated."""
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE …")]
-    """Files of any kind that Pillow reads."""
+    """Image files in any format that Pillow reads."""
     source: tyro.conf.OmitArgPrefixes[SourceFlags] = dataclasses.field(default_factory=SourceFlags)
     top: int = 3
-    """How many classes to tell of each image."""
+    """Number of most probable classes to print for each image."""
     json: bool = False
-    """Print JSON."""
+    """Print the result as JSON."""
 
 
 def predict(source: Source, images: np.ndarray) -> np.ndarray:
-    """Probabilities of the classes. Args: images uint8 [N, 32, 32, 3]. Returns: float32 [N, num_classes].
+    """Returns class probabilities, float32 [N, num_classes]. Args: images: uint8 [N, 32, 32, 3].
 
     Raises: UserError if they are not finite.
     """
@@ -82,7 +83,7 @@ def predict(source: Source, images: np.ndarray) -> np.ndarray:
     parts = [classify(images[start : start + BATCH_SIZE]) for start in range(0, len(images), BATCH_SIZE)]
     probabilities = np.concatenate(parts)
     if not np.isfinite(probabilities).all():
-        raise UserError("some probabilities are not finite: the weights are too large")
+        raise UserError(f"{source.name}: some probabilities are not finite: the weights are too large")
     return probabilities
 
 
@@ -92,14 +93,14 @@ def main() -> int:
     arguments = parse_arguments(Arguments, prog="python -m cifar_jax.predict", config=flags)
     prepare_host()
     if not arguments.images:
-        raise UserError("name one image file or more")
+        raise UserError("no image given: name one or more image files")
     if arguments.top < 1:
         raise UserError(f"--top {arguments.top}: must be 1 or more")
     images = np.stack([load_image(path) for path in arguments.images])
     source = load_source(arguments.source, default=DEFAULT)
     names, results = source.class_names, []
     if arguments.top > len(names):
-        raise UserError(f"--top {arguments.top}: there are {len(names)} classes")
+        raise UserError(f"--top {arguments.top}: there are only {len(names)} classes")
     for path, row in zip(arguments.images, predict(source, images).tolist()):
         ranked = sorted(zip(names, row), key=lambda pair: -pair[1])[: arguments.top]
         results.append({"image": str(path), "probabilities": dict(ranked)})

@@ -1,4 +1,4 @@
-"""A run's folder: who may use it, what identifies the run, its restarts and its summary."""
+"""A run's folder: its lock, the run's identity, its restarts and its summary."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RESULTS = ("metrics.csv", "batch_loss.npy", "summary.json", "accuracy.png", "los
 
 
 def read_config(workdir: Path) -> Config:
-    """The config that a run was made with. Raises: UserError if there is none."""
+    """Reads a run's config.json. Raises: UserError if it is missing or invalid."""
     path = workdir / "config.json"
     try:
         fields = read_json(path)
@@ -40,37 +40,37 @@ def read_config(workdir: Path) -> Config:
         fields["image_sizes"] = tuple(map(tuple, fields.get("image_sizes", ())))
         return Config(**fields)
     except FileNotFoundError as error:
-        raise UserError(f"{workdir}: no config.json, so not the workdir of a run") from error
+        raise UserError(f"{workdir}: not a run's workdir: it has no config.json") from error
     except (OSError, TypeError, KeyError, ValueError, UserError) as error:
-        raise UserError(f"{path}: not a config of this program ({error})") from error
+        raise UserError(f"{path}: not a config written by this program ({error})") from error
 
 
 def resolve_workdir(name: str) -> str:
-    """A workdir's path with ~ expanded. Raises: UserError for an address such as gs://bucket/run."""
-    if re.match(r"\w+:/", name):  # a Path has one slash of two
-        raise UserError(f"--workdir {name}: a run is written to a folder of this machine: name one, or a mounted one")
+    """Expands ~ in a workdir's path. Raises: UserError for an address such as gs://bucket/run."""
+    if re.match(r"\w+:/", name):  # Path turns two slashes into one
+        raise UserError(f"--workdir {name}: remote addresses are not supported: name a local or mounted folder")
     return os.path.expanduser(name)
 
 
 @contextlib.contextmanager
 def claim_workdir(workdir: Path, config: Config) -> Iterator[None]:
-    """Holds the folder for this process, made if need be; one that stays empty is removed again.
+    """Creates the folder if needed and locks it for this process. A new folder that stays empty is removed again.
 
-    Raises: UserError if it holds a run with another config, if another process holds it, or if it can't be used.
+    Raises: UserError if it holds a run with another config, another process has locked it, or it can't be written.
     """
     made = not workdir.exists()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = (workdir / ".lock").open("a")
     except OSError as error:
-        raise UserError(f"--workdir {workdir}: {error.strerror}: name a folder that can be written") from error
+        raise UserError(f"--workdir {workdir}: {error.strerror}: name a writable folder") from error
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"--workdir {workdir}: another training is at work there: name another") from error
-        except OSError as error:  # a file system without locks, as some network ones
-            say(f"warning: {workdir} can't be locked ({error.strerror}): start no other training there", error=True)
+            raise UserError(f"--workdir {workdir}: another process is training there: name another folder") from error
+        except OSError as error:  # some network file systems have no locks
+            say(f"warning: {workdir} can't be locked ({error.strerror}): don't start another run there", error=True)
         check_same_config(workdir, config)
         yield
     finally:
@@ -81,7 +81,7 @@ def claim_workdir(workdir: Path, config: Config) -> Iterator[None]:
 
 
 def probe_workdir(workdir: Path) -> None:
-    """Saves a small checkpoint and reads it back, before hours of training. Raises: UserError if that fails."""
+    """Saves a small checkpoint and reads it back before training starts. Raises: UserError if that fails."""
     folder = workdir / f"probe-{uuid.uuid4()}"
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -89,41 +89,46 @@ def probe_workdir(workdir: Path) -> None:
             checkpointer.wait_until_finished()
             restored = checkpointer.restore(folder.absolute(), {"probe": np.zeros(3, np.int64)})
         if restored["probe"].tolist() != [0, 1, 2]:
-            raise OSError("what was written is not what is read")
-    except Exception as error:  # whatever Orbax and TensorStore raise
+            raise OSError("reading back gives other values")
+    except Exception as error:  # Orbax and TensorStore raise many types
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--workdir {workdir}: checkpoints can't be saved there ({reason}): name another") from error
+        raise UserError(
+            f"--workdir {workdir}: checkpoints can't be saved there ({reason}): name another folder"
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_same_config(workdir: Path, config: Config) -> None:
-    """Raises: UserError if the folder holds a run with another config, or files that are not a run's."""
+    """Checks that the folder fits this config.
+
+    Raises: UserError if it holds a run with another config, or result files that belong to no run.
+    """
     has_checkpoints = any((workdir / "checkpoints").glob("[0-9]*"))
     results = [workdir / name for name in RESULTS if (workdir / name).exists()]
     path = workdir / "config.json"
     if not path.exists():
         if has_checkpoints:
-            raise UserError(f"{workdir}: has checkpoints but no config.json: put it back, or name another --workdir")
+            raise UserError(f"{workdir}: has checkpoints but no config.json: restore it, or name another --workdir")
         foreign = [*results, *([workdir / "dataset.json"] if _read_identity(workdir) == {} else [])]
         if foreign:
-            raise UserError(f"{foreign[0]}: not a run's, as no config.json is beside it: name another --workdir")
+            raise UserError(f"{foreign[0]}: belongs to no run, as config.json is missing: name another --workdir")
         return
     if path.stat().st_size == 0 and not has_checkpoints and not results:
-        return  # a crash in the run's first moment
+        return  # the run crashed while it wrote config.json
     saved = read_config(workdir)
     in_restarts = workdir.name.startswith("restart") or (workdir / "restart1").exists()
     if not has_checkpoints and not results and not in_restarts:
-        return  # nothing is kept of it: it was out of memory in its first epoch, say, so that its batch must change
+        return  # the run saved nothing, for example if memory ran out: its batch size may change
     old, new = dataclasses.asdict(saved), dataclasses.asdict(config)
     fields = [name for name in old if name not in EXECUTION_FIELDS and old[name] != new[name]]
     if fields:
         changes = ", ".join(f"{name} {old[name]} → {new[name]}" for name in fields)
-        raise UserError(f"{workdir} holds a run with another config ({changes}): name another --workdir")
+        raise UserError(f"{workdir}: holds a run with another config ({changes}): name another --workdir")
 
 
 def _read_identity(workdir: Path) -> dict[str, Any] | None:
-    """The content of dataset.json, {} if it is not ours or damaged, None if it is not there."""
+    """Reads dataset.json; {} if it is damaged or foreign; None if it does not exist."""
     try:
         content = read_json(workdir / "dataset.json")
     except FileNotFoundError:
@@ -134,23 +139,23 @@ def _read_identity(workdir: Path) -> dict[str, Any] | None:
 
 
 def check_same_data(workdir: Path, dataset: Dataset, resumes: bool) -> None:
-    """Writes which data the run is of.
+    """Checks that a resumed run sees the same training data, and records the data's identity in dataset.json.
 
-    Epochs, flips and held-out images go by place, and copies of CIFAR-10 differ in their order. Raises: UserError if
-    the run began with training images of other labels, or of the same in another order.
+    Batches, flips and held-out images depend on the order of the images, and copies of CIFAR-10 differ in it.
+    Raises: UserError if the run began with other training labels or another order of them.
     """
     checksum = hashlib.sha256(dataset.train_labels.tobytes()).hexdigest()
     saved = _read_identity(workdir)
     if resumes and saved and saved["train_labels_sha256"] != checksum:
         raise UserError(
-            f"{workdir}: began with {saved['source']}, and {dataset.source} has other labels or another order: "
-            "name the former with --data-dir, or another --workdir"
+            f"{workdir}: this run began with {saved['source']}, and {dataset.source} has other labels or another "
+            "order: name the former with --data-dir, or name another --workdir"
         )
     write_json(workdir / "dataset.json", {"source": dataset.source, "train_labels_sha256": checksum})
 
 
 def restarted(config: Config, number: int) -> Config:
-    """The recipe's restart after it stalled or diverged: a folder of its own, half the rate, the next seed."""
+    """Returns the config of restart `number`: its own folder, the rate halved `number` times, seed + number."""
     return dataclasses.replace(
         config,
         workdir=str(Path(config.workdir) / f"restart{number}"),
@@ -161,9 +166,9 @@ def restarted(config: Config, number: int) -> Config:
 
 
 def attempts(config: Config) -> list[Config]:
-    """The run and its restarts that are still to be tried, in order; without auto_restart the run alone.
+    """Returns the run and the restarts that remain to be tried, in order; only the run without auto_restart.
 
-    Raises: UserError if it was restarted before and auto_restart is not set.
+    Raises: UserError if the run was restarted before and auto_restart is not set.
     """
     if not config.auto_restart:
         if (Path(config.workdir) / "restart1").exists():
@@ -175,7 +180,7 @@ def attempts(config: Config) -> list[Config]:
 
 
 def read_summary(workdir: Path, config: Config) -> dict[str, Any] | None:
-    """The summary of a complete run of this config; None if it is missing, damaged or of fewer epochs."""
+    """Reads the summary of a complete run of this config; None if it is missing, damaged or incomplete."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         summary = read_json(workdir / "summary.json")
         fields = json.loads(json.dumps(dataclasses.asdict(config)))
@@ -188,7 +193,7 @@ def read_summary(workdir: Path, config: Config) -> dict[str, Any] | None:
 def summarize(
     config: Config, rows: list[EpochMetrics], num_parameters: int, devices: Sequence[jax.Device], source: str
 ) -> dict[str, Any]:
-    """What summary.json holds: the last epoch's results, the config, every epoch, data, hardware, versions, date."""
+    """Returns the content of summary.json: last epoch's results, config, all epochs, data, hardware, versions, date."""
     last = dataclasses.asdict(rows[-1]) if rows else {}
     results = ("test_accuracy", "test_loss", "train_accuracy", "train_loss")
     fields = dataclasses.asdict(config)

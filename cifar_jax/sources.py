@@ -1,4 +1,4 @@
-"""Which trained network a command takes: a run's checkpoint, a weight file, or a released network."""
+"""Loads the trained network that a command's flags name: a run's checkpoint, a weight file or a released network."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclasses.dataclass(frozen=True)
 class WeightFileFlags:
-    """What a weight file may not say itself."""
+    """Facts that a weight file may not store itself."""
 
     architecture: Path | None = None
-    """The Keras architecture JSON beside it, which says whether there is a final ReLU."""
+    """Keras architecture JSON of the weight file. It tells whether there is a final ReLU."""
     model: ModelName | None = None
-    """The network; None: guessed from the number of tensors."""
+    """Network of the weight file; None: found from the tensors' shapes."""
     input_scaling: InputScaling | None = None
-    """How pixels are scaled; None: as the file says, else as the model's original program does."""
+    """Scaling of pixels; None: as stored in the weight file, else the original program's."""
     dataset: DatasetName | None = None
-    """The dataset that it classifies; None: as the file says, else cifar10."""
+    """Dataset of the weight file; None: as stored in it, else cifar10."""
 
     def load(self, path: Path) -> Weights:
-        """See load_weights."""
+        """Reads a weight file with these flags: see load_weights."""
         architecture = self.architecture and self.architecture.expanduser()
         weights = load_weights(path.expanduser(), self.model, architecture, self.input_scaling)
         if self.dataset is None or self.dataset == weights.dataset:
@@ -48,32 +48,32 @@ class WeightFileFlags:
         return dataclasses.replace(weights, dataset=self.dataset, class_names=None)
 
     def refuse(self, without: str) -> None:
-        """Raises UserError if a flag is given, as it goes with what is not there."""
+        """Raises: UserError if any of these flags is given. Args: without: the missing thing that the flags need."""
         for name, value in vars(self).items():
             if value is not None:
-                raise UserError(f"--{name.replace('_', '-')} goes with {without} alone")
+                raise UserError(f"--{name.replace('_', '-')} needs {without}")
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceFlags:
-    """One of a run, a weight file and a released network."""
+    """Flags that name a run, a weight file or a released network."""
 
     workdir: Path | None = None
-    """A run's folder, as given to cifar_jax.train."""
+    """Run folder, as given to cifar_jax.train."""
     checkpoint: Literal["best", "latest"] | None = None
-    """With --workdir: the latest checkpoint (None), or the best, which was chosen by test accuracy: biased upwards."""
+    """Checkpoint of --workdir; None: latest. The best is chosen by test accuracy, so its accuracy is biased upwards."""
     weights: Path | None = None
-    """A weight file: .safetensors, .pth (PyTorch), .h5, .weights.h5 or .keras (Keras)."""
+    """Weight file: .safetensors, .pth (PyTorch), .h5, .weights.h5 or .keras (Keras)."""
     weight_file: tyro.conf.OmitArgPrefixes[WeightFileFlags] = dataclasses.field(default_factory=WeightFileFlags)
     pretrained: str | None = None
-    """A released network, by the name of its model card in cifar_jax/pretrained."""
+    """Name of a released network (see the model cards in cifar_jax/pretrained)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A trained network: how to run it, its state on every local device, and what to call it.
+    """A trained network: its config, its state on every local device, its name and its class names.
 
-    `class_names` are those of its outputs. `origin` is what a result says of it, as JSON values.
+    `origin` describes the network in results, as JSON values.
     """
 
     config: Config
@@ -84,17 +84,18 @@ class Source:
 
 
 def load_source(flags: SourceFlags, dtype: Dtype | None = None, default: str | None = None) -> Source:
-    """The network that the flags name, computing in `dtype` if that is given; `default` is a released one's name.
+    """Loads the network that the flags name.
 
-    Raises: UserError if they name none and there is no default, or several, or it can't be loaded.
+    Args: dtype: computation type; None: the run's, or float32; default: the released network to use without flags.
+    Raises: UserError if the flags name several networks, or none without a default, or loading fails.
     """
     named = [flags.workdir, flags.weights, flags.pretrained]
     if named.count(None) < 2 or (named.count(None) == 3 and default is None):
-        raise UserError("name one of a run (--workdir), a weight file (--weights) and a network (--pretrained)")
+        raise UserError("name one network by --workdir (a run), --weights (a file) or --pretrained (a released one)")
     if flags.weights is None:
         flags.weight_file.refuse(without="--weights")
     if flags.workdir is None and flags.checkpoint is not None:
-        raise UserError("--checkpoint goes with --workdir alone")
+        raise UserError("--checkpoint needs --workdir")
     if flags.workdir is not None:
         checkpoint = flags.checkpoint or "latest"
         config, state, progress = load_run(flags.workdir, checkpoint, dtype)
@@ -113,7 +114,7 @@ def load_source(flags: SourceFlags, dtype: Dtype | None = None, default: str | N
 
 
 def _class_names(weights: Weights, dataset: str) -> tuple[str, ...]:
-    """The file's own names, else the dataset's if it has as many classes as the network, else numbers."""
+    """Returns the file's class names, else the dataset's if their number fits the network, else numbers."""
     names, count = weights.class_names or DATASETS[dataset].class_names, weights.num_classes
     return names if len(names) == count else tuple(map(str, range(count)))
 
@@ -121,15 +122,15 @@ def _class_names(weights: Weights, dataset: str) -> tuple[str, ...]:
 def load_run(
     workdir: Path, checkpoint: Literal["best", "latest"], dtype: Dtype | None = None
 ) -> tuple[Config, TrainState, Progress]:
-    """A run's config (computing in `dtype` if that is given) and the state of one of its checkpoints.
+    """Returns a run's config, with `dtype` if given, the state of a checkpoint, and its progress.
 
-    Raises: UserError if there is no run or no such checkpoint, or it is damaged, or the run was restarted.
+    Raises: UserError if there is no run or no such checkpoint, it is damaged, or the run was restarted.
     """
     workdir = Path(resolve_workdir(str(workdir)))
     config = read_config(workdir)
     restarts = sorted(workdir.glob("restart[0-9]"))
     if restarts:
-        raise UserError(f"{workdir}: this run stalled and was restarted: name {restarts[-1]}")
+        raise UserError(f"{workdir}: this run stalled or diverged and was restarted: name {restarts[-1]}")
     config = dataclasses.replace(config, dtype=dtype or config.dtype)
     state = replicate(create_train_state(config, steps_per_epoch=1), jax.local_devices())
     state, progress = Checkpoints(workdir).restore_state(checkpoint, state)
@@ -137,12 +138,12 @@ def load_run(
 
 
 def load_file(weights: Weights, dtype: Dtype) -> tuple[Config, TrainState]:
-    """A config that says how to evaluate these weights, and a state that holds them.
+    """Returns a config for evaluating these weights, and a state that holds them on every local device.
 
-    The dataset is the one that the file names, else CIFAR-10, and the dropout rates are the network's own.
+    The dataset is the file's, or CIFAR-10 if the file names none. The dropout rates are the network's defaults.
     """
     config = Config(
-        workdir="runs/none",  # nothing is trained
+        workdir="runs/none",  # not used without training
         model=weights.model,
         dropout_rates=get_model(weights.model)().dropout_rates,
         input_scaling=weights.input_scaling,

@@ -1,10 +1,10 @@
-"""Mirror symmetry: weights with which a network computes the same for an image and for its mirror image.
+"""Mirror symmetry: weights for which an image and its mirror image get the same logits.
 
-In each hidden layer the units in reverse order compute of an image what the units in order compute of its mirror
-image, and the last layer weighs both alike: an equivariant network (arXiv:1602.07576) of the architecture as it is,
-half of whose weights are free. The gradient made symmetric is that by the free weights: for LeNet-5 the mean of those
-for an image and for its mirror image, at the cost of one. All-CNN computes nearly the same for both: its first pool,
-of 3 with stride 2, leaves out the last column of 32.
+In each hidden layer, reversing the order of the units has the effect of mirroring the image, and the last layer weighs
+both orders alike. This is an equivariant network (arXiv:1602.07576) with an unchanged architecture and half of its
+weights free. The symmetric part of the gradient is the gradient with respect to the free weights. For LeNet-5 it equals
+the mean of the gradients for an image and its mirror image, at the cost of one. For All-CNN the logits are only nearly
+the same, because its first pool (3×3, stride 2) skips the last of 32 columns.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import optax
 
 
 def mirror(params: Any, layers: Sequence[str]) -> Any:
-    """Parameters p′ with f(p′, x) = f(p, flip(x)): exactly for LeNet-5, and for All-CNN on images of 31×31 pixels.
+    """Returns parameters p′ with f(p′, x) = f(p, flip(x)). Exact for LeNet-5, and for All-CNN on 31×31 pixels.
 
-    Args: params of a network, or their gradients; layers: their names from the first to the last. Convolutions come
-    first, and each layer's inputs are the outputs of the one before.
+    Args: params: parameters of a network, or their gradients; layers: layer names from the first to the last, with
+    convolutions first, in a chain.
     """
-    mirrored, inputs = {}, None  # of the layer: channels of the one before, none for the image's colours
+    mirrored, inputs = {}, None  # output channels of the previous layer; None for the image's colours
     for name in layers:
         layer = dict(params[name])
         kernel = layer["kernel"]
         outputs = kernel.shape[-1]
-        if name != layers[-1]:  # the classes stay
+        if name != layers[-1]:  # the classes keep their order
             layer = {part: values[..., ::-1] for part, values in layer.items()}
             kernel = layer["kernel"]
         if inputs is not None:
             kernel = kernel.reshape(*kernel.shape[:-2], -1, inputs, outputs)[..., ::-1, :]
-            if kernel.ndim == 3:  # dense; the first one's inputs are rows, columns and channels
+            if kernel.ndim == 3:  # dense: the first dense layer's inputs are rows, columns and channels
                 side = round(kernel.shape[0] ** 0.5)
                 kernel = kernel.reshape(side, side, inputs, outputs)[:, ::-1]
         if name.startswith("Conv"):
@@ -43,18 +43,18 @@ def mirror(params: Any, layers: Sequence[str]) -> Any:
 
 
 def symmetric_part(params: Any, layers: Sequence[str]) -> Any:
-    """The mean of parameters, or of their gradients, and their `mirror`."""
+    """Returns the mean of parameters (or gradients) and their `mirror`."""
     return jax.tree.map(lambda x, mirrored: (x + mirrored) / 2, params, mirror(params, layers))
 
 
 def symmetric_start(params: Any, layers: Sequence[str]) -> Any:
-    """The symmetric part of random initial parameters; kernels keep their variance, LSUV's not their orthogonality.
+    """Makes random initial parameters symmetric. Kernels keep their variance but lose the orthogonality of LSUV.
 
-    Logits become larger, as the last layer adds up pairs of units that are alike.
+    Logits become larger, because the last layer adds up pairs of equal units.
     """
     return jax.tree.map(lambda x: x * 2**0.5 if x.ndim > 1 else x, symmetric_part(params, layers))
 
 
 def symmetric_gradients(layers: Sequence[str]) -> optax.GradientTransformation:
-    """Makes gradients symmetric, so that symmetric parameters stay so except for rounding."""
+    """Makes gradients symmetric. Symmetric parameters then stay symmetric up to rounding."""
     return optax.stateless(lambda updates, _: symmetric_part(updates, layers))

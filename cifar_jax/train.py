@@ -35,12 +35,12 @@ DEFAULT_RECIPE = "lenet5"
 def train_and_evaluate(
     config: Config, dataset: Dataset | None = None, stop: Callable[[], bool] = lambda: False
 ) -> dict[str, Any]:
-    """Trains a recipe to its last epoch, resuming what lies in its workdir, and returns the summary it wrote there.
+    """Trains a recipe to its last epoch and returns the content of summary.json. Resumes a run in the same workdir.
 
-    With config.auto_restart a run that stalls or diverges is left as it is and started again in WORKDIR/restart1, 2
-    and 3. Args: dataset: the recipe's own unless given; stop is asked at each stage of the start and after each call of
-    steps, and ends the run.
-    Raises: UserError for what the user can mend; Interrupted when `stop` said so before the last epoch's end.
+    With config.auto_restart a run that stalls or diverges is kept and started again in WORKDIR/restart1, then restart2
+    and restart3. Args: dataset: None: the recipe's; stop: the run ends when it returns True; it is called at each stage
+    of the start and after each call of steps.
+    Raises: UserError for errors that the user can fix; Interrupted if `stop` ended the run before its last epoch's end.
     """
     if stop():
         raise Interrupted(Progress(), 0)
@@ -60,7 +60,7 @@ def train_and_evaluate(
 
 
 def parse_config(arguments: list[str]) -> Config:
-    """A recipe's name and flags to a Config. Raises: UserError for an unknown recipe or a bad flag."""
+    """Parses a recipe's name and flags to a Config. Raises: UserError for an unknown recipe or a bad flag."""
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = [DEFAULT_RECIPE, *arguments]
     if not arguments[0].startswith("-") and arguments[0] not in RECIPES:
@@ -86,7 +86,7 @@ def main() -> int:
             train_and_evaluate(config, stop=stop)
         except Interrupted as interrupted:
             again = shlex.join(["python", "-m", "cifar_jax.train", *arguments])
-            say(f"{interrupted}. To go on: {again}", error=True)
+            say(f"{interrupted}. To resume: {again}", error=True)
             return 128 + (stop.received or 0)
     return 0
 

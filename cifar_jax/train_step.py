@@ -1,4 +1,4 @@
-"""TrainState, the loss, and one training or evaluation step: pure functions on one device, under the axis AXIS."""
+"""TrainState, the loss, and pure training and evaluation steps for one device of the mapped axis AXIS."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ Batch = dict[str, jax.Array]
 class TrainState(train_state.TrainState):
     """Flax's TrainState (step, params, tx, opt_state) with three more fields.
 
-    rng is the key from which every step's randomness is folded. ema_params is the average of the parameters, None if
-    the recipe has none: an exponential moving average at first, see `optimizer.create_averaging_share`. folded_params
-    are the plain network's, None without normalisation; `trainer.Trainer.fold` computes them after an epoch.
+    rng is the key from which the keys of all steps are derived. ema_params is the average of the parameters, None if
+    the recipe does not average (see `optimizer.create_averaging_share`). folded_params are the parameters of the plain
+    network, None without normalisation; `trainer.Trainer.fold` computes them after an epoch.
     """
 
     rng: jax.Array
@@ -39,17 +39,17 @@ class TrainState(train_state.TrainState):
 
     @property
     def averaged_params(self) -> Any:
-        """The average if there is one, else the parameters."""
+        """The averaged parameters, or the parameters if the recipe does not average."""
         return self.params if self.ema_params is None else self.ema_params
 
     @property
     def eval_params(self) -> Any:
-        """What is evaluated and released: parameters of the plain network."""
+        """The plain network's parameters, which are evaluated and released."""
         return self.averaged_params if self.folded_params is None else self.folded_params
 
 
 def create_model(config: Config) -> Any:
-    """The recipe's network, a Flax module."""
+    """Returns the recipe's network, a Flax module."""
     return get_model(config.model)(
         num_classes=DATASETS[config.dataset].num_classes,
         dropout_rates=config.dropout_rates,
@@ -59,10 +59,10 @@ def create_model(config: Config) -> Any:
 
 
 def create_train_state(config: Config, steps_per_epoch: int, images: Any = None) -> TrainState:
-    """Model, initial parameters and optimizer state, all from config.seed.
+    """Creates the model, initial parameters and optimizer state from config.seed.
 
-    `images`, uint8 [N, 32, 32, 3], are what the lsuv initializer scales its kernels by, and what `whitening` whitens.
-    Without them neither is done, which is enough where parameters are only restored.
+    Args: images: uint8 [N, 32, 32, 3], needed by the lsuv initializer and by whitening; None skips both, which is
+    enough if parameters are restored afterwards.
     """
     model, pixels = create_model(config), pixel_statistics(config.input_scaling, config.dataset)
     params_key, rng, _ = split_seed(config.seed)
@@ -86,7 +86,7 @@ def create_train_state(config: Config, steps_per_epoch: int, images: Any = None)
 
 
 def _whiten(params: Any, first_layer: str, images: jax.Array) -> Any:
-    """`params` with whitening filters in the first layer, as many as it has room for."""
+    """Replaces the first layer's first filters by whitening filters, as many as fit."""
     kernel = params[first_layer]["kernel"]
     filters = whitening_kernel(images, kernel.shape[0])[..., : kernel.shape[-1]]
     kernel = kernel.at[..., : filters.shape[-1]].set(filters)
@@ -94,7 +94,7 @@ def _whiten(params: Any, first_layer: str, images: jax.Array) -> Any:
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
-    """Softmax cross-entropy by example. Args: logits float32 [N, C]; labels int32 [N]. Returns: float32 [N], nats."""
+    """Softmax cross-entropy per example: logits float32 [N, C], labels int32 [N] → float32 [N], nats."""
     if label_smoothing == 0.0:
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), label_smoothing)
@@ -102,18 +102,18 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
 
 
 def is_correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """1 where the largest logit is the label's, else 0: float32 [N]."""
+    """Returns 1 where the largest logit is the label's, else 0: float32 [N]."""
     return (logits.argmax(-1) == labels).astype(jnp.float32)
 
 
 def create_train_step(
     config: Config, image_size: int = 32
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The recipe's train_step(state, batch) → (state, metrics), to run under the axis AXIS, on images of that size.
+    """Returns the recipe's train_step(state, batch) → (state, metrics) for images resized to image_size.
 
-    batch is `take_batch`'s, with two more entries: 'epoch', int32 from 0, for alternating flips, and
-    'averaging_share', float32, where parameters are averaged. metrics are of the global batch before the update:
-    'loss' float32, the mean over its examples (the recipe's loss, dropout on), 'correct' int32, 'count' int32.
+    It runs under the mapped axis AXIS. batch: the result of `take_batch`, 'epoch' (int32 from 0, for alternating flips)
+    and 'averaging_share' (float32, if parameters are averaged). metrics: of the global batch before the update: 'loss'
+    (float32, the recipe's mean loss with dropout on), 'correct' (int32) and 'count' (int32).
     """
     transform = create_input_transform(config, image_size)
     model, normalized = create_model(config), config.normalization == "batch"
@@ -136,7 +136,7 @@ def create_train_step(
             if mixture is not None:
                 others = cross_entropy(logits, batch["label"][mixture.partner], config.label_smoothing)
                 losses = mixture.share * losses + (1 - mixture.share) * others
-            # Times num_devices: pmean of these is the mean over the global batch, also of a partial one.
+            # The factor num_devices makes pmean give the mean over the global batch, even if it is partly padding.
             return (losses * batch["mask"]).sum() * num_devices / count, logits
 
         (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
@@ -159,7 +159,7 @@ def create_train_step(
 
 
 def create_statistics_step(config: Config) -> Callable[[Any, Batch], Statistics]:
-    """statistics_step(params, batch) → means over the devices of the hidden layers' moments, without dropout."""
+    """Returns statistics_step(params, batch) → moments of the hidden layers over the global batch, without dropout."""
     model, pixels = create_model(config), pixel_statistics(config.input_scaling, config.dataset)
 
     def statistics_step(params: Any, batch: Batch) -> Statistics:
@@ -175,10 +175,10 @@ def create_statistics_step(config: Config) -> Callable[[Any, Batch], Statistics]
 def create_eval_step(
     config: Config, dropout: bool = False, flip_tta: bool = False
 ) -> Callable[[TrainState, Batch], Metrics]:
-    """eval_step(state, batch) → sums over the global batch's examples: 'loss' float32, 'correct' and 'count' int32.
+    """Returns eval_step(state, batch) → sums over the global batch: 'loss' float32, 'correct' and 'count' int32.
 
-    With `dropout` the network runs as in training: the PyTorch notebook, which never calls .eval(), tests it so. With
-    `flip_tta` the logits are the means over an image and its mirror image (test-time augmentation).
+    `dropout` keeps dropout on, like the PyTorch notebook, which never calls .eval(). `flip_tta` averages the logits of
+    each image and its mirror image (test-time augmentation).
     """
     statistics = pixel_statistics(config.input_scaling, config.dataset)
 

@@ -1,4 +1,4 @@
-"""Trainer and Evaluator: a dataset that stays on the devices, compiled steps, and one pass over the images."""
+"""Trainer and Evaluator: keep a dataset on the devices, compile steps and run one pass over the images."""
 
 from __future__ import annotations
 
@@ -25,12 +25,15 @@ from cifar_jax.train_step import (
     create_train_step,
 )
 
-FOLD_IMAGES = 2500  # whose statistics are folded
-MAX_PENDING_CALLS = 2  # calls that run ahead of the device: JAX would allow 32, and a signal must be heard
+FOLD_IMAGES = 2500  # training images for the statistics that `fold` uses
+MAX_PENDING_CALLS = 2  # calls queued on the device; JAX would queue 32, which delays the response to a signal
 
 
 def create_history(num_steps: int) -> Metrics:
-    """Room on the device for the metrics of `num_steps` steps, so that they are fetched once and not step by step."""
+    """Allocates device arrays for the metrics of `num_steps` steps, which are fetched once and not step by step.
+
+    Returns: {'loss': float32 [num_steps], 'correct': int32 [num_steps], 'count': int32 [num_steps]}, all zero.
+    """
     zeros = lambda dtype: jnp.zeros((num_steps,), dtype)
     return {"loss": zeros(jnp.float32), "correct": zeros(jnp.int32), "count": zeros(jnp.int32)}
 
@@ -43,9 +46,10 @@ class Trainer:
     """Trains one recipe on images that stay on the devices.
 
     Attributes:
-      state: the TrainState, on every device. Each call of steps replaces it, as its buffers are donated.
+      state: the TrainState on every device. Each call of steps replaces it and reuses its buffers.
       history: the metrics of the current epoch's steps, see `create_history`.
-      steps_per_epoch, steps_per_call: the latter is the most steps that one compiled call runs.
+      steps_per_epoch: steps of one pass over the images.
+      steps_per_call: largest number of steps that one compiled call runs.
     """
 
     def __init__(
@@ -56,7 +60,7 @@ class Trainer:
         devices: Sequence[jax.Device],
         steps_per_epoch: int | None = None,
     ) -> None:
-        """Args: images uint8 [N, 32, 32, 3]; labels int32 [N]; steps_per_epoch: those of one pass unless given."""
+        """Args: images: uint8 [N, 32, 32, 3]; labels: int32 [N]; steps_per_epoch: None: the steps of one pass."""
         self.config, self.devices = config, devices
         self.steps_per_epoch = steps_per_epoch or -(-len(labels) // config.batch_size)
         per_call = config.steps_per_call or default_steps_per_call(config.model, devices)
@@ -70,15 +74,15 @@ class Trainer:
         self._statistics: Callable[..., Any] | None = None
 
     def clear_history(self) -> None:
-        """Begins an epoch's metrics anew."""
+        """Resets the metrics at the start of an epoch."""
         self.history = replicate(create_history(self.steps_per_epoch), self.devices)
 
     def order(self, epoch: int) -> jax.Array:
-        """The order of the images in an epoch, on every device."""
+        """Returns the order of the images in an epoch, int32 [N], on every device."""
         return replicate(epoch_order(self.config.seed, epoch, self._num_images), self.devices)
 
     def compile(self, image_size: int, order: jax.Array) -> Callable[..., Any]:
-        """The compiled call of several steps on images of this size; compiled once."""
+        """Returns the compiled call of several steps for images of this size. Each size compiles once."""
         if image_size not in self._compiled:
             compile_for = self._create_train_steps(image_size)
             self._compiled[image_size] = compile_for(
@@ -87,9 +91,9 @@ class Trainer:
         return self._compiled[image_size]
 
     def run_steps(self, order: jax.Array, start: int, count: int, image_size: int = 32) -> jax.Array:
-        """Runs steps start … start+count of an order in one call, count at most steps_per_call, without waiting.
+        """Starts steps start … start + count - 1 of an order in one call and does not wait for them.
 
-        Returns: the last step's loss, float32 scalar, when it is there.
+        Args: order: int32 [N]; count: at most steps_per_call. Returns: the last step's loss, a float32 scalar.
         """
         run = self.compile(image_size, order)
         self.state, self.history, loss = run(
@@ -104,9 +108,9 @@ class Trainer:
         stop: Callable[[], bool] = lambda: False,
         on_progress: Callable[[int, jax.Array | None], None] = lambda count, loss: None,
     ) -> int:
-        """Runs an epoch from step `start` to its end, or until `stop` says so. Returns the step that comes next.
+        """Runs an epoch from step `start` to its end or until `stop` returns True. Returns: the number of steps done.
 
-        Args: on_progress is called after each call with the number of its steps and the loss of an earlier call.
+        Args: on_progress: called after each call with its number of steps and the loss of an earlier call, or None.
         """
         order, image_size = self.order(epoch), self.config.image_size(epoch)
         pending: collections.deque[jax.Array] = collections.deque()
@@ -121,14 +125,14 @@ class Trainer:
         return step
 
     def epoch_metrics(self) -> dict[str, Any]:
-        """{'loss', 'accuracy': means over the epoch's images while it trained; 'batch_loss': float32 [steps]}."""
+        """Returns {'loss', 'accuracy': means over the epoch's training images; 'batch_loss': float32 [steps]}."""
         loss, correct, count = (np.asarray(self.history[name]) for name in ("loss", "correct", "count"))
         total = max(count.sum(), 1)  # 0 before the first step
         mean = float((loss.astype(np.float64) * count).sum() / total)
         return {"loss": mean, "accuracy": float(correct.sum() / total), "batch_loss": loss}
 
     def fold(self) -> None:
-        """With normalisation, computes state.folded_params from the (averaged) parameters and some training images."""
+        """With normalisation, computes state.folded_params from the averaged parameters and FOLD_IMAGES images."""
         if self.config.normalization == "none":
             return
         params, statistics = self.state.averaged_params, []
@@ -142,7 +146,10 @@ class Trainer:
         self.state = self.state.replace(folded_params=jax.jit(fold)(params, jax.jit(merge)(statistics)))
 
     def _create_statistics_step(self, size: int) -> Any:
-        """Compiler (see `parallelize`): (params, images, labels, start) → statistics of `size` images a device."""
+        """Returns the compiler (see `parallelize`) of (params, images, labels, start) → statistics.
+
+        Each device computes them from `size` images.
+        """
         statistics_step = create_statistics_step(self.config)
 
         def step(params, images, labels, start, device):  # type: ignore[no-untyped-def]
@@ -153,8 +160,10 @@ class Trainer:
         return parallelize(step, self.devices, (), options)
 
     def _create_train_steps(self, image_size: int) -> Any:
-        """Compiler (see `parallelize`): (state, history, images, labels, order, start, count) → (state, history, loss
-        of the last step). state and history are donated."""
+        """Returns the compiler (see `parallelize`) of several steps, which donate state and history:
+
+        (state, history, images, labels, order, start, count) → (state, history, loss of the last step).
+        """
         config, train_step = self.config, create_train_step(self.config, image_size)
         per_device_batch_size = config.batch_size // len(self.devices)
         share = create_averaging_share(config, self.steps_per_epoch)
@@ -178,7 +187,7 @@ class Trainer:
 
 
 class Evaluator:
-    """Evaluates states on images that stay on the devices, every image counted once. Compiles once."""
+    """Evaluates states on images that stay on the devices. Every image counts exactly once. Compiles once."""
 
     def __init__(
         self,
@@ -190,10 +199,10 @@ class Evaluator:
         dropout: bool = False,
         flip_tta: bool = False,
     ) -> None:
-        """Args: images uint8 [N, 32, 32, 3]; labels int32 [N]; dropout and flip_tta: see create_eval_step."""
+        """Args: images: uint8 [N, 32, 32, 3]; labels: int32 [N]; dropout, flip_tta: see create_eval_step."""
         self._data = replicate((images, labels), devices)
         self._devices, self._size = devices, len(labels)
-        # All examples if those are fewer, raised to a multiple of the number of devices.
+        # At most all examples, rounded up to a multiple of the number of devices.
         batch_size = -(-min(config.eval_batch_size, self._size) // len(devices)) * len(devices)
         self.num_steps = -(-self._size // batch_size)
         self.steps_per_call = config.steps_per_call or default_steps_per_call(config.model, devices)
@@ -215,15 +224,15 @@ class Evaluator:
         self._eval_steps = compile_for(self.create_history(), state, *self._data, np.int32(0), np.int32(0))
 
     def create_history(self) -> Metrics:
-        """Room for the metrics of one pass, on every device."""
+        """Allocates the metrics of one pass on every device."""
         return replicate(create_history(self.num_steps), self._devices)
 
     def run_steps(self, history: Metrics, state: TrainState, start: int, count: int) -> Metrics:
-        """Evaluates batches start … start+count in one call. Returns the history, whose argument is donated."""
+        """Evaluates batches start … start + count - 1 in one call. Returns: the history, in the argument's buffers."""
         return self._eval_steps(history, state, *self._data, np.int32(start), np.int32(count))
 
     def __call__(self, state: TrainState, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
-        """{'loss': mean over the examples in nats, 'accuracy': from 0 to 1}; None if `stop` said so before the end."""
+        """Returns {'loss': mean over the examples, nats, 'accuracy': from 0 to 1}; None if `stop` ended the pass."""
         history = self.create_history()
         for start in range(0, self.num_steps, self.steps_per_call):
             history = self.run_steps(history, state, start, min(self.steps_per_call, self.num_steps - start))

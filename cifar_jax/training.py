@@ -1,4 +1,4 @@
-"""One training of a recipe in its folder: resumes, trains epoch by epoch, tests, logs, saves."""
+"""Trains one run in its folder: resumes, trains epoch by epoch, tests, logs and saves."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from cifar_jax.trainer import Evaluator, Trainer
 
 
 class Interrupted(Exception):
-    """The run was stopped, after its state was saved."""
+    """The run was stopped. Its state is saved if it has taken a step."""
 
     def __init__(self, progress: Progress, steps_per_epoch: int) -> None:
         where = f"saved after {progress.epoch} epochs and {progress.step}/{steps_per_epoch} steps"
-        super().__init__(where if progress != Progress() else "stopped before the first step, so nothing was saved")
+        super().__init__(where if progress != Progress() else "stopped before the first step: nothing was saved")
 
 
 class FailedTraining(UserError):
-    """The run diverged, or its loss stays at chance."""
+    """The run diverged or stalled (its loss stays at chance)."""
 
     def __init__(self, what: str, config: Config) -> None:
         self.what = what
         restart = "" if config.auto_restart else ", or use --auto-restart"
-        super().__init__(f"{what}: name another --workdir, and a lower --learning-rate or another --seed{restart}")
+        super().__init__(f"{what}: use another --workdir with a lower --learning-rate or another --seed{restart}")
 
 
 class Run:
-    """One training of a recipe in a folder that this process holds."""
+    """One run of a recipe in a folder that this process has locked."""
 
     def __init__(
         self, config: Config, devices: list[jax.Device], dataset: Dataset | None, stop: Callable[[], bool]
@@ -61,12 +61,12 @@ class Run:
         self.progress, self.log = Progress(), RunLog()
 
     def train(self) -> dict[str, Any]:
-        """Trains from where the run is to its last epoch. Returns: its summary."""
+        """Trains from the run's current position to its last epoch. Returns: the content of summary.json."""
         config = self.config
         resumes = self._restore()
         self._introduce()
         if config.auto_restart and is_stalled(self.log.batch_loss, self.num_classes):
-            raise self._stalled(self.progress.epoch)  # it went on, as it was begun without --auto-restart
+            raise self._stalled(self.progress.epoch)  # earlier calls without --auto-restart trained on after it stalled
         if (summary := self._complete(resumes)) is not None:
             return summary
         self._prepare(resumes)
@@ -76,7 +76,7 @@ class Run:
         summary = summarize(config, rows, self.num_parameters, self.devices, self.dataset.source)
         if rows:
             self._draw()
-            write_json(self.workdir / "summary.json", summary)  # last: it says that all is there
+            write_json(self.workdir / "summary.json", summary)  # last: its presence means that the run is complete
         if self.progress.epoch < config.num_epochs:
             raise Interrupted(self.progress, self.steps_per_epoch)
         say(
@@ -86,7 +86,7 @@ class Run:
         return summary
 
     def _restore(self) -> bool:
-        """Takes up the latest checkpoint. Returns: whether there was one."""
+        """Restores the latest checkpoint. Returns: whether there was one."""
         restored = self.checkpoints.restore_run(self.trainer.state, self.trainer.history)
         if restored is None:
             return False
@@ -103,22 +103,22 @@ class Run:
         )
 
     def _complete(self, resumes: bool) -> dict[str, Any] | None:
-        """The summary of a run that is complete; its checkpoints may have been deleted, to save space."""
+        """Returns the summary of a complete run, else None. Its checkpoints may have been deleted to save space."""
         epochs, file = self.config.num_epochs, self.workdir / "summary.json"
         if resumes and self.progress.epoch < epochs:
             return None
         summary = read_summary(self.workdir, self.config)
-        if summary is None:  # missing, damaged, or of an interruption: written anew
+        if summary is None:  # missing, damaged or of an interrupted run: it will be rewritten
             if not resumes and (self.workdir / "metrics.csv").exists():
-                say(f"no checkpoint in {self.checkpoints.directory}: training from the start", error=True)
+                say(f"warning: no checkpoint in {self.checkpoints.directory}: training from the start", error=True)
             return None
-        say(f"already complete after {epochs} epochs; for another run name another --workdir")
+        say(f"already complete after {epochs} epochs: name another --workdir for another run")
         if not resumes:
-            say(f"its checkpoints are gone: to train it again, remove {file}")
+            say(f"its checkpoints are missing: remove {file} to train it again")
         return summary
 
     def _prepare(self, resumes: bool) -> None:
-        """Checks that the run can go on here, and writes what identifies it."""
+        """Checks that the run can continue here, and writes config.json and dataset.json."""
         config = self.config
         if resumes:
             epoch, step, _ = self.progress
@@ -127,8 +127,8 @@ class Run:
             say(f"resuming after {epoch} epochs and {step}/{self.steps_per_epoch} steps")
             if began != config.num_devices and (config.mixes or any(config.dropout_rates)):
                 say(
-                    f"going on with {config.num_devices} devices where {began} began: from here on dropout and mixing, "
-                    "drawn by device, are not those of an uninterrupted run",
+                    f"warning: --num-devices changed from {began} to {config.num_devices}: dropout and mixing are "
+                    "drawn per device, so they will differ from an uninterrupted run",
                     error=True,
                 )
         else:
@@ -140,7 +140,7 @@ class Run:
             check_same_data(self.workdir, self.dataset, resumes)
 
     def _train_epochs(self) -> None:
-        """Compiles everything first; then trains to the last epoch, or until it is stopped."""
+        """Compiles all steps, then trains to the last epoch or until the run is stopped."""
         config, trainer, epoch = self.config, self.trainer, self.progress.epoch
         for image_size in {config.image_size(later) for later in range(epoch, config.num_epochs)}:
             if self.stop():
@@ -152,7 +152,7 @@ class Run:
             pass
 
     def _train_epoch(self, evaluator: Evaluator) -> bool:
-        """Trains, tests, logs and saves an epoch. Returns: False if it was stopped before its end, and saved there."""
+        """Trains, tests, logs and saves one epoch. Returns: False if it was stopped; its steps are then saved."""
         epoch, start, earlier_seconds = self.progress
         started = time.perf_counter()
         description = f"epoch {epoch + 1}/{self.config.num_epochs}"
@@ -164,11 +164,11 @@ class Run:
         state, trained = self.trainer.state, self.trainer.epoch_metrics()
         tested_loss = test["loss"] if test else 0.0
         if step and not math.isfinite(trained["loss"] + tested_loss):
-            losses_are = f"loss {trained['loss']}, of the test {tested_loss}"
+            losses_are = f"train loss {trained['loss']}, {self.tested} loss {tested_loss}"
             raise FailedTraining(f"training diverged in epoch {epoch + 1} ({losses_are})", self.config)
         if test is None:  # stopped within the epoch
             if step == start:
-                return False  # before its first step: all is saved
+                return False  # no new step to save
             self.progress = Progress(epoch, step, seconds)
             self.checkpoints.save(state, self.trainer.history, self.progress, self.log, None)
             return False
@@ -204,24 +204,28 @@ class Run:
 
     def _draw(self) -> None:
         try:
-            from cifar_jax.plots import plot_run  # here: importing matplotlib takes a second
+            from cifar_jax.plots import plot_run  # imported here because matplotlib takes a second
 
             plot_run(self.workdir)
-        except Exception as error:  # a figure is not worth a run
-            say(f"warning: no figures ({' '.join(str(error).split())[:200]}): draw them by cifar-jax plots", error=True)
+        except Exception as error:  # failing to draw must not fail the run
+            say(
+                f"warning: can't draw figures ({' '.join(str(error).split())[:200]}): "
+                f"try cifar-jax plots {self.workdir}",
+                error=True,
+            )
 
 
 def _check_fit(config: Config, num_images: int, num_devices: int) -> int:
-    """The steps of an epoch. Raises: UserError if the recipe does not fit the number of images or devices."""
+    """Returns the steps per epoch. Raises: UserError if the recipe does not fit the number of images or devices."""
     if config.image_size(config.num_epochs - 1) != 32:
-        say("warning: --image-sizes leaves no epoch to images of 32 pixels, which are tested on", error=True)
+        say("warning: --image-sizes leaves no epoch for 32×32 pixels, the size of test images", error=True)
     if config.batch_size > num_images:
         raise UserError(f"--batch-size {config.batch_size}: there are only {num_images} training images")
     steps_per_epoch = -(-num_images // config.batch_size)
     if config.num_epochs * steps_per_epoch >= 2**31:
-        raise UserError(f"--num-epochs {config.num_epochs}: steps are counted up to {2**31 - 1:,}")
+        raise UserError(f"--num-epochs {config.num_epochs}: too many: the limit is {2**31 - 1:,} steps")
     if config.swa_fraction and swa_steps(config, steps_per_epoch)[1] == 0:
-        say(f"warning: --swa-fraction leaves no step to each of {config.swa_cycles} cycles: none", error=True)
+        say(f"warning: --swa-fraction is too small for {config.swa_cycles} cycles: it has no effect", error=True)
     if config.mixes and config.batch_size // num_devices < 2:
-        raise UserError("images are mixed with others on their device: use a larger --batch-size, or --num-devices 1")
+        raise UserError("mixing needs 2 or more images per device: use a larger --batch-size or --num-devices 1")
     return steps_per_epoch

@@ -1,8 +1,8 @@
-"""Parity with the Keras program: networks, losses, gradients, optimizer, initialisers, augmentation, predictions.
+"""Checks parity with the Keras program: networks, losses, gradients, optimizer, initial weights, augmentation, results.
 
 python scripts/parity_keras.py [--layers] [--json] [--out FILE] [--data-dir DATA] [--weights FILE …]
 
-Keras runs on its PyTorch backend; the augmentation is keras-preprocessing 1.1.2's, the original's own.
+Keras runs on its PyTorch backend. The reference of augmentation is keras-preprocessing 1.1.2, which the original uses.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ except ImportError as error:
 
 RECIPE = "all_cnn_reference"
 
-# Except with TensorFlow, Keras computes dense layers and means of float64 in float32; the float64 checks need them.
+# Without TensorFlow, Keras computes dense layers and means of float64 arrays in float32. The float64 checks undo that.
 dtypes.BIT64_TO_BIT32_DTYPE["float64"] = "float64"
 
 
 class KerasReference:
-    """parity.reference.Reference of cifar_jax.weights.keras."""
+    """Implements parity.reference.Reference with cifar_jax.weights.keras."""
 
     MODELS = tuple(keras_weights.TWINS)
 
@@ -51,9 +51,9 @@ class KerasReference:
         self, model: str, params: Params | None = None, dtype: str = "float32", final_relu: bool = False
     ) -> None:
         self.model, self.dtype = model, dtype
-        keras.config.set_floatx(dtype)  # Input's type
+        keras.config.set_floatx(dtype)  # the type of Input
         keras.config.set_dtype_policy(dtype)
-        # Keras draws initial weights from seeds that Python's random makes: tie them to torch.manual_seed's state.
+        # Keras takes seeds of initial weights from Python's random. This ties them to torch.manual_seed's state.
         keras.utils.set_random_seed(torch.initial_seed() % 2**32)
         self.network = keras_weights.create_model(model, final_relu=final_relu)
         keras.config.set_floatx("float32")
@@ -93,13 +93,13 @@ class KerasReference:
 
 
 def sgd(config: Config) -> keras.optimizers.Optimizer:
-    """Keras 2's SGD(decay=…): Keras 3 ignores `decay` with a mere warning, InverseTimeDecay replaces it."""
+    """Returns Keras 2's SGD(decay=…). Keras 3 ignores `decay` with a warning, so InverseTimeDecay replaces it."""
     schedule = keras.optimizers.schedules.InverseTimeDecay(config.learning_rate, 1, config.lr_decay)
     return keras.optimizers.SGD(schedule, momentum=config.momentum, nesterov=config.nesterov)
 
 
 def fed_optimizer(config: Config, params: Params, gradients: Sequence[Params]) -> Params:
-    """keras.optimizers.SGD over given gradients."""
+    """Applies keras.optimizers.SGD to given gradients in turn. Returns: the params."""
     variables: Any = {name: keras.Variable(values, dtype=str(values.dtype)) for name, values in params.items()}
     optimizer = sgd(config)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def fed_optimizer(config: Config, params: Params, gradients: Sequence[Params]) -
 
 
 def check_augmentation(images: np.ndarray) -> list[Check]:
-    """The same drawn parameters through keras-preprocessing's warp and flip, and through ours."""
+    """Compares warp and flip with keras-preprocessing's for the same drawn parameters, and compares the draws."""
     config = RECIPES[RECIPE]
     generator = ImageDataGenerator(
         rotation_range=config.rotation_degrees, width_shift_range=config.shift_fraction,

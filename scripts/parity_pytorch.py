@@ -1,4 +1,4 @@
-"""Parity with the PyTorch notebook: networks, losses, gradients, optimizer, initialisers, predictions.
+"""Checks parity with the PyTorch notebook: networks, losses, gradients, optimizer, initializers, predictions.
 
 python scripts/parity_pytorch.py [--layers] [--json] [--out FILE] [--data-dir DATA] [--weights FILE …]
 """
@@ -23,7 +23,7 @@ from cifar_jax.weights.params import Params
 
 
 class PyTorchReference:
-    """parity.reference.Reference of cifar_jax.weights.pytorch."""
+    """Implements parity.reference.Reference with cifar_jax.weights.pytorch."""
 
     MODELS = tuple(pytorch.TWINS)
 
@@ -75,7 +75,7 @@ def sgd(config: Config, parameters: Any) -> torch.optim.Optimizer:
 
 
 def fed_optimizer(config: Config, params: Params, gradients: Sequence[Params]) -> Params:
-    """torch.optim.SGD over given gradients."""
+    """Applies torch.optim.SGD to given gradients in turn. Returns: the params."""
     parameters: Any = {name: torch.nn.Parameter(torch.tensor(values)) for name, values in params.items()}
     optimizer = sgd(config, parameters.values())
     for gradient in gradients:

@@ -13,12 +13,12 @@ from cifar_jax.datasets import DATASETS, load_dataset
 
 
 def planes(images):
-    """uint8 [N, 32, 32, 3] → [N, 3072]: the red, green and blue planes of the official files."""
+    """Converts uint8 [N, 32, 32, 3] to [N, 3072], the red, green and blue planes of the official files."""
     return images.transpose(0, 3, 1, 2).reshape(len(images), 3072)
 
 
 def files_of(kind, data):
-    """The name, images and labels of each file of a kind of official files."""
+    """Yields the name, images and labels of each official file of a format."""
     train_images, train_labels, test_images, test_labels = data
     for names, images, labels in ((kind.train, train_images, train_labels), (kind.test, test_images, test_labels)):
         size = -(-len(labels) // len(names))
@@ -32,7 +32,7 @@ def write_python(folder, data, dump=lambda batch: pickle.dumps(batch, protocol=2
     for file, images, labels in files_of(info.python, data):
         batch = {
             b"batch_label": file.encode(),
-            b"coarse_labels": [int(label) // 5 for label in labels],  # which nobody reads
+            b"coarse_labels": [int(label) // 5 for label in labels],  # not read by the package
             info.label_key.encode(): [int(label) for label in labels],
             b"data": planes(images),
             b"filenames": [b"%d.png" % i for i in range(len(labels))],
@@ -59,7 +59,7 @@ def pack(archive, folder):
 
 
 def official(root, data, layout, name="cifar10"):
-    """Writes one of OFFICIAL into `root`, and returns the folder or archive."""
+    """Writes one of OFFICIAL into `root`. Returns: the folder or archive."""
     info = DATASETS[name]
     if layout.startswith("binary"):
         kind, folder = info.binary, write_binary(root / info.binary.folder, data, name)
@@ -82,19 +82,19 @@ def assert_loads(data, data_dir=None, name="cifar10"):
 
 
 def png(image):
-    """uint8 [H, W, 3] → a PNG file's bytes."""
+    """Encodes uint8 [H, W, 3] as a PNG file."""
     file = io.BytesIO()
     PIL.Image.fromarray(image).save(file, "PNG")
     return file.getvalue()
 
 
 def splits(data):
-    """Images and labels by split."""
+    """Returns images and labels by split."""
     return {"train": data[:2], "test": data[2:]}
 
 
 def write_npz(path, data, **changes):
-    """Keras' arrays: labels uint8 [N, 1]; `changes` replaces some."""
+    """Writes Keras' arrays, with labels uint8 [N, 1]. `changes` replaces arrays."""
     arrays = {}
     for split, (images, labels) in splits(data).items():
         arrays[f"x_{split}"], arrays[f"y_{split}"] = images, labels[:, None].astype(np.uint8)
@@ -117,7 +117,7 @@ def write_imagefolder(root, data, name="cifar10"):
 
 
 def write_parquet(root, data, name="cifar10", parts=1, encode=png):
-    """Hugging Face's layout; returns its folder."""
+    """Writes Hugging Face's layout. Returns: its folder."""
     import pyarrow
     import pyarrow.parquet
 
@@ -139,7 +139,7 @@ def write_parquet(root, data, name="cifar10", parts=1, encode=png):
 
 
 def write_tfds(root, data, name="cifar10", encode=png):
-    """A folder that TFDS prepared, with the examples in another order than their ids."""
+    """Writes a folder like TFDS, with the examples in another order than their ids."""
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.proto import tf_example_pb2
 

@@ -1,6 +1,7 @@
 """Shared by all tests: four virtual CPU devices, strict types, a private cache, small datasets."""
 
 import dataclasses
+import gc
 import importlib.metadata
 import os
 
@@ -22,6 +23,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -30,11 +32,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from weight_files import random_weights
 
-from cifar_jax import evaluate, plots, training
+from cifar_jax import evaluate, plots, train_step, trainer, training
 from cifar_jax.configs.base import Config
 from cifar_jax.datasets import DATASETS, Dataset, load_dataset
 from cifar_jax.datasets.cifar import CIFAR
 from cifar_jax.ops import winograd
+from cifar_jax.trainer import Trainer
+
+# JAX keeps what it traced, so the heap grows to gigabytes, and collecting it over and over takes a fifth of the time.
+gc.disable()
 
 TFDS_DATA_DIR = os.environ.get("TFDS_DATA_DIR", "")
 
@@ -51,6 +57,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem.removeprefix("test_") in SLOW_MODULES:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _collected():
+    """Garbage is collected after each module instead."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +84,53 @@ def direct_convolutions():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(winograd, "pays", lambda kernel, size, dtype: False)
         yield
+
+
+@pytest.fixture(scope="module")
+def compiled_once():
+    """Runs of the same recipe on the same data share their initial state and compiled steps, within a module."""
+    states, programs, evaluators = {}, {}, {}
+    create, compile_steps, create_evaluator = train_step.create_train_state, Trainer.compile, trainer.Evaluator
+
+    def shared_state(config, steps_per_epoch, images=None):
+        fixed = {"workdir": "-"}
+        if config.schedule == "constant" and not config.swa_fraction:
+            fixed["num_epochs"] = 1  # changes nothing in a step
+        key = dataclasses.replace(config, **fixed), steps_per_epoch, None if images is None else images.tobytes()
+        if key not in states:
+            states[key] = create(config, steps_per_epoch, images)
+        return jax.tree.map(jnp.copy, states[key])
+
+    def shared_steps(self, image_size, order):
+        key = jax.tree.structure(self.state), image_size, len(order), self.steps_per_call, tuple(self.devices)
+        if key not in programs:
+            programs[key] = compile_steps(self, image_size, order)
+        return self._compiled.setdefault(image_size, programs[key])
+
+    def shared_evaluator(config, state, images, labels, devices, *rest):
+        data = images.tobytes(), labels.tobytes()
+        key = jax.tree.structure(state), config.eval_batch_size, data, tuple(devices), rest
+        if key not in evaluators:
+            evaluators[key] = create_evaluator(config, state, images, labels, devices, *rest)
+        return evaluators[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "create_train_state", shared_state)
+        patch.setattr(Trainer, "compile", shared_steps)
+        patch.setattr(training, "Evaluator", shared_evaluator)
+        yield
+
+
+@pytest.fixture
+def no_steps(monkeypatch):
+    """A training compiles and computes nothing: for the tests of what surrounds the steps. Its loss is 2."""
+    metrics = {"loss": 2.0, "accuracy": 0.1}
+    epoch_metrics = lambda self: metrics | {"batch_loss": np.full(self.steps_per_epoch, 2, np.float32)}
+    monkeypatch.setattr(Trainer, "compile", lambda *_: None)
+    monkeypatch.setattr(Trainer, "run_steps", lambda *_: np.float32(2))
+    monkeypatch.setattr(Trainer, "epoch_metrics", epoch_metrics)
+    monkeypatch.setattr(trainer, "MAX_PENDING_CALLS", 1000)
+    monkeypatch.setattr(training, "Evaluator", lambda *_: lambda state, stop: None if stop() else metrics)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What several tests of training share."""
+"""Helpers for tests of training."""
 
 import dataclasses
 import itertools
@@ -15,7 +15,7 @@ from cifar_jax.trainer import Trainer
 
 
 def train_epoch(config, dataset, state=None):
-    """One epoch from a fresh state, or from one whose buffers are donated: (state, history)."""
+    """Trains one epoch from a new state or from `state`, whose buffers are donated. Returns: (state, history)."""
     trainer = Trainer(config, dataset.train_images, dataset.train_labels, select_devices(config))
     if state is not None:
         trainer.state = replicate(state, trainer.devices)
@@ -24,26 +24,26 @@ def train_epoch(config, dataset, state=None):
 
 
 def first_images(dataset, count):
-    """The dataset with its first `count` training images alone."""
+    """Returns the dataset with only its first `count` training images."""
     images, labels = dataset.train_images[:count], dataset.train_labels[:count]
     return dataclasses.replace(dataset, train_images=images, train_labels=labels)
 
 
 def assert_trees_close(actual, expected, share):
-    """Each leaf within `share` of its own largest value."""
+    """Asserts that each leaf's error is at most `share` of the leaf's largest value."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
         np.testing.assert_allclose(a, b, rtol=0, atol=share * max(float(np.abs(b).max()), 1e-30))
 
 
 def stop_at(number):
-    """A `stop` that says so from the `number`-th time on that it is asked."""
+    """Returns a `stop` that returns True from its `number`-th call on."""
     asked = itertools.count(1)
     return lambda: next(asked) >= number
 
 
 def latest_state(config):
-    """The arrays of a run's latest checkpoint."""
+    """Returns the arrays of a run's latest checkpoint."""
     state = replicate(create_train_state(config, 6), jax.local_devices()[:1])
     state, _ = Checkpoints(Path(config.workdir)).restore_state("latest", state)
     parts = (state.step, state.params, state.opt_state, state.ema_params, state.folded_params)
@@ -51,6 +51,6 @@ def latest_state(config):
 
 
 def untimed_rows(config):
-    """A run's rows, without what the clock says."""
+    """Returns a run's rows without the times."""
     rows = read_metrics(Path(config.workdir))
     return [dataclasses.replace(row, seconds=0, images_per_second=0) for row in rows]

@@ -17,7 +17,7 @@ def image():
 
 
 def test_affine_whole_pixel_shifts(image):
-    """A shift by +2 samples two rows further down, the edge row repeated; likewise for columns."""
+    """A shift by +2 samples two rows further down and repeats the edge row. Columns behave alike."""
     down = augment.affine(image, jnp.float32(0), jnp.float32(2), jnp.float32(0))
     np.testing.assert_allclose(down[:-2], image[2:], atol=1e-5)
     np.testing.assert_allclose(down[-2:], np.stack([image[-1]] * 2), atol=1e-5)
@@ -34,7 +34,7 @@ def test_affine_quarter_turn(image):
 
 
 def test_affine_is_keras_preprocessings(image):
-    """keras-preprocessing 1.1's matrices, written out, through the SciPy call that it makes."""
+    """The matrices of keras-preprocessing 1.1, passed to the SciPy function that it calls."""
     for angle, shift_y, shift_x in [(0.17, 3.1, -2.4), (-0.1, -0.7, 1.9), (0.0, 0.5, 0.5)]:
         c, s = np.cos(angle), np.sin(angle)
         rotate = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
@@ -50,7 +50,7 @@ def test_affine_is_keras_preprocessings(image):
 
 
 def test_random_affine_draws():
-    """The draws fill their ranges and keep to them: seen on coordinates, which a linear warp returns exactly."""
+    """The draws fill their ranges and stay within them, seen on coordinates, which a linear warp keeps exactly."""
     rows, columns = jnp.meshgrid(jnp.arange(32.0), jnp.arange(32.0), indexing="ij")
     keys = jax.random.split(jax.random.key(0), 2000)
     grid = jnp.stack([rows, columns], axis=-1)
@@ -92,7 +92,7 @@ def test_cutout():
     rows, columns = holes[..., 0].any(axis=2).sum(axis=1), holes[..., 0].any(axis=1).sum(axis=1)
     np.testing.assert_array_equal(sizes, rows * columns)  # each hole is a rectangle
     assert 0.03 < holes.mean() < 64 / 1024
-    assert holes.any(axis=0).all()  # everywhere
+    assert holes.any(axis=0).all()  # holes occur everywhere
 
 
 def test_a_recipe_without_augmentation_changes_nothing(image):
@@ -124,11 +124,11 @@ def test_cutmix_pastes_a_rectangle_of_the_other_image():
     rows, columns = pasted.any(axis=2).sum(axis=1), pasted.any(axis=1).sum(axis=1)
     np.testing.assert_array_equal(pasted.sum((1, 2)), rows * columns)
     assert pasted.any(axis=0).all()
-    assert 0.3 < pasted.mean() < 0.45  # 0.5 but for what the edges cut off
+    assert 0.3 < pasted.mean() < 0.45  # 0.5 minus what the edges cut off
 
 
 def test_trivial_augment_is_one_of_its_operations():
-    """Of many draws on one image each is the identity, a warp, or what Pillow (or its formula) makes of it."""
+    """Each of many draws on one image is the identity, a warp, or the result of Pillow (or its formula)."""
     image = np.asarray(jax.random.randint(jax.random.key(0), (32, 32, 3), 20, 220), np.uint8)
     keys = jax.random.split(jax.random.key(1), 600)
     results = np.asarray(jax.jit(jax.vmap(augment.trivial_augment, (0, None)))(keys, image))
@@ -153,18 +153,18 @@ def test_trivial_augment_is_one_of_its_operations():
     found = dict.fromkeys(expected, 0)
     for result in inner(results):
         for name, candidates in expected.items():
-            few = is_near(candidates[:, ::8, ::8], result[::8, ::8])  # a few pixels first: it is faster
+            few = is_near(candidates[:, ::8, ::8], result[::8, ::8])  # a few pixels first, which is faster
             if is_near(candidates[few], result).any():
                 found[name] += 1
                 break
     others = len(results) - sum(found.values())
-    for name, count in found.items():  # of 13 each has 46; weak ones of other kinds count as the identity
+    for name, count in found.items():  # each of 13 kinds has 46; weak draws of other kinds count as the identity
         assert 12 < count < 85, (name, count)
     assert 170 < others < 260  # the five warps
 
 
 def test_trivial_augment_leaves_most_of_a_constant_image():
-    """As Pillow's autocontrast does; brightness, solarize and posterize change it."""
+    """Like Pillow's autocontrast. Brightness, solarize and posterize change a constant image."""
     keys = jax.random.split(jax.random.key(1), 600)
     results = jax.jit(jax.vmap(augment.trivial_augment, (0, None)))(keys, jnp.full((8, 8, 3), 100, jnp.uint8))
     assert (results == 0).all((1, 2, 3)).mean() < 0.01
@@ -172,12 +172,12 @@ def test_trivial_augment_leaves_most_of_a_constant_image():
 
 
 def test_trivial_augment_shifts_turns_and_shears():
-    """The warps on a picture of coordinates, which they return but at the edges: straight lines within their bounds."""
+    """On an image of coordinates the warps return straight lines within their bounds, except at the edges."""
     rows, columns = np.meshgrid(np.arange(32.0) * 4, np.arange(32.0) * 4, indexing="ij")
     grid = np.stack([rows, columns, np.zeros((32, 32))], -1).astype(np.float32)
     warp = jax.vmap(lambda key: augment.trivial_augment(key, grid))
     results = np.asarray(warp(jax.random.split(jax.random.key(0), 1500)))[..., :2] / 4
-    a = results[:, 17, 16] - results[:, 15, 16]  # the derivative down
+    a = results[:, 17, 16] - results[:, 15, 16]  # derivative along rows
     b = results[:, 16, 17] - results[:, 16, 15]
     middle = results[:, 16, 16] - 16
     straight = np.abs(a - (results[:, 18, 16] - results[:, 16, 16])).max(-1) < 1e-3
@@ -186,7 +186,7 @@ def test_trivial_augment_shifts_turns_and_shears():
     shifts = kept & near(a[:, 1], 0) & near(b[:, 0], 0) & (np.abs(middle).max(-1) > 0.1)
     assert 9 < np.abs(middle[shifts]).max() <= 10.01
     assert (np.abs(middle[shifts]).max(0) > 9).all()
-    assert near(middle[shifts].min(-1) * middle[shifts].max(-1), 0).all()  # one direction at a time
+    assert near(middle[shifts].min(-1) * middle[shifts].max(-1), 0).all()  # each shift has one direction
     shears = np.stack([a[:, 1], b[:, 0]], -1)[kept & ~shifts] / 2
     assert (np.abs(shears).max(0) > 0.28).all()
     assert np.abs(shears).max() < 0.301
@@ -204,16 +204,16 @@ def test_alternating_flip_mirrors_a_random_half_and_then_the_other():
     np.testing.assert_array_equal(epochs[1], ~epochs[0])
     np.testing.assert_array_equal(epochs[2], epochs[0])
     np.testing.assert_array_equal(epochs[3], epochs[1])
-    np.testing.assert_array_equal(mirrored(key, indices[::-1], jnp.int32(0)), epochs[0][::-1])  # the image's, wherever
+    np.testing.assert_array_equal(mirrored(key, indices[::-1], jnp.int32(0)), epochs[0][::-1])  # same image
 
 
 def is_a_turn(images, image):
-    """About the centre, of nearly all pixels."""
+    """The rotation is about the centre and moves nearly all pixels."""
     return np.abs(images[:, 16, 16] - image[16, 16]).max() < 0.01 and (np.abs(images - image) > 1e-4).mean() > 0.8
 
 
 def is_a_shift(images, image):
-    """By the same in the middle of an image, by parts of a pixel, up to 3.2."""
+    """The shift is constant in the middle of an image, sub-pixel, and up to 3.2 pixels."""
     moves = (images - image)[:, 6:26, 6:26, :2]
     steps = moves[:, 0, 0] * [31, 100]
     return (
@@ -247,7 +247,7 @@ def is_a_hole(images, image):
     ],
 )
 def test_each_field_augments_by_itself(field, value, is_so):
-    """On a ramp to the right and down."""
+    """The image is a ramp to the right and down."""
     rows, columns = jnp.meshgrid(jnp.arange(32.0) / 100, jnp.arange(32.0) / 31, indexing="ij")
     image = jnp.stack([columns, rows, rows + 0.1], -1)
     keys = jax.random.split(jax.random.key(0), 16)

@@ -31,7 +31,7 @@ def test_epoch_order_is_a_function_of_seed_and_epoch():
 
 @pytest.mark.parametrize("num_devices", [1, 2, 4])
 def test_batches_cover_the_order_once_whatever_the_number_of_devices(num_devices):
-    """The reference recipe's shape in small: 130 images in batches of 64, the last of 2."""
+    """The reference recipe in small: 130 images in batches of 64, the last with 2."""
     images = jnp.arange(130, dtype=jnp.uint8).reshape(130, 1, 1, 1)
     order, size = epoch_order(0, 0, 130), 64 // num_devices
     seen = []

@@ -30,7 +30,7 @@ def history():
 
 @pytest.fixture
 def save(state, history):
-    """save(checkpoints, step, accuracy): a state of that step, and as many epochs in its log."""
+    """Returns save(checkpoints, step, accuracy), which saves a state of that step and a log of as many epochs."""
 
     def save(checkpoints, step, accuracy=None):
         rows = [dataclasses.replace(ROW, epoch=epoch) for epoch in range(1, step + 1)]
@@ -68,14 +68,14 @@ def test_no_checkpoint_yet(state, tmp_path):
 
 def test_restored_onto_more_devices(state, save, tmp_path):
     save(Checkpoints(tmp_path), 1, 0.5)
-    (tmp_path / "checkpoints" / "1" / ".DS_Store").touch()  # a file manager's does no harm
+    (tmp_path / "checkpoints" / "1" / ".DS_Store").touch()  # a file manager's files do no harm
     on_four = replicate(jax.device_get(state), jax.local_devices())
     restored, _ = Checkpoints(tmp_path).restore_state("latest", on_four)
     assert len(restored.params["Dense_0"]["kernel"].devices()) == 4
 
 
 def test_a_key_names_its_generator(state, save, tmp_path):
-    """So that a run is restored whatever the user's default is."""
+    """A run is restored independently of the user's default."""
     with jax.default_prng_impl("rbg"):
         save(Checkpoints(tmp_path), 1)
     restored, _ = Checkpoints(tmp_path).restore_state("latest", state)
@@ -84,7 +84,7 @@ def test_a_key_names_its_generator(state, save, tmp_path):
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
 def test_any_damaged_file_of_the_latest_is_survived(damage, state, history, save, tmp_path, capsys):
-    """The run goes on with the checkpoint before it, one line says so, and the damaged one is kept as it is."""
+    """The run resumes from the previous checkpoint, with one warning, and keeps the damaged one."""
     workdir = tmp_path / "run"
     for step in (1, 2):
         save(Checkpoints(workdir), step, 0.5)
@@ -115,7 +115,7 @@ def test_any_damaged_file_of_the_latest_is_survived(damage, state, history, save
 
 
 def damage(folder):
-    """Changes a byte of the largest file in a checkpoint."""
+    """Changes a byte of a checkpoint's largest file."""
     file = max(folder.rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 0x55
@@ -127,7 +127,7 @@ def files_of(folder):
 
 
 def test_a_damaged_checkpoint_is_never_overwritten(state, history, save, tmp_path, capsys):
-    """Also if that of the same number is damaged again."""
+    """Also if a later checkpoint with the same number is damaged."""
     folder = tmp_path / "checkpoints"
     save(Checkpoints(tmp_path), 1)
     kept = []
@@ -169,14 +169,14 @@ def test_all_damaged_is_refused_and_nothing_is_touched(state, history, save, tmp
 
 
 def test_metadata_that_orbax_stumbles_over_are_named(save, tmp_path):
-    """A list in their place, so that Orbax can't open the others either."""
+    """Metadata that are a list keep Orbax from opening the other checkpoints."""
     for step in (1, 2):
         save(Checkpoints(tmp_path), step, 0.5)
     metadata = tmp_path / "checkpoints" / "2" / "_CHECKPOINT_METADATA"
     metadata.write_text("[]")
     with pytest.raises(UserError, match=f"{metadata} is damaged"):
         Checkpoints(tmp_path)
-    (tmp_path / "checkpoints" / "2").rename(tmp_path / "aside")  # as it advises
+    (tmp_path / "checkpoints" / "2").rename(tmp_path / "aside")  # as the message advises
     Checkpoints(tmp_path)
 
 
@@ -195,7 +195,7 @@ def test_reading_passes_over_a_damaged_checkpoint_and_changes_nothing(state, sav
 def test_damaged_checksums_are_no_traceback(content, state, save, tmp_path):
     save(Checkpoints(tmp_path), 1)
     (tmp_path / "checkpoints" / "1" / "sha256.json").write_text(content)
-    if content == '{"a": {}}':  # it names a file that is not there
+    if content == '{"a": {}}':  # it names a missing file
         with pytest.raises(UserError, match=r"checkpoints/1/a: "):
             Checkpoints(tmp_path).restore_state("latest", state)
     else:  # no more than after a crash between the two writes: Orbax vouches
@@ -205,7 +205,7 @@ def test_damaged_checksums_are_no_traceback(content, state, save, tmp_path):
 def test_another_models_checkpoint(save, tiny_config, tmp_path):
     save(Checkpoints(tmp_path), 1, 0.5)
     other = dataclasses.replace(tiny_config, model="all_cnn", dropout_rates=(0.0, 0.0, 0.0))
-    with pytest.raises(UserError, match="of another model"):
+    with pytest.raises(UserError, match="another model"):
         Checkpoints(tmp_path).restore_state("latest", create_train_state(other, 6))
 
 
@@ -219,7 +219,7 @@ def test_replaced_while_it_is_read(state, save, tmp_path):
         reader.restore_state("latest", state)
 
 
-# --- A disk that is full ---
+# --- Full disks ---
 
 
 def test_room_is_asked_for_before_anything_is_written(save, tmp_path, monkeypatch):
@@ -227,13 +227,13 @@ def test_room_is_asked_for_before_anything_is_written(save, tmp_path, monkeypatc
     before = files_of(tmp_path)
     usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"checkpoints: .*make room"):
+    with pytest.raises(UserError, match=r"checkpoints: .*disk space"):
         save(Checkpoints(tmp_path), 2)
     assert files_of(tmp_path) == before
 
 
 def test_a_full_disk_is_one_line_without_the_noise_of_threads(state, history, save, tmp_path, capfd, caplog):
-    """Files that may not grow are as good as a full disk: Orbax' threads fail, and would print their tracebacks."""
+    """A limit on file sizes acts like a full disk: Orbax' threads fail, and would print tracebacks."""
     save(Checkpoints(tmp_path), 1)
     capfd.readouterr()
     caplog.clear()
@@ -254,11 +254,11 @@ def test_a_full_disk_is_one_line_without_the_noise_of_threads(state, history, sa
 @pytest.mark.parametrize(
     ("failure", "advice"),
     [
-        (OSError(28, "No space left on device"), "make room"),
-        (OSError(122, "Disk quota exceeded"), "make room"),
-        (ValueError("RESOURCE_EXHAUSTED: Error writing: [OS error 28: ENOSPC No space left on device]"), "make room"),
-        (PermissionError(13, "Permission denied"), "can be written"),
-        (OSError(5, "Input/output error"), "can be written"),
+        (OSError(28, "No space left on device"), "disk space"),
+        (OSError(122, "Disk quota exceeded"), "disk space"),
+        (ValueError("RESOURCE_EXHAUSTED: Error writing: [OS error 28: ENOSPC No space left on device]"), "disk space"),
+        (PermissionError(13, "Permission denied"), "writable"),
+        (OSError(5, "Input/output error"), "writable"),
     ],
 )
 def test_the_advice_on_a_failed_save_is_true(failure, advice, save, tmp_path, monkeypatch):

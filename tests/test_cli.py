@@ -15,7 +15,7 @@ from cifar_jax.pretrained import pretrained_path
 
 
 def test_output_is_seen_at_once(monkeypatch):
-    """In a log file as well: a training has hours between its first and its last line."""
+    """Also in a log file: training takes hours between its first and its last line."""
     file = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file))
     seen = []
@@ -40,7 +40,7 @@ def test_a_systems_error_is_one_line(run_command, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     status, _, error = run_command(command(full))
-    assert (status, error.count("\n"), "make room" in error) == (2, 1, True)
+    assert (status, error.count("\n"), "disk space" in error) == (2, 1, True)
     assert silenced == [1]
 
 
@@ -84,7 +84,7 @@ def closed():
 
 
 class Gone(io.StringIO):
-    """A terminal that is gone."""
+    """A closed terminal."""
 
     def write(self, text):
         raise OSError(errno.EIO, "Input/output error")

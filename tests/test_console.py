@@ -1,4 +1,4 @@
-"""Output that fails must not stop a training."""
+"""Failing output must not stop training."""
 
 import contextlib
 import dataclasses
@@ -86,7 +86,7 @@ def test_a_stream_that_fails_is_passed_over(failure, monkeypatch):
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EPIPE, errno.ENOSPC])
 def test_a_terminal_that_is_gone_does_not_take_the_log_with_it(code, monkeypatch):
-    """The progress bar's is: what goes to a file is written all the same, also while the bar is there."""
+    """The progress bar's terminal fails. Output to a file is still written, also while the bar is shown."""
     log = io.StringIO()
     monkeypatch.setattr(sys, "stdout", log)
     monkeypatch.setattr(sys, "stderr", Terminal(OSError(code, "gone"), 3))
@@ -105,11 +105,11 @@ def test_a_bar_tells_steps_and_loss(monkeypatch):
         bar.update(1, None)
         bar.update(2, jnp.float32(1.25))
     assert "epoch 1/2" in terminal.getvalue()
-    assert terminal.getvalue().split("\r")[-1].strip(" \n\x1b[A") == ""  # nothing of it stays
+    assert terminal.getvalue().split("\r")[-1].strip(" \n\x1b[A") == ""  # nothing of the bar remains
 
 
 def test_what_python_writes_at_its_end_goes_nowhere(tmp_path):
-    """Of a real descriptor: after a failure it is /dev/null's."""
+    """After a failure the stream's descriptor refers to /dev/null."""
     reader, writer = os.pipe()
     os.close(reader)
     stream = os.fdopen(writer, "w")
@@ -132,7 +132,7 @@ def test_a_training_goes_on_to_its_end(failure, tiny_config, tiny_dataset, monke
 
 @pytest.mark.usefixtures("direct_convolutions", "no_figures")
 def test_a_closed_pipe_loses_no_epoch(use_tiny_dataset, tmp_path, monkeypatch):
-    """`| head`: the command goes on, and ends well."""
+    """With `| head` the command continues and ends normally."""
     arguments = ("quickstart", "--workdir", str(tmp_path / "run"), "--num-devices", "1", "--num-epochs", "2")
     monkeypatch.setattr(sys, "argv", ["command", *arguments])
     monkeypatch.setattr(sys, "stdout", FAILURES["pipe"]())

@@ -24,7 +24,7 @@ def test_decoded_once_then_memory_mapped(small_batches, tmp_path, cache, monkeyp
     folder = write_python(tmp_path / "cifar-10-batches-py", small_batches)
     assert_loads(small_batches, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("cifar_jax.datasets.official.read_batch", None)  # nothing may be decoded again
+        patch.setattr("cifar_jax.datasets.official.read_batch", None)  # decoding again would fail
         assert isinstance(assert_loads(small_batches, tmp_path).train_images, np.memmap)
     # A changed file is decoded again, and so is a damaged cache entry.
     shutil.rmtree(folder)
@@ -76,7 +76,7 @@ def test_an_unwritable_cache_is_no_obstacle(small_batches, tmp_path, monkeypatch
 
 
 def fill(array):
-    """A .npy file whose header is right and whose content is another."""
+    """Writes a .npy file with the right header and other content."""
     return lambda path: np.save(path, array)
 
 
@@ -86,7 +86,7 @@ def zero_half(path):
 
 
 def header(text):
-    """A .npy file with a header of this text."""
+    """Returns a .npy file with this text as header."""
     line = text.encode() + b"\n"
     return lambda path: path.write_bytes(b"\x93NUMPY\x01\x00" + len(line).to_bytes(2, "little") + line)
 
@@ -159,11 +159,11 @@ def test_checksums_are_computed_once_for_each_state_of_the_files(small_batches, 
     monkeypatch.setattr(cache_module, "_checksum", lambda path: computed.append(path.name) or checksum(path))
     write_python(tmp_path / "cifar-10-batches-py", small_batches)
     assert_loads(small_batches, tmp_path)
-    assert len(computed) == 4  # of what was written
+    assert len(computed) == 4  # of the written files
     assert_loads(small_batches, tmp_path)
     assert len(computed) == 4
     (entry,) = cache.iterdir()
-    os.utime(entry / "train_labels.npy")  # as a copy of the cache would
+    os.utime(entry / "train_labels.npy")  # like a copied cache
     assert_loads(small_batches, tmp_path)
     assert len(computed) == 8
     assert_loads(small_batches, tmp_path)

@@ -20,7 +20,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch, small_cifar):
-    """A local stand-in for the datasets' home: yields the folder it serves."""
+    """A local HTTP server in place of the official one. Yields: the folder that it serves."""
     served = tmp_path / "served"
     handler = lambda *arguments: Quiet(*arguments, directory=served)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as http_server:
@@ -43,7 +43,7 @@ def test_download_to_data_dir_or_cache(name, server, small_cifar, tmp_path):
     assert_loads(small_cifar[name], tmp_path / "mine", name)
     assert sorted(os.listdir(tmp_path / "mine")) == [".hidden", CIFAR[name].python.archive]
     assert_loads(small_cifar[name], name=name)
-    (server / CIFAR[name].python.archive).unlink()  # from now on the network would fail
+    (server / CIFAR[name].python.archive).unlink()  # downloading again would fail
     assert_loads(small_cifar[name], name=name)
 
 

@@ -104,14 +104,14 @@ def test_other_classes_are_named(small_batches, tmp_path):
     (tmp_path / "train" / "automobile").rename(tmp_path / "train" / "car")
     with pytest.raises(UserError, match="automobile is missing"):
         load_dataset("cifar10", tmp_path)
-    with pytest.raises(UserError, match=r"apple is missing|airplane is none"):
+    with pytest.raises(UserError, match=r"apple is missing|airplane is not a class"):
         load_dataset("cifar100", tmp_path)
 
 
 def test_coarse_labels_are_not_taken_for_fine_ones(small_cifar, tmp_path):
     images, labels, test_images, test_labels = small_cifar["cifar100"]
     write_npz(tmp_path / "cifar100.npz", (images, labels // 5, test_images, test_labels // 5))
-    with pytest.raises(UserError, match="from 0 to 19"):
+    with pytest.raises(UserError, match="0 to 19"):
         load_dataset("cifar100", tmp_path)
 
 
@@ -153,7 +153,7 @@ def test_16_bits_are_not_cut_to_8():
     data = b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
     with PIL.Image.open(io.BytesIO(data)) as image:
         assert image.mode == "RGB"
-    with pytest.raises(ValueError, match="of 8 bits"):
+    with pytest.raises(ValueError, match="8-bit"):
         decode_png(data)
 
 

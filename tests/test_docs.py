@@ -1,7 +1,7 @@
-"""Every command line and every snippet of the pages is executed, with the smallest data that serves.
+"""Executes every command line and every snippet of the pages, with the smallest data that suffices.
 
-Each line of a `sh` block has an entry in COMMANDS that says how; a line without one fails, and so does an entry that no
-page has. A page's commands run one after the other in one folder, as a reader would type them.
+COMMANDS has an entry for each line of a `sh` block. A line without an entry fails, and so does an entry without a line.
+A page's commands run one after the other in one folder, as a reader would type them.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Executed here. `flags` are set in it, so that it takes seconds."""
+    """Executed here, with `flags` that make it take seconds."""
 
     flags: str = ""
 
@@ -50,7 +50,7 @@ class Stops:
 
 @dataclasses.dataclass(frozen=True)
 class Elsewhere:
-    """Executed by another file, which holds `text`."""
+    """Executed by another file, which contains `text`."""
 
     file: str
     text: str
@@ -65,8 +65,8 @@ PARITY = Stops("--data-dir nowhere", "tests/test_parity.py")
 COMMANDS = {
     "pip install -e .": INSTALLED,
     "pip install -e '.[test]'": INSTALLED,
-    "pip install -e '.[parity]'": INSTALLED,  # a part of test
-    "pip install -e '.[parquet]'": INSTALLED,  # a part of test
+    "pip install -e '.[parity]'": INSTALLED,  # included in test
+    "pip install -e '.[parquet]'": INSTALLED,  # included in test
     "pytest": TESTED,
     "pytest -m 'not slow'": TESTED,
     "pytest tests/test_extending.py": TESTED,
@@ -139,20 +139,20 @@ COMMANDS = {
 
 
 def blocks(page, language):
-    """The fenced blocks of a language, without indentation."""
+    """Returns the fenced blocks of a language, without indentation."""
     text = (ROOT / page).read_text()
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 def commands(page):
-    """Every command of a page's sh blocks, in order; those joined by && one by one; each as shlex writes it."""
+    """Returns every command of a page's sh blocks in order, split at &&, in shlex' form."""
     lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
     words = [word for line in lines for word in (*shlex.split(line, comments=True), "&&")]
     return [command.strip() for command in shlex.join(words).split("'&&'") if command.strip()]
 
 
 def with_flags(words, flags):
-    """A command's words with flags set in it; they replace what it says of the same ones."""
+    """Returns a command's words with these flags added or replaced."""
     for group in re.findall(r"--\S+(?: (?!--)\S+)*", flags):
         flag, *values = group.split()
         if flag in words:
@@ -165,7 +165,7 @@ def with_flags(words, flags):
 
 @pytest.fixture
 def execute(run_command):
-    """Runs `python -m MODULE …`, `python FILE …` or `cifar-jax …` in this process: words → (exit status, output)."""
+    """Runs `python -m MODULE …`, `python FILE …` or `cifar-jax …` in this process. Returns: (exit status, output)."""
 
     def run(words):
         if words[0] == "cifar-jax":
@@ -187,7 +187,7 @@ def execute(run_command):
 
 
 class TinyInfo(DatasetInfo):
-    """An entry of the registry that is read from no file: the data of its class."""
+    """An entry of the registry whose data are in memory."""
 
     def load(self, data_dir=None):
         if data_dir is not None and not Path(data_dir).exists():
@@ -197,14 +197,14 @@ class TinyInfo(DatasetInfo):
 
 @pytest.fixture(scope="module")
 def done():
-    """What commands of other pages have left: a summary and a run's folder by recipe; an evaluation by its flags."""
+    """The summary and the folder of each trained recipe, and the result of each evaluation, for all pages."""
     return {}
 
 
 @pytest.fixture
 def once(done, monkeypatch, tmp_path_factory):
-    """A recipe is trained once for all pages, whatever its folder and seed, and then copied; without its figures. So is
-    a released network evaluated."""
+    """Trains each recipe once for all pages, without figures, and then copies its folder. Evaluates each released
+    network once. The folder, the seed and automatic restarts make no difference."""
     train_and_evaluate, evaluate_source = train.train_and_evaluate, evaluate.evaluate
 
     def train_once(config, *arguments, **options):
@@ -234,7 +234,7 @@ def once(done, monkeypatch, tmp_path_factory):
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch, tiny_dataset, direct_convolutions, once):
-    """Works in a folder with a photo, on tiny data, as a reader of the pages does."""
+    """Changes to a folder with a photo and uses tiny data, like a reader of the pages."""
     test = {"test_images": tiny_dataset.test_images[:10], "test_labels": tiny_dataset.test_labels[:10]}
     data = dataclasses.replace(first_images(tiny_dataset, 60), **test)
     monkeypatch.setattr(TinyInfo, "data", data, raising=False)
@@ -245,11 +245,11 @@ def reader(tmp_path, monkeypatch, tiny_dataset, direct_convolutions, once):
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     PIL.Image.fromarray(image).save("photo.jpg")
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as JAX has them by itself
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # JAX's defaults
         yield
 
 
-# What pages take for granted, if no command of theirs makes it: how to make it.
+# Files that pages assume and none of their commands creates: how to create them.
 GIVEN = {
     "released.pth": f"python -m cifar_jax.convert {pretrained_path('lenet5')} released.pth",
     "model.pth": f"python -m cifar_jax.convert {pretrained_path('lenet5_reference')} model.pth",

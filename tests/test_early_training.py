@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("direct_convolutions")
 
 
 def test_both_frameworks_take_the_same_steps(monkeypatch, tmp_path, run_command):
-    """Without dropout, the only difference, the losses agree: model, order, augmentation, optimizer and all."""
+    """Without dropout, the only difference, the losses agree, so model, order, augmentation and optimizer agree."""
     recipe = dataclasses.replace(
         RECIPES["all_cnn_reference"], batch_size=4, dropout_rates=(0.0, 0.0, 0.0), learning_rate=0.05
     )
@@ -32,7 +32,7 @@ def test_both_frameworks_take_the_same_steps(monkeypatch, tmp_path, run_command)
 
 
 def test_without_pytorch(run_command, tmp_path, monkeypatch):
-    run_command(early_training.main, "--help")  # tyro looks for torch at its first start
+    run_command(early_training.main, "--help")  # tyro imports torch at its first use
     monkeypatch.setitem(sys.modules, "torch", None)
     status, _, errors = run_command(early_training.main, "--dataset", "digits", "--out", tmp_path)
     assert (status, errors) == (2, "error: PyTorch is not installed: pip install -e '.[parity]'\n")

@@ -1,7 +1,6 @@
-"""What docs/extending.md promises: another network is one file and one line of a registry."""
+"""Checks docs/extending.md: another network is one file and one line of a registry."""
 
 import dataclasses
-import itertools
 import json
 from functools import partial
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+from small_runs import stop_at
 
 from cifar_jax import convert, evaluate, ops, predict
 from cifar_jax.datasets import DATASETS, Dataset
@@ -23,9 +23,11 @@ from cifar_jax.symmetry import mirror, symmetric_start
 from cifar_jax.train import parse_config, train_and_evaluate
 from cifar_jax.train_step import create_train_state
 
+pytestmark = pytest.mark.usefixtures("direct_convolutions", "compiled_once", "no_figures")
+
 
 class ElevenConvolutions(nn.Module):
-    """A network whose layers' names do not sort in their order: Conv_10 comes before Conv_2."""
+    """A network whose layer names don't sort in the layers' order: Conv_10 sorts before Conv_2."""
 
     LAYERS: ClassVar[tuple[str, ...]] = tuple(f"Conv_{i}" for i in range(11))
     INPUT_SCALING: ClassVar[str] = "unit"
@@ -55,13 +57,13 @@ def eleven(monkeypatch):
     return ElevenConvolutions()
 
 
-def test_another_network_trains_resumes_and_is_loaded(eleven, tiny_config):
-    config = dataclasses.replace(tiny_config, model="eleven", dropout_rates=(0.1,), normalization="batch")
-    steps = itertools.count()
-    with pytest.raises(Exception, match="saved after"):
-        train_and_evaluate(config, stop=lambda: next(steps) > 5)
-    summary = train_and_evaluate(config)
-    assert summary["epochs"] == 3
+def test_another_network_trains_resumes_and_is_loaded(eleven, tiny_config, tiny_dataset):
+    changes = {"model": "eleven", "dropout_rates": (0.1,), "normalization": "batch", "num_epochs": 1}
+    config = dataclasses.replace(tiny_config, **changes)
+    with pytest.raises(Exception, match=r"saved after .* 2/6 steps"):
+        train_and_evaluate(config, tiny_dataset, stop_at(8))
+    summary = train_and_evaluate(config, tiny_dataset)
+    assert summary["epochs"] == 1
     loaded, state, _ = load_run(config.workdir, "latest")
     assert loaded.model == "eleven"
     assert set(state.eval_params) == set(eleven.LAYERS)
@@ -111,7 +113,7 @@ def test_another_dataset_has_its_own_classes_and_pixel_statistics():
 
 @pytest.fixture(scope="module")
 def tiny_cifar100():
-    """100 images of each split, one of each class."""
+    """Returns 100 images per split, one of each class."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (200, 32, 32, 3), dtype=np.uint8)
     labels = np.arange(100, dtype=np.int32)
@@ -119,7 +121,7 @@ def tiny_cifar100():
 
 
 def test_cifar100_from_training_to_other_frameworks(tiny_cifar100, tmp_path, run_command, monkeypatch):
-    """Its 100 classes, their names and its pixel statistics go wherever the weights go."""
+    """The 100 classes, their names and the pixel statistics accompany the weights."""
     monkeypatch.setattr(evaluate, "load_dataset", lambda name, data_dir: {"cifar100": tiny_cifar100}[name])
     flags = ["--dataset", "cifar100", "--batch-size", "50", "--num-epochs", "1", "--num-devices", "1"]
     config = parse_config(["lenet5", *flags, "--workdir", str(tmp_path / "run")])

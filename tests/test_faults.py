@@ -24,7 +24,7 @@ from cifar_jax.errors import UserError
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """A Lab, with the package in the path of the processes that it starts."""
+    """Returns a Lab whose child processes can import the package."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         yield Lab(tmp_path_factory.mktemp("lab"))
@@ -41,7 +41,7 @@ def command(out, *arguments):
 
 
 def test_the_short_form(tmp_path):
-    """Every fault of the short form ends as it must, and the report makes a table of it."""
+    """Every fault of --quick has an expected outcome, and the report tabulates the result."""
     status, result, output = command(tmp_path, "--quick")
     assert status == 0, output
     assert [row["name"] for row in result["faults"]] == [fault.name for fault in FAULTS if fault.quick]
@@ -61,7 +61,7 @@ def test_the_long_form(tmp_path):
 
 
 def test_the_results_are_of_the_table():
-    """docs/reliability.md has every fault, injected as it says, and none fails."""
+    """docs/reliability.md lists every fault as it is injected, and none fails."""
     rows = {row["name"]: row for row in MEASURED.load("faults")["faults"]}
     assert list(rows) == [fault.name for fault in FAULTS]
     assert all(rows[fault.name]["injected"] == fault.injected for fault in FAULTS)
@@ -79,7 +79,7 @@ def test_bad_flags(arguments, named, run_command):
     assert named in errors
 
 
-# --- A defect of the package is found: each fault can fail ---
+# --- Each fault can fail: it detects a defect of the package ---
 
 
 def test_another_end_is_found(lab):
@@ -104,12 +104,12 @@ def test_a_cache_that_is_taken_as_it_is_is_found(lab, monkeypatch):
 
 
 def test_locks_that_are_needed_are_found(lab, monkeypatch):
-    """What the training says is counted."""
+    """The lines that training prints are counted."""
     monkeypatch.setattr(runs, "say", lambda text, error: None)
     assert list(disks.no_locks(lab, 1, np.random.default_rng(0))) == [f"says 0 lines: {IDENTICAL}"]
 
 
-# --- Hostile files are read within bounds ---
+# --- Malicious files are read with limits ---
 
 
 def execute(path):
@@ -133,7 +133,7 @@ def crash(path):
 
 
 def spin(path):
-    signal.raise_signal(signal.SIGPROF)  # as the timer does after 10 s of CPU time
+    signal.raise_signal(signal.SIGPROF)  # like the timer after 10 s of CPU time
     return "read"
 
 

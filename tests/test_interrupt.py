@@ -1,4 +1,4 @@
-"""Ctrl-C while a command's modules are imported."""
+"""Ctrl-C during a command's imports."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from cifar_jax.cli import command
 COMMANDS = [["cifar_jax"], *([f"cifar_jax.{name}"] for name in __main__.COMMANDS)]
 COMMANDS += [["cifar_jax", name] for name in __main__.COMMANDS]
 
-# In place of a module that all import first; it takes an exception for its own, as extension modules do.
+# Replaces a module that all commands import first. It catches exceptions, like extension modules.
 INTERRUPTED = """
 import os, signal
 try:
@@ -27,7 +27,7 @@ except BaseException:
 
 @pytest.fixture
 def start(tmp_path):
-    """start(code, *arguments): python -m ARGUMENTS with a module numpy of that code → (status, stdout, stderr)."""
+    """Returns start(code, *arguments) → (status, stdout, stderr) of python -m ARGUMENTS with numpy replaced by code."""
 
     def start(code, *arguments, **options):
         (tmp_path / "numpy.py").write_text(code)
@@ -46,8 +46,8 @@ def test_it_is_one_line(arguments, start):
 
 
 def test_it_stays_ignored_where_it_was(start):
-    """Of a job in the background, say."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the process inherits
+    """For example in a background job."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child process inherits it
     try:
         assert start(f"{INTERRUPTED}\nos._exit(7)", "cifar_jax.train") == (7, "", "")
     finally:
@@ -65,7 +65,7 @@ def test_the_package_still_offers_the_released_networks():
 
 
 def test_a_command_that_began_clears_away():
-    """There it is an exception."""
+    """Once a command runs, Ctrl-C raises an exception."""
     before = signal.getsignal(signal.SIGINT)
     cleared = []
 

@@ -9,7 +9,7 @@ from cifar_jax.io import read_json, write_atomically, write_json
 
 
 def test_a_full_disk_leaves_the_old_file_alone(tmp_path, monkeypatch):
-    (tmp_path / "x.partial").touch()  # another program's
+    (tmp_path / "x.partial").touch()  # a file of another program
     write_atomically(tmp_path / "x", b"old")
 
     def full(descriptor):
@@ -22,7 +22,7 @@ def test_a_full_disk_leaves_the_old_file_alone(tmp_path, monkeypatch):
 
 
 def test_a_file_is_synced_before_it_takes_its_name(tmp_path, monkeypatch):
-    """Else a crash of the machine may leave an empty file."""
+    """Otherwise a crash of the machine could leave an empty file."""
     events = []
     sync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda descriptor: events.append("sync") or sync(descriptor))

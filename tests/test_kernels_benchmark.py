@@ -36,7 +36,7 @@ def test_every_form_is_timed_and_written(tmp_path, run_command, monkeypatch):
 
 
 def test_the_forms_differ(monkeypatch):
-    """Each part by itself changes the program that is lowered: LeNet-5 has a layer for each."""
+    """Each part alone changes the lowered program. LeNet-5 has a layer for each part."""
     import jax
     import jax.numpy as jnp
 

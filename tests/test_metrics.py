@@ -42,7 +42,7 @@ def test_damaged_metrics_are_named(change, tmp_path):
 
 
 def array(header):
-    """A .npy file of that header and 8 bytes."""
+    """Returns a .npy file with this header and 8 bytes."""
     text = header.encode().ljust(117) + b"\n"
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(8)
 

@@ -35,7 +35,7 @@ def test_float32_parameters_and_logits_whatever_the_computation(name, dtype):
 
 
 def layer_shapes(model):
-    """Output shapes of the layers, without the batch."""
+    """Returns the layers' output shapes without the batch."""
     method = lambda images: model.init_with_output(jax.random.key(0), images, capture_intermediates=True)
     _, variables = jax.eval_shape(method, jnp.zeros((1, 32, 32, 3)))
     outputs = flatten_dict(variables["intermediates"])

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("direct_convolutions", "no_figures")
 
 
 def random_network(name, dtype):
-    """(model, params): a normalised network whose scales and biases are not those of its start."""
+    """Returns (model, params) of a normalised network with random scales and biases."""
     model, rng = MODELS[name](dtype=dtype), np.random.default_rng(0)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     draws = {
@@ -49,7 +49,7 @@ def random_images(name, dtype, seed):
 @pytest.mark.parametrize(("dtype", "share", "symmetric"), [("float32", 1e-5, False), ("float64", 1e-12, True)])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_folded_network_is_the_normalised_one(name, dtype, share, symmetric):
-    """With the same statistics, on other images than those they are of."""
+    """With fixed statistics, on other images than those of the statistics."""
     with jax.enable_x64(dtype == "float64"):
         model, params = random_network(name, jnp.dtype(dtype))
         _, statistics = apply_normalized(model, params, random_images(name, dtype, 1), symmetric=symmetric)
@@ -71,7 +71,7 @@ def test_the_folded_network_is_the_normalised_one(name, dtype, share, symmetric)
 
 
 def test_lenet5_normalised_written_out():
-    """Each hidden layer: product, normalisation by the batch, scale, shift, ReLU; the last layer is as it was."""
+    """Each hidden layer: product, normalisation by the batch, scale, shift, ReLU. The last layer is unchanged."""
     model, params = random_network("lenet5", jnp.float32)
     images = random_images("lenet5", jnp.float32, 1)
 
@@ -114,7 +114,7 @@ def test_merged_moments_are_those_of_all():
 
 @pytest.mark.parametrize("num_devices", [1, 2])
 def test_a_trainer_folds_statistics_of_the_same_images(num_devices, tiny_config, tiny_dataset):
-    """Of the averaged parameters, on the first 88 of 90 images: in parts of 8, each device its share of a part."""
+    """Statistics of the averaged parameters on the first 88 of 90 images, in parts of 8, divided over the devices."""
     config = dataclasses.replace(tiny_config, normalization="batch", ema_decay=0.9, num_devices=num_devices)
     trainer = Trainer(config, tiny_dataset.train_images, tiny_dataset.train_labels, select_devices(config))
     averaged = jax.tree.map(lambda x: 1.25 * x, trainer.state.params)
@@ -125,7 +125,7 @@ def test_a_trainer_folds_statistics_of_the_same_images(num_devices, tiny_config,
     statistics = jax.jit(lambda images: apply_normalized(LeNet5(), params, images)[1])
     expected = fold(params, merge([statistics(images[i : i + size]) for i in range(0, 88, size)]))
     assert_trees_close(trainer.state.eval_params, expected, 1e-4)
-    first = statistics(images)["Conv_0"]  # of the first layer the parts do not matter
+    first = statistics(images)["Conv_0"]  # the first layer does not depend on the parts
     factor = params["Conv_0"]["scale"] / np.sqrt(first.variance + EPSILON)
     kernel = params["Conv_0"]["kernel"] * np.asarray(factor).reshape(1, 1, 1, -1)
     assert_trees_close(trainer.state.eval_params["Conv_0"]["kernel"], kernel, 1e-4)
@@ -145,7 +145,7 @@ def test_a_partial_batch_is_filled_with_other_images():
 
 
 def test_the_loss_of_a_partial_batch(tiny_config, tiny_dataset):
-    """It is the mean over its 2 images, normalised together with the order's first 14."""
+    """The loss is the mean over 2 images, normalised together with the order's first 14."""
     plain = {"dropout_rates": (0.0, 0.0), "crop_padding": 0, "random_flip": False}
     config = dataclasses.replace(tiny_config, normalization="batch", **plain)
     dataset = first_images(tiny_dataset, 18)
@@ -162,7 +162,7 @@ def test_the_loss_of_a_partial_batch(tiny_config, tiny_dataset):
 
 
 def test_it_learns_where_it_is_asked_for_alone(tiny_config, tiny_dataset, monkeypatch):
-    """Without normalisation the state has no leaf more, and the step no operation of it."""
+    """Without normalisation neither the state nor the step has any part of it."""
 
     def trace(config):
         state = create_train_state(config, 6)
@@ -173,7 +173,7 @@ def test_it_learns_where_it_is_asked_for_alone(tiny_config, tiny_dataset, monkey
         return jax.tree_util.tree_leaves_with_path(state), str(jax.make_jaxpr(step)(state, batch))
 
     leaves, jaxpr = trace(dataclasses.replace(tiny_config, normalization="batch"))
-    assert sum("scale" in jax.tree_util.keystr(path) for path, _ in leaves) == 2 * 4  # and each one's momentum
+    assert sum("scale" in jax.tree_util.keystr(path) for path, _ in leaves) == 2 * 4  # scales and their momenta
     assert "rsqrt" in jaxpr
     monkeypatch.setattr(train_step, "apply_normalized", None)
     monkeypatch.setattr(train_step, "add_scales", None)

@@ -66,7 +66,7 @@ def test_cycles_follow_the_schedule():
     shares = [float(share(step)) for step in range(1, 19)]
     assert shares[:10] == pytest.approx([1 - min(0.5, step / (step + 10)) for step in range(1, 11)])
     assert shares[10:] == pytest.approx([0, 0, 0, 1 / 2, 0, 0, 0, 1 / 3])
-    assert swa_steps(RECIPES["all_cnn_fast"], 196) == (22 * 196, 2 * 196)  # whole epochs
+    assert swa_steps(RECIPES["all_cnn_fast"], 196) == (22 * 196, 2 * 196)  # cycles of whole epochs
     assert swa_steps(RECIPES["all_cnn_fast"], 176) == (22 * 176, 2 * 176)  # with 5,000 images held out
     assert swa_steps(RECIPES["lenet5"], 196) == (160 * 196, 8 * 196)
     too_short = dataclasses.replace(config, swa_fraction=0.1)  # 0.9 steps a cycle: none
@@ -108,11 +108,11 @@ def test_muon_orthogonalises_all_kernels_but_the_last(model):
             np.testing.assert_allclose(np.abs(matrix), 0.01, rtol=1e-3)
         else:
             values = np.linalg.svd(matrix, compute_uv=False) / (0.01 * 0.2 * np.sqrt(max(matrix.shape)))
-            assert 0.6 < np.median(values) < values.max() < 1.3  # five steps of Newton and Schulz reach 1 only about
+            assert 0.6 < np.median(values) < values.max() < 1.3  # five Newton–Schulz steps reach 1 roughly
 
 
 def numpy_keras(gradients, parameter):
-    """Keras 2.3.1, optimizers.py, SGD.get_updates with decay and Nesterov."""
+    """SGD.get_updates of Keras 2.3.1 (optimizers.py), with decay and Nesterov momentum."""
     velocity = np.zeros_like(parameter)
     for t, gradient in enumerate(gradients):
         rate = 0.01 / (1 + 5e-5 * t)
@@ -146,12 +146,12 @@ def test_the_optimizers_are_the_originals(recipe, steps_per_epoch, original):
     start = jnp.ones(5)
     (parameter, _), _ = jax.lax.scan(step, (start, tx.init(start)), gradients)
     expected = original(gradients.astype(np.float64), np.ones(5))
-    # float32 reaches 7e-6 here; with the rate in the wrong place, optax.sgd(schedule), Keras' would be off by 1.7e-3.
+    # The error is 7e-6 in float32. With the rate in the wrong place, optax.sgd(schedule), it would be 1.7e-3.
     np.testing.assert_allclose(parameter, expected, atol=2e-5)
 
 
 def test_weight_decay_is_l2():
-    """A part of the gradient, so the momentum takes it up."""
+    """Weight decay is part of the gradient, so it enters the momentum."""
     config = dataclasses.replace(RECIPES["lenet5_reference"], weight_decay=0.1, momentum=0.9, learning_rate=0.5)
     tx, parameter = create_tx(config, 1), jnp.array([2.0])
     opt_state = tx.init(parameter)
@@ -177,7 +177,7 @@ def test_muon_decays_all_parameters_by_the_rate_and_remembers_gradients():
         assert_trees_close(updates, jax.tree.map(lambda p: -0.01 * 0.1 * p, params), 1e-6)
         still = jax.tree.map(jnp.zeros_like, params)
         gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(0), p.shape), params)
-        for share, expected in ((0.29, 1), (0.31, -1)):  # of the gradient before, backwards: 0.3 of it is remembered
+        for share, expected in ((0.29, 1), (0.31, -1)):  # reversed share; momentum keeps 0.3
             first, opt_state = update(gradients, tx.init(still), still)
             second, _ = update(jax.tree.map(lambda g, s=share: -s * g, gradients), opt_state, still)
             product = (first["Dense_0"]["kernel"] * second["Dense_0"]["kernel"]).sum()

@@ -16,10 +16,10 @@ pytestmark = pytest.mark.usefixtures("direct_convolutions")
 
 @pytest.mark.parametrize("recipe", ["lenet5_reference", "all_cnn_reference"])
 def test_four_devices_train_like_one(recipe, tiny_dataset):
-    """Same global batches, augmentation on, dropout off, the last batch partial (and empty on some devices)."""
+    """Same global batches, with augmentation and without dropout. The last batch is partial, on some devices empty."""
     config = RECIPES[recipe]
     config = dataclasses.replace(config, dropout_rates=(0.0,) * len(config.dropout_rates), learning_rate=0.01)
-    # Noise: the digits' even background would leave the maximum of every pool to rounding.
+    # Noise, because on the digits' flat background rounding would decide every pool's maximum.
     images = np.random.default_rng(0).integers(0, 256, (18, 32, 32, 3), dtype=np.uint8)
     dataset = dataclasses.replace(tiny_dataset, train_images=images, train_labels=tiny_dataset.train_labels[:18])
     config = dataclasses.replace(config, batch_size=8)
@@ -27,14 +27,14 @@ def test_four_devices_train_like_one(recipe, tiny_dataset):
         train_epoch(dataclasses.replace(config, num_devices=n), dataset) for n in (1, 4)
     )
     assert int(one.step) == 3
-    assert_trees_close(four.params, one.params, 2e-3)  # near-ties of ReLU and maximum; all of it without pmean
+    assert_trees_close(four.params, one.params, 2e-3)  # near-ties of ReLU and maximum; 1 without pmean
     np.testing.assert_allclose(history_four["loss"], history_one["loss"], rtol=1e-5)
     np.testing.assert_array_equal(history_four["count"], [8, 8, 2])
     np.testing.assert_array_equal(history_four["correct"], history_one["correct"])
 
 
 def test_replicas_agree(tiny_dataset, tiny_config):
-    """A forgotten pmean would leave the devices with different parameters inside one array, silently."""
+    """A forgotten pmean would silently give the devices different parameters inside one array."""
     state, _ = train_epoch(dataclasses.replace(tiny_config, num_devices=4), tiny_dataset)
     for leaf in jax.tree.leaves(state.params) + jax.tree.leaves(state.opt_state):
         shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
@@ -65,7 +65,7 @@ def test_an_accelerators_devices_are_all_used(monkeypatch, tiny_config):
 
 
 def test_steps_a_call():
-    """A loop makes All-CNN's convolutions on the CPU several times slower; elsewhere it saves the dispatch."""
+    """On a CPU a loop makes All-CNN's convolutions several times slower. Elsewhere it hides the dispatch time."""
     cpu, gpu = ([types.SimpleNamespace(platform=platform)] for platform in ("cpu", "gpu"))
     assert [parallel.default_steps_per_call(model, cpu) for model in ("all_cnn", "lenet5")] == [1, 16]
     assert parallel.default_steps_per_call("all_cnn", gpu) == 1000

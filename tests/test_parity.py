@@ -1,4 +1,4 @@
-"""The parity scripts pass, and each check fails when the code is broken on purpose."""
+"""The parity scripts pass, and each check fails if the code is broken on purpose."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def batch():
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """PyTorch's threads wait for each other longer than they compute."""
+    """On a busy machine PyTorch's threads spend most of their time waiting for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -49,7 +49,7 @@ def digits():
 
 @pytest.fixture
 def initial_anew():
-    """A broken initialiser must not be hidden by what an earlier test compiled, nor stay behind."""
+    """A program compiled by an earlier test must not hide a broken initializer, nor may the broken one remain."""
     caches = (ours.jitted_init, ours.initial_params)
     for cache in caches:
         cache.cache_clear()
@@ -60,7 +60,7 @@ def initial_anew():
 
 @pytest.fixture
 def direct(monkeypatch):
-    """Convolutions without Winograd's form, which compiles long."""
+    """Convolutions do not use Winograd's form, which compiles slowly."""
     monkeypatch.setattr(winograd, "pays", lambda kernel, size, dtype: False)
     ours.jitted_apply.cache_clear()
     yield
@@ -71,7 +71,7 @@ REMEMBERED = {}
 
 
 def remembered(function):
-    """The function, which computes once what several tests compare with something else."""
+    """Keeps the function's results for other tests with the same arguments."""
 
     def call(*arguments):
         leaves = jax.tree.leaves(arguments)
@@ -86,7 +86,7 @@ def remembered(function):
 
 
 def first_result(function):
-    """The function, which returns what it returned the first time."""
+    """Makes the function return its first result every time."""
     results = []
 
     def call(*arguments, **options):
@@ -98,8 +98,8 @@ def first_result(function):
 
 @pytest.fixture
 def our_side(monkeypatch):
-    """JAX's gradients and trajectories are computed once for all tests; steps without Winograd's form, which the
-    gradients have."""
+    """Computes JAX's gradients and trajectories once for all tests. The trajectories do not use Winograd's form: the
+    gradients test it."""
     steps = training.jax_trajectories
 
     def jax_trajectories(*arguments):
@@ -154,7 +154,7 @@ def test_a_nan_in_any_tensor_is_a_difference():
 def test_bad_input_is_one_line(run_command, tmp_path):
     bad = [("--dataset", "mnist"), ("--dataset", "digits", "--weights", "absent.pth"), ("--imags", "3")]
     bad += [("--seeds", "0"), ("--batch-size", "0"), ("--out", "absent/x.json"), ("--out", tmp_path)]
-    bad += [("--dataset", "digits", "--steps", "400")]  # of 4 images, where there are 1,437
+    bad += [("--dataset", "digits", "--steps", "400")]  # 1,600 images, but there are 1,437
     params = jax.jit(MODELS["lenet5"](num_classes=3).init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     save_weights(tmp_path / "three.safetensors", Weights("lenet5", jax.device_get(params), "unit"))
     bad += [("--dataset", "digits", "--weights", tmp_path / "three.safetensors"), ("--dataset", "cifar100")]
@@ -167,7 +167,7 @@ def test_bad_input_is_one_line(run_command, tmp_path):
 @pytest.mark.parametrize(("script", "package"), [("parity_pytorch", "torch"), ("parity_keras", "keras")])
 def test_a_framework_that_is_not_installed_is_one_line(script, package, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.partition(".")[0] == "parity"]:
-        monkeypatch.delitem(sys.modules, name)  # imported anew, as at the start of a process
+        monkeypatch.delitem(sys.modules, name)  # imported again, as in a new process
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(SCRIPTS[script].__file__)
@@ -176,7 +176,7 @@ def test_a_framework_that_is_not_installed_is_one_line(script, package, monkeypa
 
 
 def test_wrong_flatten_order_is_seen(monkeypatch, batch):
-    """PyTorch's fc1 taken over without the permutation of NCHW to NHWC."""
+    """PyTorch's fc1 is converted without the permutation from NCHW to NHWC."""
     convert = pytorch_weights.params_to_pytorch
 
     def wrong(params):
@@ -200,7 +200,7 @@ def test_the_rate_outside_keras_velocity_is_seen(monkeypatch):
 
 
 def first_steps(dataset):
-    """What the scripts' trajectories are of, in test_the_script_passes."""
+    """The images, labels and batch size of the trajectories in test_the_script_passes."""
     return dataset.train_images[:6], dataset.train_labels[:6], 2
 
 
@@ -218,7 +218,7 @@ def test_wrong_momentum_is_seen(digits, our_side):
 
 
 def test_truncated_initialisers_are_seen(monkeypatch, initial_anew):
-    """JAX's glorot_normal truncates; so does Flax' default, lecun_normal."""
+    """JAX's glorot_normal and Flax' default, lecun_normal, are truncated."""
     scaling = nn.initializers.variance_scaling
 
     def truncated(scale, mode, distribution):
@@ -256,7 +256,7 @@ REFERENCES = {"pytorch": parity_pytorch.PyTorchReference, "keras": parity_keras.
 
 @pytest.mark.parametrize(("model", "reference"), [("lenet5", "pytorch"), ("all_cnn", "keras")])
 def test_a_wrong_layer_is_seen(monkeypatch, tmp_path, batch, model, reference, direct):
-    """A max pool whose result is a thousandth too large."""
+    """The max pool's result is 0.1 % too large."""
     images, labels = batch[0][:2], batch[1][:2]
     path, other = tmp_path / "weights.safetensors", REFERENCES[reference]
     save_weights(path, Weights(model, ours.initial_params(model), "unit"))
@@ -267,7 +267,7 @@ def test_a_wrong_layer_is_seen(monkeypatch, tmp_path, batch, model, reference, d
     checks += predictions.check_predictions(other, path, images, labels)
     names = " ".join(failed(checks))
     expected = ["logits", "gradients, float64", "loss, float64"]
-    # The initial All-CNN's logits are near 0: a thousandth of them is below the loss's rounding.
+    # The logits of an initial All-CNN are near 0, so 0.1 % of them is below the loss's rounding.
     expected += ["gradients, float32", "mean loss", "4× too small loss"] if model == "lenet5" else []
     for part in expected:
         assert part in names
@@ -275,7 +275,7 @@ def test_a_wrong_layer_is_seen(monkeypatch, tmp_path, batch, model, reference, d
 
 @pytest.mark.parametrize("model", list(MODELS))
 def test_a_lost_gradient_is_seen(monkeypatch, digits, model, our_side):
-    """One tensor's gradient is zero: in float32 as well, where the All-CNN's tolerance is widest."""
+    """One tensor's gradient is zero, also in float32, where All-CNN's tolerance is widest."""
     compute = ours.jax_loss_and_gradients
 
     def lossy(*args):
@@ -283,7 +283,7 @@ def test_a_lost_gradient_is_seen(monkeypatch, digits, model, our_side):
         return loss, gradients | {"Conv_0": gradients["Conv_0"] | {"bias": 0 * gradients["Conv_0"]["bias"]}}
 
     monkeypatch.setattr(ours, "jax_loss_and_gradients", lossy)
-    images, labels = digits.test_images[:2], digits.test_labels[:2]  # those of test_the_script_passes
+    images, labels = digits.test_images[:2], digits.test_labels[:2]  # as in test_the_script_passes
     names = failed(forward.check_gradients(parity_pytorch.PyTorchReference, model, images, labels))
     assert [name.split(",")[1] for name in names] == [" float32", " float64", " float64"]
 
@@ -295,7 +295,7 @@ def test_a_trajectory_with_dropout_left_on_is_seen(monkeypatch, digits, direct):
 
 
 def test_another_arg_max_is_seen(tmp_path, batch):
-    """Logits of images that are no ties, in which another class comes first."""
+    """Another class has the largest logit, for images without ties."""
 
     class Rolled(parity_pytorch.PyTorchReference):
         def logits(self, images, dropout=False):
@@ -325,7 +325,7 @@ def test_other_biases_and_flips_are_seen(monkeypatch, batch, initial_anew):
 
 
 def test_dropout_at_test_is_seen_to_differ(tmp_path, batch, monkeypatch):
-    """A reference that does not drop out at the test, on weights for which that matters."""
+    """The reference tests without dropout, on weights for which dropout matters."""
 
     class NoDropout(parity_pytorch.PyTorchReference):
         def logits(self, images, dropout=False):
@@ -336,7 +336,7 @@ def test_dropout_at_test_is_seen_to_differ(tmp_path, batch, monkeypatch):
     top = np.asarray(ours.jax_logits("lenet5", params, ours.scaled(images, "lenet5"))).argmax(-1).astype(np.int32)
     path = tmp_path / "lenet5.safetensors"
     save_weights(path, Weights("lenet5", params, "symmetric"))
-    for name in ("load_file", "Evaluator"):  # the same for both references: compiled once
+    for name in ("load_file", "Evaluator"):  # compiled once for both references
         monkeypatch.setattr(predictions, name, first_result(getattr(predictions, name)))
     assert not failed(predictions.check_dropout_at_test(parity_pytorch.PyTorchReference, path, images, top))
     assert failed(predictions.check_dropout_at_test(NoDropout, path, images, top))

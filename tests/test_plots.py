@@ -24,7 +24,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The axes of every figure, in order."""
+    """Collects the axes of every figure, in order."""
     axes, subplots = [], Figure.subplots
 
     def recorded(self, *arguments, **options):
@@ -36,7 +36,7 @@ def drawn(monkeypatch):
 
 
 def test_a_run_of_one_epoch_is_seen(run, drawn):
-    """A curve of one point has a marker, and the batch loss has more than one."""
+    """A curve of one point has a marker. The batch loss has several points."""
     plots.plot_run(run)
     accuracy, loss, batch_loss = drawn
     assert [line.get_marker() for line in (*accuracy.lines, *loss.lines)] == ["."] * 4
@@ -59,9 +59,9 @@ def test_a_curve_says_what_was_tested(config, label, run, drawn):
     "backend", ["module://matplotlib_inline.backend_inline", "module://nowhere", "qtagg", "nonsense"]
 )
 def test_the_users_backend_does_not_matter(backend, run, monkeypatch):
-    """A notebook's is inherited by its commands, where its module may be missing."""
+    """Commands in a notebook inherit its MPLBACKEND, whose module may be missing."""
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)  # it reads the variable when it is imported
+        monkeypatch.delitem(sys.modules, name)  # it reads the variable during its import
     monkeypatch.setenv("MPLBACKEND", backend)
     plots.plot_run(run)
     assert all((run / name).read_bytes().startswith(b"\x89PNG") for name in NAMES)

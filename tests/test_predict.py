@@ -44,7 +44,7 @@ def test_a_released_network_tells_what_its_logits_say(files, tiny_dataset, run_c
 
 
 def test_a_weight_file_goes_with_its_scaling(files, tmp_path, run_command):
-    """As convert says of a file that does not hold it."""
+    """convert advises this for a format that does not store the scaling."""
     save_weights(tmp_path / "x.pth", load_weights(pretrained_path("lenet5")))
     common = ("--json", files[0])
     _, expected, _ = run_command(predict.main, "--pretrained", "lenet5", *common)

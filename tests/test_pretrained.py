@@ -24,7 +24,7 @@ def test_what_is_released():
 
 
 def test_the_all_cnn_classifies(cifar10):
-    """460 of the first 500 are right, as measured once; all take a minute on a CPU."""
+    """460 of the first 500 predictions are right, as measured before. All images would take a minute on a CPU."""
     model, variables, preprocess = load_pretrained("all_cnn")
     logits = jax.jit(model.apply)(variables, preprocess(cifar10.test_images[:500]))
     assert (logits.argmax(-1) == cifar10.test_labels[:500]).sum() == 460  # no two largest logits are within 0.02
@@ -46,7 +46,7 @@ def test_a_released_network_gives_logits(name, dtype, tiny_dataset):
     "images", [np.zeros((2, 32, 32, 3), np.float32), np.zeros((2, 32, 32, 3), np.int8), np.zeros((32, 32, 3), np.uint8)]
 )
 def test_other_images_are_refused(images):
-    """Scaled again they would give logits, all the same, that are right for one image of ten."""
+    """Images that are scaled twice would give logits, but only chance accuracy."""
     _, _, preprocess = load_pretrained("lenet5_reference")
     with pytest.raises(UserError, match=r"must be uint8 \[N, 32, 32, 3\]"):
         preprocess(images)
@@ -63,7 +63,7 @@ def test_every_card_says_what_it_must(name):
         assert f"| Test accuracy, {title} | {percent(measured)} % |" in text
 
 
-TENSORS = {  # SHA-256 of what follows the header
+TENSORS = {  # SHA-256 of the bytes after the header
     "all_cnn": "eeeae6c5a45f702437a8c927f906d5a91409216133d2b5de272c421ae38f7120",
     "lenet5": "4310a09145360fb57d564870642fe4167b07e5d5c63804c19dede47e628718cf",
     "lenet5_reference": "0d008cbc64d96a745ab63c0ba9b1455e25433076fe8d94fdeb9a4c15324caae3",
@@ -72,7 +72,7 @@ TENSORS = {  # SHA-256 of what follows the header
 
 @pytest.mark.parametrize("name", pretrained_names())
 def test_a_released_file_says_how_pixels_are_scaled(name):
-    """In its metadata and on its card, in numbers. Its tensors have not changed since it was released."""
+    """Metadata and model card give the numbers of the scaling. The tensors are those of the release."""
     data = pretrained_path(name).read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     assert hashlib.sha256(data[start:]).hexdigest() == TENSORS[name]
@@ -87,7 +87,7 @@ def test_a_released_file_says_how_pixels_are_scaled(name):
 
 @pytest.mark.parametrize("name", [name for name in pretrained_names() if name.startswith("lenet5")])
 def test_evaluate_reproduces_the_cards_accuracy(name, cifar10, monkeypatch, run_command):
-    """To the digit; of the LeNet-5s alone, as an All-CNN takes a minute on a CPU."""
+    """Exact to the digit. Only LeNet-5, because All-CNN takes a minute on a CPU."""
     monkeypatch.setattr(evaluate, "load_dataset", lambda name, data_dir: cifar10)
     _, output, _ = run_command(evaluate.main, "--pretrained", name)
     accuracy = re.search(r"Test accuracy, float32 \| (\d\d\.\d\d) %", card(name))[1]

@@ -16,7 +16,7 @@ from cifar_jax.errors import UserError
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
-    """A copy of the pages and results, which the command then works on."""
+    """A copy of the pages and results for the command to change."""
     for page in PAGES:
         (tmp_path / page).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / page, tmp_path / page)
@@ -138,9 +138,9 @@ def test_the_ablations_table(tmp_path):
 
 @pytest.mark.parametrize("name", MEASURED.names("accuracy_"))
 def test_the_results_are_of_the_recipes_as_they_are(name):
-    """A field that a result does not have came later: the recipe must have its default."""
+    """A field that a result lacks was added later, so the recipe must have its default."""
     result = MEASURED.load(name)
-    if name == f"accuracy_{result['recipe']}":  # else of another type or machine
+    if name == f"accuracy_{result['recipe']}":  # others have another dtype or machine
         text = importlib.import_module(f"cifar_jax.configs.{result['recipe']}").__doc__
         assert f"{mean_and_deviation(result['test_accuracy'])} % on the test set" in text
     recipe = json.loads(json.dumps(dataclasses.asdict(RECIPES[result["recipe"]])))

@@ -20,7 +20,7 @@ DEEP = "[" * 100_000
 
 @pytest.fixture
 def begin(tiny_config, tiny_dataset):
-    """Begins the tiny run anew, up to its first step."""
+    """Starts the tiny run and stops it before its first step."""
 
     def begin(**changes):
         with pytest.raises(Interrupted):
@@ -31,9 +31,9 @@ def begin(tiny_config, tiny_dataset):
 
 def test_only_one_training_at_a_time(tiny_config, tiny_dataset):
     workdir = Path(tiny_config.workdir)
-    with claim_workdir(workdir, tiny_config), pytest.raises(UserError, match=r"another training .*name another"):
+    with claim_workdir(workdir, tiny_config), pytest.raises(UserError, match=rf"--workdir {workdir}: another process"):
         train_and_evaluate(tiny_config, tiny_dataset)
-    assert not workdir.exists()  # nothing was done, nothing is left
+    assert not workdir.exists()  # nothing is left behind
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
@@ -100,11 +100,11 @@ def test_a_folder_that_gives_back_other_bytes_is_found(tmp_path, monkeypatch):
         probe_workdir(tmp_path)
 
 
-# --- A crash in a run's first moments ---
+# --- Crashes while a run starts ---
 
 
 def test_a_crash_before_there_is_a_config_goes_on(tiny_config, begin):
-    """Whichever of the two files was written, and with a checkpoint folder that is still empty."""
+    """Either of the two files was written, and the checkpoint folder is still empty."""
     begin()
     workdir = Path(tiny_config.workdir)
     (workdir / "config.json").unlink()
@@ -125,7 +125,7 @@ def test_an_empty_config_of_a_crash_goes_on(tiny_config, begin):
     begin(seed=3)
     assert read_config(workdir).seed == 3
     (workdir / "config.json").write_bytes(b"")
-    (workdir / "metrics.csv").touch()  # then it is of a run that got further
+    (workdir / "metrics.csv").touch()  # results show that the run got further
     with pytest.raises(UserError, match=r"config\.json: "):
         runs.check_same_config(workdir, tiny_config)
 

@@ -13,12 +13,12 @@ from cifar_jax.symmetry import mirror, symmetric_part, symmetric_start
 from cifar_jax.train_step import create_train_state
 
 pytestmark = pytest.mark.usefixtures("direct_convolutions", "no_figures")
-SIDES = {"lenet5": 32, "all_cnn": 31}  # of images whose pools leave nothing out
+SIDES = {"lenet5": 32, "all_cnn": 31}  # image sizes for which the pools skip no column
 
 
 @pytest.fixture(params=list(MODELS), scope="module")
 def network(request):
-    """(apply, params, images, layers): small random images, and biases that are not 0."""
+    """Returns (apply, params, images, layers) with small random images and nonzero biases."""
     model, side = MODELS[request.param](), SIDES[request.param]
     images = np.random.default_rng(0).normal(size=(2, side, side, 3)).astype(np.float32)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]

@@ -1,4 +1,4 @@
-"""The command line of training: flags, signals, output. What a training does is in test_training.py."""
+"""The command line of training: flags, signals, output. test_training.py tests training itself."""
 
 import dataclasses
 import os
@@ -19,7 +19,7 @@ QUICK = ("quickstart", "--num-devices", 1, "--steps-per-call", 1)
 
 @pytest.fixture
 def signal_at_step(monkeypatch):
-    """signal_at_step(n, signal): the signal arrives while the n-th call of steps of a training is under way."""
+    """Returns signal_at_step(n, signal), which sends the signal during the n-th call of steps."""
 
     def install(number, signum):
         calls, run_steps = iter(range(1, 1000)), Trainer.run_steps
@@ -35,7 +35,7 @@ def signal_at_step(monkeypatch):
 
 
 def test_output_that_is_no_terminal(use_tiny_dataset, tmp_path, run_command):
-    """One line an epoch on stdout, no progress bar."""
+    """stdout has one line per epoch and no progress bar."""
     status, output, error = run_command(train.main, *QUICK, "--workdir", tmp_path / "run", "--num-epochs", 2)
     assert (status, error) == (0, "")
     lines = output.splitlines()
@@ -71,7 +71,7 @@ def test_a_second_signal_stops_at_once(
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("stage", ["flags", "host", "data", "folder", "state", "compilation"])
 def test_a_signal_during_start_up_is_heard(stage, signum, tiny_dataset, tmp_path, run_command, monkeypatch):
-    """Wherever it comes, even where Python drops exceptions; nothing is trained, and no traceback is shown."""
+    """A signal stops the command at every stage, even where Python drops exceptions. There is no traceback."""
 
     class Collected:
         def __del__(self):
@@ -103,7 +103,7 @@ def test_a_signal_during_start_up_is_heard(stage, signum, tiny_dataset, tmp_path
 
 
 def test_an_ignored_hang_up_stays_ignored(use_tiny_dataset, signal_at_step, tmp_path, run_command):
-    """As nohup asks for."""
+    """nohup relies on this."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         signal_at_step(1, signal.SIGHUP)
@@ -113,7 +113,7 @@ def test_an_ignored_hang_up_stays_ignored(use_tiny_dataset, signal_at_step, tmp_
 
 
 def test_an_interrupted_start_up_leaves_earlier_stages_undone(tiny_dataset, tmp_path, run_command, monkeypatch):
-    """With the signal while flags are parsed, no data are looked for, and no folder is made."""
+    """After a signal during parsing of flags, no data are searched for and no folder is created."""
     parse = train.parse_arguments
     monkeypatch.setattr(
         train, "parse_arguments", lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM) or parse(*a, **k)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("direct_convolutions")
 def test_cross_entropy():
     logits, labels = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]])), jnp.array([0, 1])
     np.testing.assert_allclose(cross_entropy(logits, labels), -np.log([0.7, 0.1]), rtol=1e-5)
-    # Smoothing by 0.3 over three classes: the label keeps 0.8, the others get 0.1 each.
+    # Smoothing by 0.3 over three classes leaves 0.8 for the label and gives 0.1 to each other class.
     targets, logs = np.array([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1]]), np.asarray(logits)
     np.testing.assert_allclose(cross_entropy(logits, labels, 0.3), -(targets * logs).sum(-1), rtol=1e-5)
 
@@ -29,7 +29,7 @@ def test_lsuv_scales_by_the_images_of_the_recipe(tiny_dataset, tiny_config):
 
 
 def first_step(config, dataset, logits, mask=None, image_size=32, epoch=0, index=None):
-    """A train_step and an eval_step on a whole dataset, with a network that answers `logits` whatever it is given.
+    """A train_step and an eval_step on a whole dataset, with a network that returns `logits` for any input.
 
     Returns: the images that it was given in training, scaled; the metrics of both steps.
     """
@@ -47,7 +47,7 @@ def first_step(config, dataset, logits, mask=None, image_size=32, epoch=0, index
     batch = jax.tree.map(lambda x: x[None], batch)
     _, metrics = on_one_device(create_train_step(config, image_size))(state, batch)
     jax.effects_barrier()
-    (images,) = {array.tobytes(): array for array in seen}.values()  # the loss and its gradient are of the same
+    (images,) = {array.tobytes(): array for array in seen}.values()  # loss and gradient see the same images
     evaluated = on_one_device(create_eval_step(config))(state, batch)
     return images, *({name: value[0] for name, value in result.items()} for result in (metrics, evaluated))
 
@@ -58,14 +58,14 @@ def log_softmax(logits):
 
 @pytest.fixture
 def plain_config(tiny_config):
-    """Of 4 images in [0, 1], without anything random."""
+    """A recipe for 4 images in [0, 1], without randomness."""
     return dataclasses.replace(
         tiny_config, batch_size=4, input_scaling="unit", dropout_rates=(0.0, 0.0), crop_padding=0, random_flip=False
     )
 
 
 def squares(tiny_dataset, *values):
-    """A dataset of images of one colour each, with the labels 0, 1, …"""
+    """A dataset of single-coloured images with the labels 0, 1, …"""
     images = np.broadcast_to(np.array(values, np.uint8).reshape(-1, 1, 1, 1), (len(values), 32, 32, 3))
     return dataclasses.replace(tiny_dataset, train_images=images, train_labels=np.arange(len(values), dtype=np.int32))
 
@@ -88,7 +88,7 @@ def test_padding_does_not_count_as_right(plain_config, tiny_dataset):
 
 @pytest.mark.parametrize("kind", ["mixup_alpha", "cutmix_alpha"])
 def test_images_and_labels_are_mixed_by_the_same_share(kind, plain_config, tiny_dataset):
-    """Each of four images, of 0, 50, 150 and 250, with the one at its place from the end."""
+    """Each of four images, with pixels 0, 50, 150 and 250, is mixed with the one in reverse order."""
     config = dataclasses.replace(plain_config, **{kind: 1.0})
     logits = np.random.default_rng(0).normal(size=(4, 10)).astype(np.float32)
     images, trained, _ = first_step(config, squares(tiny_dataset, 0, 50, 150, 250), logits)
@@ -103,7 +103,7 @@ def test_images_and_labels_are_mixed_by_the_same_share(kind, plain_config, tiny_
 
 
 def test_smaller_images_are_antialiased(plain_config, tiny_dataset):
-    """Lines of 0 and 255 in turn become grey; single pixels, taken as they are, would be black or white."""
+    """Alternating lines of 0 and 255 become grey. Picking single pixels would give black or white."""
     lines = np.zeros((1, 32, 32, 3), np.uint8)
     lines[:, ::2] = 255
     dataset = dataclasses.replace(squares(tiny_dataset, 0), train_images=lines)
@@ -113,7 +113,7 @@ def test_smaller_images_are_antialiased(plain_config, tiny_dataset):
 
 
 def test_each_image_is_seen_both_ways_in_two_epochs(plain_config, tiny_dataset):
-    """By its place in the dataset, not in the batch, and not by its label."""
+    """Flips depend on the image's place in the dataset, not on its place in the batch or its label."""
     ramp = np.broadcast_to(np.arange(32, dtype=np.uint8).reshape(1, 1, 32, 1), (64, 32, 32, 3))
     dataset = dataclasses.replace(tiny_dataset, train_images=ramp, train_labels=np.zeros(64, np.int32))
     config = dataclasses.replace(plain_config, batch_size=64, alternating_flip=True)

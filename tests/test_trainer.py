@@ -14,11 +14,11 @@ from cifar_jax.parallel import replicate, select_devices
 from cifar_jax.train_step import create_train_state, cross_entropy
 from cifar_jax.trainer import Evaluator, Trainer
 
-pytestmark = pytest.mark.usefixtures("direct_convolutions")
+pytestmark = pytest.mark.usefixtures("direct_convolutions", "compiled_once")
 
 
 def test_several_steps_in_one_call(tiny_dataset, tiny_config):
-    """6 steps in calls of 4 are the same training as 6 calls."""
+    """6 steps in calls of 4 give the same result as 6 calls."""
     (one, history_one), (many, history_many) = (
         train_epoch(dataclasses.replace(tiny_config, steps_per_call=count), tiny_dataset) for count in (1, 4)
     )
@@ -28,7 +28,7 @@ def test_several_steps_in_one_call(tiny_dataset, tiny_config):
 
 
 def test_the_partial_batch_is_averaged_over_its_own_images(tiny_dataset, tiny_config):
-    """18 images in batches of 16: the second step equals one with a batch of just those 2 images."""
+    """With 18 images in batches of 16, the second step equals a step on a batch of the 2 remaining images."""
     config = dataclasses.replace(tiny_config, dropout_rates=(0.0, 0.0), crop_padding=0, random_flip=False)
     whole = first_images(tiny_dataset, 18)
     images, labels = whole.train_images, whole.train_labels
@@ -43,7 +43,7 @@ def test_the_partial_batch_is_averaged_over_its_own_images(tiny_dataset, tiny_co
 
 
 def test_the_partial_batch_is_mixed_with_its_own_images(tiny_dataset, tiny_config, monkeypatch):
-    """With shares of 0 each image is another of its batch: the same batch, in another order."""
+    """With shares of 0 each image becomes another of its batch, which only reorders the batch."""
     monkeypatch.setattr(augment, "mix", lambda key, images, others, *_: (others, jnp.zeros(len(images))))
     config = dataclasses.replace(tiny_config, dropout_rates=(0.0, 0.0), crop_padding=0, random_flip=False)
     dataset = first_images(tiny_dataset, 18)
@@ -78,7 +78,7 @@ def test_seed_decides_everything(tiny_dataset, tiny_config):
 
 @pytest.mark.parametrize("what", ["dropout", "augmentation"])
 def test_randomness_differs_by_step(what, tiny_dataset, tiny_config):
-    """The same images at a rate of almost nothing: only the draws can change the loss."""
+    """With equal images and a rate near 0, only the draws can change the loss."""
     changes = {"dropout_rates": (0.0, 0.0)} if what == "augmentation" else {"crop_padding": 0, "random_flip": False}
     config = dataclasses.replace(tiny_config, batch_size=4, learning_rate=1e-12, **changes)
     images, labels = np.repeat(tiny_dataset.train_images[:1], 12, 0), np.repeat(tiny_dataset.train_labels[:1], 12)
@@ -88,7 +88,7 @@ def test_randomness_differs_by_step(what, tiny_dataset, tiny_config):
 
 
 def test_dropout_differs_by_device(tiny_dataset, tiny_config):
-    """The same image once on each device: with one mask for all, the mean would be the one device's loss."""
+    """Each device has the same image. With one mask for all, the mean would equal a single device's loss."""
     config = dataclasses.replace(tiny_config, crop_padding=0, random_flip=False)
     losses = []
     for n in (1, 4):
@@ -129,7 +129,7 @@ def test_the_average_follows_the_parameters_and_is_evaluated(tiny_dataset, tiny_
 
 
 def test_the_average_and_the_ends_of_cycles_are_averaged(tiny_dataset, tiny_config):
-    """Here cycles are epochs: after the first epoch's moving average come the parameters after the second and third."""
+    """Cycles are epochs here: the mean is over the first epoch's moving average and the next two epochs' parameters."""
     config = dataclasses.replace(tiny_config, ema_decay=0.5, swa_fraction=2 / 3, swa_cycles=2, swa_learning_rate=0.03)
     states = [create_train_state(config, 6)]
     for _ in range(3):
@@ -171,13 +171,13 @@ def test_the_step_is_traced_once(tiny_dataset, tiny_config, monkeypatch):
     traces = []
     original = train_step.cross_entropy
     monkeypatch.setattr(train_step, "cross_entropy", lambda *args: traces.append(1) or original(*args))
-    train_epoch(tiny_config, tiny_dataset)
+    train_epoch(dataclasses.replace(tiny_config, learning_rate=0.04), tiny_dataset)  # no other test's program
     assert len(traces) == 1
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])
 def test_sam_steps_by_the_gradient_up_the_slope(num_devices, tiny_dataset, tiny_config):
-    """One step on one batch against the formula of arXiv:2010.01412, written out."""
+    """Compares one step on one batch with the formula of arXiv:2010.01412."""
     config = dataclasses.replace(
         tiny_config,
         num_devices=num_devices,
@@ -205,7 +205,7 @@ def test_sam_steps_by_the_gradient_up_the_slope(num_devices, tiny_dataset, tiny_
 
 
 def test_trivial_augment_works_on_the_images_before_they_are_scaled(tiny_dataset, tiny_config, monkeypatch):
-    """With the operation replaced by one that turns every image white, the loss is that of white images."""
+    """If the operation turns every image white, the loss is the loss of white images."""
     config = dataclasses.replace(tiny_config, trivial_augment=True, dropout_rates=(0.0, 0.0), crop_padding=0)
     monkeypatch.setattr(augment, "trivial_augment", lambda key, image: jnp.full(image.shape, 255.0))
     losses = train_epoch(config, tiny_dataset)[1]["loss"]
@@ -217,7 +217,7 @@ def test_trivial_augment_works_on_the_images_before_they_are_scaled(tiny_dataset
 
 
 def test_alternating_flip_goes_by_the_image_and_the_epoch(tiny_dataset, tiny_config, monkeypatch):
-    """With one rule for all, mirrored in odd epochs, the losses are those of the images as they are, or mirrored."""
+    """If all images are mirrored in odd epochs, the losses are those of the unchanged or mirrored images."""
     monkeypatch.setattr(augment, "is_mirrored", lambda _, index, epoch: jnp.full(index.shape, epoch % 2 == 1))
     plain = dataclasses.replace(tiny_config, random_flip=False, dropout_rates=(0.0, 0.0), crop_padding=0)
     turned = dataclasses.replace(tiny_dataset, train_images=tiny_dataset.train_images[:, :, ::-1])
@@ -227,7 +227,7 @@ def test_alternating_flip_goes_by_the_image_and_the_epoch(tiny_dataset, tiny_con
         state = create_train_state(config, steps).replace(step=jnp.int32(epoch * steps))
         return np.asarray(train_epoch(config, dataset, state=state)[1]["loss"])
 
-    as_they_are, mirrored = losses(plain, tiny_dataset, 0), losses(plain, turned, 0)  # nothing in them is random
+    as_they_are, mirrored = losses(plain, tiny_dataset, 0), losses(plain, turned, 0)  # without randomness
     for epoch, expected, other in [(0, as_they_are, mirrored), (1, mirrored, as_they_are), (2, as_they_are, mirrored)]:
         result = losses(dataclasses.replace(plain, alternating_flip=True), tiny_dataset, epoch)
         np.testing.assert_allclose(result, expected, rtol=1e-6)

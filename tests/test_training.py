@@ -23,16 +23,17 @@ from cifar_jax.train import train_and_evaluate
 from cifar_jax.trainer import Trainer
 from cifar_jax.training import Interrupted
 
-pytestmark = pytest.mark.usefixtures("direct_convolutions", "no_figures")
+pytestmark = pytest.mark.usefixtures("direct_convolutions", "compiled_once", "no_figures")
 
-# How often a run of 6 steps an epoch and 4 of evaluation, one a call, asks whether to stop: at first, with its
-# data, before its epochs and before it compiles; then before an epoch, before its steps, after each of its evaluation.
+# How often a run with 6 training and 4 evaluation steps per epoch, one per call, polls whether to stop: at its start,
+# after loading data, before compiling and before its epochs; then before each epoch and step, and after each evaluation
+# step.
 START, BEFORE, EPOCH = 3, 4, 1 + 6 + 4
 
 
 @pytest.fixture(scope="module")
 def finished_run(tiny_dataset, tmp_path_factory):
-    """The config of a finished run in small."""
+    """The config of a small finished run."""
     config = dataclasses.replace(
         RECIPES["quickstart"],
         workdir=str(tmp_path_factory.mktemp("uninterrupted") / "run"),
@@ -56,14 +57,14 @@ def finished_run(tiny_dataset, tmp_path_factory):
 
 @pytest.fixture
 def uninterrupted(finished_run):
-    """finished_run, where optax' Muon may take powers of an integer."""
+    """finished_run with standard type promotion, which optax' Muon needs."""
     with jax.numpy_dtype_promotion("standard"):
         yield finished_run
 
 
 @pytest.fixture
 def copied(uninterrupted, tmp_path):
-    """The config of a copy of the finished run."""
+    """The config for a copy of the finished run."""
     shutil.copytree(uninterrupted.workdir, tmp_path / "run")
     return dataclasses.replace(uninterrupted, workdir=str(tmp_path / "run"))
 
@@ -85,7 +86,7 @@ def test_a_run_writes_all_its_files(uninterrupted):
     ]
     losses = read_batch_loss(folder)
     assert losses.shape == (18,)
-    # The epoch's loss weights the last batch, of 10 images, by its size.
+    # The epoch's loss weights the last batch by its size, 10 images.
     assert float(rows[0]["train_loss"]) == pytest.approx((16 * losses[:5].sum() + 10 * losses[5]) / 90, rel=1e-5)
     summary = json.loads((folder / "summary.json").read_text())
     assert [row["test_loss"] for row in summary["metrics"]] == [float(row["test_loss"]) for row in rows]
@@ -120,7 +121,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(where, when, uninterrupted, tiny_d
 
 
 def test_a_crash_between_log_and_checkpoint(uninterrupted, copied, tiny_dataset):
-    """Rows that the checkpoint does not know are dropped and written anew."""
+    """Rows that are not in the checkpoint are dropped and rewritten."""
     checkpoints = Path(copied.workdir) / "checkpoints"
     assert max(folder.name for folder in checkpoints.iterdir()) == "3"
     shutil.rmtree(checkpoints / "3")
@@ -131,7 +132,7 @@ def test_a_crash_between_log_and_checkpoint(uninterrupted, copied, tiny_dataset)
 
 
 def test_many_steps_a_call_and_two_devices(uninterrupted, tiny_dataset, tmp_path):
-    """As on accelerators: 6 steps in calls of 4, evaluation too; interrupted and resumed."""
+    """Like on accelerators, 6 steps and evaluation run in calls of 4. The run is interrupted and resumed."""
     config = dataclasses.replace(uninterrupted, workdir=str(tmp_path / "one"), steps_per_call=4)
     train_and_evaluate(config, tiny_dataset)
     for row, expected in zip(untimed_rows(config), untimed_rows(uninterrupted), strict=True):
@@ -146,13 +147,13 @@ def test_many_steps_a_call_and_two_devices(uninterrupted, tiny_dataset, tmp_path
     assert untimed_rows(resumed) == untimed_rows(config)
 
 
-def test_a_row_tells_the_rate_and_the_seconds_of_training(tiny_dataset, tiny_config, monkeypatch):
-    """By a clock that is one second later whenever it is read; interrupted in its second epoch."""
+def test_a_row_tells_the_rate_and_the_seconds_of_training(tiny_dataset, tiny_config, no_steps, monkeypatch):
+    """The clock advances one second per reading. The run is interrupted in its second epoch."""
     clock = iter(range(1000))
     monkeypatch.setattr(training, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
     config = dataclasses.replace(tiny_config, num_epochs=2, schedule="one_cycle", warmup_fraction=0.0)
     with pytest.raises(Interrupted):
-        train_and_evaluate(config, tiny_dataset, stop_at(BEFORE + EPOCH + 4))
+        train_and_evaluate(config, tiny_dataset, stop_at(BEFORE + EPOCH - 3 + 4))  # one question in the evaluation
     train_and_evaluate(config, tiny_dataset)
     rows = read_metrics(Path(config.workdir))
     assert [row.learning_rate for row in rows] == pytest.approx([0.05 * (12 - step) / 11 for step in (5, 11)])
@@ -161,14 +162,14 @@ def test_a_row_tells_the_rate_and_the_seconds_of_training(tiny_dataset, tiny_con
 
 
 def test_an_epoch_against_stored_numbers(tiny_config, tiny_dataset):
-    """Initial weights, order, augmentation, dropout and steps together: without it random streams change unnoticed."""
+    """Pins initial weights, order, augmentation, dropout and steps. A changed random stream fails this test."""
     summary = train_and_evaluate(dataclasses.replace(tiny_config, num_epochs=1), tiny_dataset)
     losses = read_batch_loss(Path(tiny_config.workdir))
     np.testing.assert_allclose(losses, [2.305818, 2.236435, 2.414595, 2.252416, 2.297911, 2.2568], rtol=1e-4)
     assert summary["test_loss"] == pytest.approx(2.2915, rel=1e-4)
 
 
-# --- What is said, warned of and refused ---
+# --- Messages, warnings and refusals ---
 
 
 def test_a_finished_run_is_left_alone(uninterrupted, tiny_dataset, capsys):
@@ -199,8 +200,8 @@ def test_a_changed_config_is_refused(copied, tiny_dataset, capsys):
     assert output.err == ""
 
 
-def test_other_devices_are_said_where_they_matter(tiny_dataset, tiny_config, capsys):
-    """As each draws its own dropout."""
+def test_other_devices_are_said_where_they_matter(tiny_dataset, tiny_config, no_steps, capsys):
+    """Each device draws its own dropout."""
     for rates, said in ((0.2, True), (0.0, False)):
         workdir = f"{tiny_config.workdir}-{rates}"
         config = dataclasses.replace(tiny_config, workdir=workdir, dropout_rates=(rates, rates), num_epochs=1)
@@ -208,11 +209,11 @@ def test_other_devices_are_said_where_they_matter(tiny_dataset, tiny_config, cap
             train_and_evaluate(config, tiny_dataset, stop_at(BEFORE + 3))
         capsys.readouterr()
         train_and_evaluate(dataclasses.replace(config, num_devices=2), tiny_dataset)
-        assert ("2 devices where 1 began" in capsys.readouterr().err) == said
+        assert ("--num-devices changed from 1 to 2" in capsys.readouterr().err) == said
 
 
-def test_a_run_without_a_step_may_change(tiny_config, tiny_dataset):
-    """As it may have been out of memory, and was told to lower its batch."""
+def test_a_run_without_a_step_may_change(tiny_config, tiny_dataset, no_steps):
+    """The first attempt may have run out of memory, after which the user lowers the batch size."""
     with pytest.raises(Interrupted, match="nothing was saved"):
         train_and_evaluate(tiny_config, tiny_dataset, stop_at(START))
     finished = dataclasses.replace(tiny_config, batch_size=10, num_epochs=1)
@@ -221,7 +222,7 @@ def test_a_run_without_a_step_may_change(tiny_config, tiny_dataset):
     assert len(read_batch_loss(workdir)) == 9
     shutil.rmtree(workdir / "checkpoints")
     (workdir / "metrics.csv").unlink()
-    for name in ("summary.json", "batch_loss.npy"):  # either is worth keeping
+    for name in ("summary.json", "batch_loss.npy"):  # each of them marks results to keep
         with pytest.raises(UserError, match="batch_size 10 → 16"):
             train_and_evaluate(tiny_config, tiny_dataset)
         (workdir / name).unlink()
@@ -232,13 +233,13 @@ def test_a_run_without_a_step_may_change(tiny_config, tiny_dataset):
 def test_settings_that_the_number_of_steps_forbids(tiny_config, tiny_dataset, capsys):
     for changes, named in (
         ({"num_epochs": 999_999_999}, "--num-epochs 999999999: .* 2,147,483,647"),
-        ({"batch_size": 4, "num_devices": 4, "mixup_alpha": 0.2}, "--batch-size, or --num-devices 1"),
+        ({"batch_size": 4, "num_devices": 4, "mixup_alpha": 0.2}, "--batch-size .*--num-devices 1"),
         ({"batch_size": 91}, "--batch-size 91: .* 90 training images"),
         ({"holdout": 90}, "--holdout 90: .* 90 training images"),
     ):
         with pytest.raises(UserError, match=named):
             train_and_evaluate(dataclasses.replace(tiny_config, **changes), tiny_dataset)
-    assert not Path(tiny_config.workdir).exists()  # nothing was done, nothing is left
+    assert not Path(tiny_config.workdir).exists()  # nothing is left behind
     with pytest.raises(Interrupted):
         train_and_evaluate(
             dataclasses.replace(tiny_config, swa_fraction=0.5, swa_cycles=10), tiny_dataset, stop_at(START)
@@ -268,7 +269,7 @@ def test_a_finished_run_without_its_checkpoints_is_left_alone(removed, copied, t
     assert f"remove {workdir}/summary.json" in output
     assert {path.name: path.read_bytes() for path in workdir.iterdir() if path.is_file()} == before
     (workdir / "summary.json").unlink()
-    with pytest.raises(Interrupted, match="nothing was saved"):  # of an unfinished one nothing is left
+    with pytest.raises(Interrupted, match="nothing was saved"):  # without a checkpoint an unfinished run starts over
         train_and_evaluate(copied, tiny_dataset, stop_at(START))
     assert "training from the start" in capsys.readouterr().err
     (workdir / "summary.json").write_bytes(before["summary.json"])
@@ -283,7 +284,7 @@ def test_a_run_goes_on_with_its_own_data_alone(copied, tiny_dataset):
     turned = dataclasses.replace(tiny_dataset, train_images=images, train_labels=labels, source="another copy")
     identity = Path(copied.workdir) / "dataset.json"
     before = identity.read_bytes()
-    assert train_and_evaluate(copied, turned)["epochs"] == 3  # it is complete: nothing is trained
+    assert train_and_evaluate(copied, turned)["epochs"] == 3  # the run is complete, so nothing is trained
     (Path(copied.workdir) / "summary.json").unlink()
     with pytest.raises(UserError, match=r"tiny digits.* another copy .*--data-dir"):
         train_and_evaluate(copied, turned)
@@ -291,7 +292,7 @@ def test_a_run_goes_on_with_its_own_data_alone(copied, tiny_dataset):
 
 
 def test_held_out_images_are_neither_trained_on_nor_the_test_set(tiny_config, tiny_dataset, capsys):
-    """The run is that of a dataset of the first 70 training images, and of the last 20 to test on."""
+    """The run equals one on a dataset of the first 70 training images that tests on the last 20."""
     images, labels = tiny_dataset.train_images, tiny_dataset.train_labels
     split = dataclasses.replace(
         tiny_dataset,
@@ -311,19 +312,19 @@ def test_held_out_images_are_neither_trained_on_nor_the_test_set(tiny_config, ti
     assert "  held-out loss " in output
 
 
-def test_progressive_sizes_train_and_resume(tiny_config, tiny_dataset, monkeypatch):
-    """Every size that is left is compiled; a run that is stopped between them goes on with the right one."""
+def test_progressive_sizes_train_and_resume(tiny_config, tiny_dataset, no_steps, monkeypatch):
+    """Every remaining size is compiled. A run that was stopped between sizes resumes with the right one."""
     config = dataclasses.replace(
         tiny_config, model="all_cnn", dropout_rates=(0.0,) * 3, image_sizes=((16, 1), (24, 1)), batch_size=45
     )
     compiled, trained = set(), []
     monkeypatch.setattr(Trainer, "compile", lambda self, size, order: compiled.add(size))
     run_steps = lambda self, order, start, count, size: trained.append(size) or np.float32(2)
-    monkeypatch.setattr(Trainer, "run_steps", run_steps)  # trains nothing, to save time
+    monkeypatch.setattr(Trainer, "run_steps", run_steps)  # skips training to save time
     monkeypatch.setattr(training, "Evaluator", lambda *_: lambda state, stop: {"loss": 2.0, "accuracy": 0.1})
     monkeypatch.setattr(trainer, "MAX_PENDING_CALLS", 9)
     with pytest.raises(Interrupted, match="1 epochs and 1/2 steps"):
-        train_and_evaluate(config, tiny_dataset, stop_at(BEFORE + 2 + 3 + 3))
+        train_and_evaluate(config, tiny_dataset, stop_at(BEFORE + 2 + 3 + 4))
     assert (compiled, trained) == ({16, 24, 32}, [16, 16, 24])
     compiled.clear()
     trained.clear()
@@ -331,7 +332,7 @@ def test_progressive_sizes_train_and_resume(tiny_config, tiny_dataset, monkeypat
     assert (compiled, trained) == ({24, 32}, [24, 32, 32])
 
 
-# --- Training that fails ---
+# --- Failing runs ---
 
 
 def test_divergence_is_said_and_not_logged(tiny_config, tiny_dataset):
@@ -344,12 +345,12 @@ def test_a_stop_in_an_epoch_that_diverged_does_not_save_it(tiny_config, tiny_dat
     with pytest.raises(UserError, match="diverged in epoch 1"):
         train_and_evaluate(
             dataclasses.replace(tiny_config, learning_rate=1e30), tiny_dataset, stop_at(BEFORE + 1 + 4)
-        )  # after 3 steps, of which the second's loss is nan
+        )  # after 3 steps; the second's loss is nan
     assert not any(Path(tiny_config.workdir).glob("checkpoints/[0-9]*"))
 
 
-def test_stalled_training_is_warned_of_or_restarted(tiny_config, tiny_dataset, monkeypatch, capsys):
-    """What happens when is_stalled says so; test_metrics.py has when it does."""
+def test_stalled_training_is_warned_of_or_restarted(tiny_config, tiny_dataset, no_steps, monkeypatch, capsys):
+    """The effects of is_stalled, which test_metrics.py tests."""
     monkeypatch.setattr(training, "is_stalled", lambda losses, classes: next(answers, False))
     answers = iter((True,))
     config = dataclasses.replace(tiny_config, learning_rate=1e-12, num_epochs=1)
@@ -357,7 +358,7 @@ def test_stalled_training_is_warned_of_or_restarted(tiny_config, tiny_dataset, m
     warning = capsys.readouterr().err
     assert warning.startswith("warning: training stalled in epoch 1")
     assert "--auto-restart" in warning
-    answers = iter((True,))  # it goes on with the flag, as it was advised
+    answers = iter((True,))  # resumed with the flag, as advised
     with pytest.raises(Interrupted, match="nothing was saved"):
         train_and_evaluate(dataclasses.replace(config, auto_restart=True), tiny_dataset, stop_at(START))
     assert f"starting again in {config.workdir}/restart1" in capsys.readouterr().err
@@ -379,7 +380,7 @@ def test_stalled_training_is_warned_of_or_restarted(tiny_config, tiny_dataset, m
 
 
 def test_a_stalled_training_is_found_by_its_losses(tiny_config, tiny_dataset, monkeypatch, capsys):
-    """Forced: with weights of zero all logits are equal, and the rate is too small to leave that.
+    """A forced stall: with zero weights all logits are equal, and the rate is too small to change that.
 
     Its 15 flat steps are more than two epochs of 6. The next seed has a large bias, so not the loss at chance.
     """
@@ -400,16 +401,18 @@ def test_a_stalled_training_is_found_by_its_losses(tiny_config, tiny_dataset, mo
     assert len(read_metrics(Path(config.workdir) / "restart1")) == 3
 
 
-def test_restarts_end(tiny_config, tiny_dataset, capsys):
+def test_restarts_end(tiny_config, tiny_dataset, no_steps, monkeypatch, capsys):
+    nothing = {"loss": np.nan, "accuracy": 0.1, "batch_loss": np.zeros(6)}
+    monkeypatch.setattr(Trainer, "epoch_metrics", lambda self: nothing)
     config = dataclasses.replace(tiny_config, learning_rate=1e30, auto_restart=True)
     with pytest.raises(UserError, match=r"diverged in epoch 1.* another --seed$"):
         train_and_evaluate(config, tiny_dataset)
     assert capsys.readouterr().err.count("starting again in") == 3
-    with pytest.raises(UserError, match=r"restart3 .*learning_rate 1.25e\+29 → 0.01"):  # a changed recipe can't go on
+    with pytest.raises(UserError, match=r"restart3: .*learning_rate 1.25e\+29 → 0.01"):  # a changed recipe can't go on
         train_and_evaluate(dataclasses.replace(config, learning_rate=0.08), tiny_dataset)
 
 
-# --- Optional last steps, other surroundings ---
+# --- Optional last steps, other environments ---
 
 
 def test_a_figure_that_fails_costs_one_line(tiny_config, tiny_dataset, monkeypatch, capsys):
@@ -438,7 +441,7 @@ def test_a_training_in_a_thread_where_nothing_can_be_locked(tiny_config, tiny_da
 
 
 def test_another_default_generator_changes_nothing(tiny_config, tiny_dataset, run_command, use_tiny_dataset, capsys):
-    """A run made under JAX_DEFAULT_PRNG_IMPL=rbg is the same, and is evaluated and resumed without it."""
+    """A run under JAX_DEFAULT_PRNG_IMPL=rbg is the same, and can be evaluated and resumed without it."""
     expected = dataclasses.replace(tiny_config, num_epochs=1)
     train_and_evaluate(expected, tiny_dataset)
     config = dataclasses.replace(tiny_config, workdir=f"{tiny_config.workdir}-rbg", num_epochs=1)
@@ -453,7 +456,7 @@ def test_another_default_generator_changes_nothing(tiny_config, tiny_dataset, ru
         assert run_command(evaluate.main, "--workdir", expected.workdir)[0] == 0
 
 
-# --- Logs that are lost or damaged: the checkpoint has what they held ---
+# --- Lost or damaged logs: the checkpoint has their content ---
 
 
 @pytest.mark.parametrize(
@@ -471,7 +474,7 @@ def test_a_damaged_log_is_rebuilt(damage, copied, uninterrupted, tiny_dataset):
     workdir = Path(copied.workdir)
     before = {name: (workdir / name).read_bytes() for name in ("metrics.csv", "batch_loss.npy")}
     damage(workdir)
-    (workdir / "summary.json").unlink()  # else the run is complete, and left alone
+    (workdir / "summary.json").unlink()  # otherwise the run is complete and left alone
     summary = train_and_evaluate(copied, tiny_dataset)
     assert {name: (workdir / name).read_bytes() for name in before} == before
     assert [row["epoch"] for row in summary["metrics"]] == [1, 2, 3]
@@ -479,12 +482,12 @@ def test_a_damaged_log_is_rebuilt(damage, copied, uninterrupted, tiny_dataset):
 
 def test_checkpoints_without_their_config_are_refused(copied, tiny_dataset):
     (Path(copied.workdir) / "config.json").unlink()
-    with pytest.raises(UserError, match=r"no config\.json: .* --workdir"):
+    with pytest.raises(UserError, match=r"no config\.json.* --workdir"):
         train_and_evaluate(copied, tiny_dataset)
 
 
 def test_a_damaged_checkpoint_costs_its_epoch_alone(copied, uninterrupted, tiny_dataset, capsys):
-    """The run goes on from the one before it, to the same end bit for bit; the damaged one is kept."""
+    """The run resumes from the previous checkpoint, ends with the same bits, and keeps the damaged one."""
     workdir = Path(copied.workdir)
     file = max((workdir / "checkpoints" / "3").rglob("*"), key=lambda path: path.stat().st_size)
     file.write_bytes(file.read_bytes()[:-1])

@@ -1,4 +1,4 @@
-"""Keras' files and architectures: every field that changes what is computed is followed or refused.
+"""Keras' files and architectures: every field that changes the computation is supported or refused.
 
 fixtures/keras_2_* are of a real Keras 2.15 (see fixtures/make_keras_2_files.py).
 """
@@ -52,16 +52,16 @@ def unpacked(tmp_path, name):
     return path
 
 
-# --- files of a trained Keras 2.15 network ---
+# --- Files of trained Keras 2.15 networks ---
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["all_cnn", "lenet5", "nested"])
 def test_files_of_a_trained_keras_2_network(tmp_path, name, kind):
-    """Beside the weights they hold metrics/mean/vars/0 and the optimizer's state."""
+    """Besides weights they contain metrics/mean/vars/0 and the optimizer's state."""
     expected = np.array(json.loads((FIXTURES / "keras_2_probabilities.json").read_text())[name])
     path = unpacked(tmp_path, f"{name}.{kind}")
-    if (name, kind) == ("nested", "weights.h5"):  # how its Rescaling scales only the architecture says
+    if (name, kind) == ("nested", "weights.h5"):  # only the architecture has the scale of Rescaling
         with pytest.raises(UserError, match="--architecture"):
             load_weights(path)
         with zipfile.ZipFile(unpacked(tmp_path, "nested.keras")) as archive:
@@ -86,7 +86,7 @@ def test_files_saved_on_windows(tmp_path, all_cnn):
     jax.tree.map(np.testing.assert_array_equal, load_weights(tmp_path / "y.weights.h5").params, all_cnn.params)
 
 
-# --- fields of an architecture ---
+# --- Fields of an architecture ---
 
 
 def lenet5_layers(pool=L.MaxPooling2D, flatten=L.Flatten, **conv):
@@ -101,7 +101,7 @@ def lenet5_layers(pool=L.MaxPooling2D, flatten=L.Flatten, **conv):
 @pytest.mark.parametrize("kind", ["keras", "h5"])
 @pytest.mark.parametrize("flatten", ["plain", "channels_first"])
 def test_channels_first(tmp_path, lenet5, kind, flatten, capsys):
-    """A plain Flatten leaves channels first, Flatten(channels_first) moves them last."""
+    """A plain Flatten keeps channels first. Flatten(channels_first) moves them last."""
     layers = lenet5_layers(
         data_format="channels_first",
         flatten=L.Flatten if flatten == "plain" else lambda: L.Flatten(data_format="channels_first"),
@@ -138,7 +138,7 @@ def test_theanos_kernels_are_turned_by_180_degrees(tmp_path, lenet5, full_model,
     assert "Theano" in capsys.readouterr().err
 
 
-CHANGES = {  # of the architecture of LeNet-5: (layer's number, field, value)
+CHANGES = {  # changes of LeNet-5's architecture: (number of the layer, field, value)
     "padding": (1, "padding", "same"),
     "dilation_rate": (1, "dilation_rate", [2, 2]),
     "strides": (1, "strides", [2, 2]),
@@ -227,7 +227,7 @@ def test_half_precision_is_said(tmp_path, lenet5, capsys):
 
 
 def functional(change):
-    """LeNet-5 by the functional interface, with a branch or a dropout that stays on if asked for."""
+    """LeNet-5 in the functional interface, optionally with a branch or with dropout that stays on."""
     x = first = L.Input((32, 32, 3))
     layers = lenet5_layers()
     for layer in layers[:2]:
@@ -252,15 +252,15 @@ def test_functional_networks(tmp_path, lenet5):
         jax.tree.map(np.testing.assert_array_equal, load_weights(tmp_path / f"x.{kind}").params, lenet5.params)
     for change in ("dropout", "twice"):
         functional(change).save(tmp_path / f"{change}.keras")
-        with pytest.raises(UserError, match="training=True" if change == "dropout" else "no chain"):
+        with pytest.raises(UserError, match="training=True" if change == "dropout" else "single chain"):
             load_weights(tmp_path / f"{change}.keras")
 
 
-# --- scaling layers ---
+# --- Scaling layers ---
 
 MEAN, STD = np.array([0.4914, 0.4822, 0.4465]), np.array([0.2470, 0.2435, 0.2616])
 OTHER_MEAN, OTHER_STD = np.array([0.3, 0.4, 0.5]), np.array([0.2, 0.25, 0.3])
-SCALED = {  # the layers, for pixels from 0 to 255 unless said, and how the file must be read
+SCALED = {  # layers, for pixels from 0 to 255 unless noted, and the expected reading
     "to 1": ([L.Rescaling(1 / 255)], 255, "unit", True),
     "to ±1": ([L.Rescaling(1 / 127.5, -1)], 255, "symmetric", True),
     "rescaled and normalised": ([L.Rescaling(1 / 255), L.Normalization(mean=MEAN, variance=STD**2)], 255,
@@ -281,7 +281,7 @@ SCALED = {  # the layers, for pixels from 0 to 255 unless said, and how the file
     [*(("lenet5", case) for case in SCALED), *(("all_cnn", case) for case in ("to ±1", "means only", "other means"))],
 )
 def test_layers_that_scale_pixels_are_read(tmp_path, case, model, capsys, request):
-    """What is none of our scalings goes into the first convolution, exactly; before padding that can't be."""
+    """Other scalings go exactly into the first convolution. Before padding that is impossible."""
     layers, unit, scaling, unchanged = SCALED[case]
     weights = request.getfixturevalue(model)
     twin = keras.create_model(model)
@@ -307,7 +307,7 @@ def test_layers_that_scale_pixels_are_read(tmp_path, case, model, capsys, reques
 
 
 def test_an_adapted_normalization_in_every_file(tmp_path, lenet5):
-    """Its mean and variance lie among the weights. The network is nested."""
+    """Mean and variance are among the weights. The network is nested."""
     inner = api.Sequential(lenet5_layers())
     normalization = L.Normalization()
     normalization.adapt(IMAGES.astype(np.float32))
@@ -322,13 +322,13 @@ def test_an_adapted_normalization_in_every_file(tmp_path, lenet5):
         np.testing.assert_allclose(jax.nn.softmax(logits(loaded)), expected, atol=1e-5)
 
 
-# --- what we write ---
+# --- Written files ---
 
 
 @pytest.mark.parametrize("kind", ["keras", "h5"])
 @pytest.mark.parametrize("model", list(MODELS))
 def test_keras_opens_what_we_write(tmp_path, kind, model, request):
-    """Keras 2.15 does, too: fixtures/open_in_keras_2.py."""
+    """Keras 2.15 opens them too: fixtures/open_in_keras_2.py."""
     weights = request.getfixturevalue(model)
     save_weights(tmp_path / f"x.{kind}", weights)
     network = api.saving.load_model(tmp_path / f"x.{kind}")
@@ -339,7 +339,7 @@ def test_keras_opens_what_we_write(tmp_path, kind, model, request):
 @pytest.mark.parametrize("by_name", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_originals_layer_list_takes_our_weights(tmp_path, all_cnn, kind, by_name):
-    """The original's ReLUs are layers of their own, and its convolutions are named conv2d_1 … conv2d_9."""
+    """The original's ReLUs are separate layers, and its convolutions are named conv2d_1 … conv2d_9."""
     layers = []
     for number, layer in enumerate((x for x in keras.create_model("all_cnn").layers if "conv" in x.name), 1):
         fields = {"name": f"conv2d_{number}", "padding": layer.padding}
@@ -349,7 +349,7 @@ def test_the_originals_layer_list_takes_our_weights(tmp_path, all_cnn, kind, by_
     network = api.Sequential([L.Input((32, 32, 3)), *layers[:-1], L.GlobalAveragePooling2D(), L.Activation("softmax")])
     save_weights(tmp_path / f"x.{kind}", all_cnn)
     if by_name and kind != "h5":
-        return  # Keras has it for .h5 alone
+        return  # Keras supports this only for .h5
     network.load_weights(tmp_path / f"x.{kind}", **({"by_name": True} if by_name else {}))
     for ours, theirs in zip(keras.params_to_keras(all_cnn.params), network.get_weights()):
         np.testing.assert_array_equal(ours, theirs)

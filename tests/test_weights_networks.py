@@ -1,4 +1,4 @@
-"""Networks that weights/ has never heard of, other numbers of classes, and names that no network has."""
+"""Networks unknown to weights/, other numbers of classes, and unknown network names."""
 
 from typing import ClassVar
 
@@ -18,7 +18,7 @@ from cifar_jax.weights.params import expected_shapes, layers_from_params
 
 
 class Eleven(nn.Module):
-    """Eleven convolutions of one shape but for the first and the last: sorted, Conv_10 comes before Conv_2."""
+    """Eleven convolutions, all except the first and last of the same shape. Conv_10 sorts before Conv_2."""
 
     LAYERS: ClassVar[tuple[str, ...]] = tuple(f"Conv_{i}" for i in range(11))
     INPUT_SCALING: ClassVar[str] = "symmetric"

@@ -1,4 +1,4 @@
-"""State_dicts as other people's programs write them."""
+"""state_dicts in the forms that other programs write."""
 
 import jax
 import numpy as np
@@ -39,7 +39,7 @@ def in_random_order(state_dict):
 
 
 def numbered_backwards(state_dict):
-    """features.10 sorts before features.2, and is stored before it."""
+    """features.10 sorts before features.2 and is stored before it."""
     layers = list(dict.fromkeys(name.partition(".")[0] for name in state_dict))
     renamed = {
         f"features.{3 * layers.index(k.partition('.')[0])}.{k.partition('.')[2]}": v for k, v in state_dict.items()
@@ -67,7 +67,7 @@ def numbered_backwards(state_dict):
         lambda d: {k: nn.Parameter(v) for k, v in d.items()},
         lambda d: {k: torch.stack([v, v])[1] for k, v in d.items()},  # views of larger storages
         lambda d: {k: v.T.contiguous().T if v.ndim == 2 else v for k, v in d.items()},  # not contiguous
-        lambda d: {k.replace("convLayer", "conv"): v for k, v in d.items()},  # as this package wrote it before
+        lambda d: {k.replace("convLayer", "conv"): v for k, v in d.items()},  # names in an earlier version
     ],
 )
 def test_the_same_network_in_another_form(tmp_path, network, change):
@@ -79,18 +79,18 @@ def test_the_same_network_in_another_form(tmp_path, network, change):
 def test_what_is_dropped_or_reordered_is_said(tmp_path, network, capsys):
     _, state_dict = network
     _, errors = read(tmp_path, {"net": {f"module.{k}": v for k, v in state_dict.items()}}, capsys)
-    assert "read its net" in errors
+    assert "reading its entry net" in errors
     assert "module." in errors
     _, errors = read(tmp_path, state_dict | {"n_averaged": torch.tensor(1)}, capsys)
     assert "n_averaged" in errors
     _, errors = read(tmp_path, {k: state_dict[k] for k in reversed(state_dict)}, capsys)
-    assert "paired by name" in errors
+    assert "matched by name" in errors
     _, errors = read(tmp_path, state_dict, capsys)
-    assert "paired by name" not in errors
+    assert "matched by name" not in errors
 
 
 def test_layers_of_one_shape_are_not_swapped(tmp_path):
-    """conv2 and conv3 of All-CNN have one shape; the file has conv3 first."""
+    """conv2 and conv3 of All-CNN have the same shape, and the file has conv3 first."""
     weights = random_weights("all_cnn")
     state_dict = {k: torch.tensor(v) for k, v in pytorch.params_to_pytorch(weights.params).items()}
     names = list(state_dict)
@@ -99,7 +99,7 @@ def test_layers_of_one_shape_are_not_swapped(tmp_path):
     words = ("stem", "left", "right", "d", "e", "f", "g", "h", "head")
     unnumbered = {f"{words[i // 2]}.{name.partition('.')[2]}": state_dict[name] for i, name in enumerate(state_dict)}
     assert_same(read(tmp_path, unnumbered).params, weights.params)  # the file's order is the network's
-    with pytest.raises(UserError, match="left and right have one shape"):
+    with pytest.raises(UserError, match="left and right have the same shape"):
         read(tmp_path, {k: unnumbered[k] for k in sorted(unnumbered)})
 
 

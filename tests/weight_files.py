@@ -1,4 +1,4 @@
-"""Weights for tests of the files that hold them."""
+"""Random weights for tests of weight files."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from cifar_jax.weights.params import expected_shapes
 
 
 def random_weights(model, num_classes=10, **fields):
-    """With biases that matter."""
+    """Returns weights with nonzero biases."""
     rng = np.random.default_rng(1)
     tensor = lambda shape: rng.normal(0, 0.1, shape).astype(np.float32)
     shapes = expected_shapes(model, num_classes)

@@ -1,9 +1,9 @@
-"""Injects faults into small trainings, folders and files, and counts what happens.
+"""Injects faults into small runs, folders and files, and counts the outcomes.
 
 python -m benchmarks.faults --out FOLDER [--quick] [--rounds N] [--only FAULT …]
 
-`faults.py` has the table of faults. A fault is a function that injects it a number of times and yields an outcome for
-each; `stops`, `disks`, `companions`, `weight_files`, `data_files` and `run_files` hold them. `lab` has the training
-that they disturb, in this process, and `victims` has it in processes that may be killed. `guard` reads hostile files
-within bounds.
+`faults` has the table of faults. A fault is a function that injects it several times and yields one outcome each time.
+The functions are in `stops`, `disks`, `companions`, `caches`, `weight_files`, `data_files` and `run_files`. `lab` runs
+the disturbed training in this process, `victims` in processes that can be killed. `guard` reads malicious files with
+limits.
 """

@@ -26,29 +26,29 @@ from cifar_jax.io import write_json
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Injects faults, and counts what happens. The exit status is 1 if something else happens than must."""
+    """Injects faults and counts the outcomes. The exit status is 1 if any outcome is not an expected one."""
 
     out: Path
     """Folder for faults.json."""
     quick: bool = False
-    """Each fault a few times only: half a minute."""
+    """Inject each fault only a few times, in half a minute."""
     rounds: int = 1
-    """Repeats: each fault so many times its usual number."""
+    """Factor for the number of injections."""
     seed: int = 0
-    """Of when, where and what."""
+    """Seed of the random injections."""
     only: tuple[str, ...] = ()
-    """Names of faults; without any, all are injected."""
+    """Names of the faults to inject; none: all."""
 
 
 def prepare(folder: Path) -> None:
-    """Four CPU devices, and a compilation cache, for this process and those that it starts. Before JAX's first use."""
+    """Sets four CPU devices and a compilation cache for this process and its children. Call it before using JAX."""
     os.environ.update({"JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()})
     if XLA_FLAGS not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "programs"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
     os.environ["CIFAR_JAX_CACHE"] = str(folder / "cache")
-    Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).mkdir(exist_ok=True)  # else reading a file would make it
+    Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).mkdir(exist_ok=True)  # otherwise a guarded read would create it
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     if "device_count" not in os.environ["XLA_FLAGS"]:
@@ -58,7 +58,7 @@ def prepare(folder: Path) -> None:
 
 
 def inject(fault: Fault, lab: Lab, count: int, seed: int) -> dict[str, Any]:
-    """Injects a fault `count` times. Returns: its row of the result."""
+    """Injects a fault `count` times. Returns: the fault's row of the result."""
     rng = np.random.default_rng([seed, zlib.crc32(fault.name.encode())])
     started = time.perf_counter()
     row: dict[str, Any] = {"name": fault.name, "injected": fault.injected, "skipped": None}
@@ -67,7 +67,7 @@ def inject(fault: Fault, lab: Lab, count: int, seed: int) -> dict[str, Any]:
         outcomes.update(fault.run(lab, count, rng))
     except Skipped as skipped:
         row["skipped"] = str(skipped)
-    except Exception as error:  # the other faults' results are not to be lost
+    except Exception as error:  # keeps the results of the other faults
         outcomes[f"the injection ends with {type(error).__name__}: {error}"] += 1
     failed = sum(number for outcome, number in outcomes.items() if outcome not in fault.good)
     times = {"times": sum(outcomes.values()), "failed": failed, "outcomes": dict(sorted(outcomes.items()))}
@@ -79,7 +79,7 @@ def main() -> int:
     arguments = parse_arguments(Arguments, prog="python -m benchmarks.faults")
     names = [fault.name for fault in FAULTS]
     if unknown := set(arguments.only) - set(names):
-        raise UserError(f"--only {sorted(unknown)[0]}: name some of {', '.join(names)}")
+        raise UserError(f"--only {sorted(unknown)[0]}: choose from {', '.join(names)}")
     if arguments.rounds < 1:
         raise UserError(f"--rounds {arguments.rounds}: must be 1 or more")
     file = output_file(arguments.out, "faults")

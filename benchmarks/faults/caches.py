@@ -1,4 +1,4 @@
-"""The cache of decoded data: damaged entries, processes that are killed while they fill it, processes that share it."""
+"""Faults of the cache of decoded data: damaged entries, processes killed while filling it, processes that share it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from cifar_jax.errors import UserError
 
 DECODED_AGAIN = "decoded again, with one line"
 PROCESSES = 3
-EVENTS = 8  # of files, while the cache is filled
+EVENTS = 8  # file events while the cache is filled
 
 
 def _damage_entry(entry: Path, how: str, rng: np.random.Generator) -> None:
-    """Damages a file of an entry, or its content alone: half of the pixels, a label, the type, the header."""
+    """Damages a file of an entry, or only its content: half of the pixels, a label, the type, the header."""
     files = sorted(entry.iterdir())
     path = files[int(rng.integers(len(files)))]
     if how in DAMAGES:
@@ -62,7 +62,7 @@ def damaged(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
 
 
 def killed_decoding(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
-    """A process is killed at each file event of filling the cache; the next one loads, and leaves no more behind."""
+    """Kills a process at each file event of filling the cache, then loads the data."""
     for number in range(count):
         folder = lab.new_folder()
         write_binary(folder)
@@ -76,7 +76,7 @@ def killed_decoding(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[
 
 
 def shared(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
-    """Of the processes that decode into one cache, one is killed at a random event of its files."""
+    """Kills one of several processes that decode into one cache, at a random file event."""
     for _ in range(count):
         folder = lab.new_folder()
         write_binary(folder)
@@ -93,7 +93,7 @@ def shared(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
 
 
 def _load(folder: Path, strike: Strike | None) -> None:
-    """In a process of its own: exit status 0 if the data are right."""
+    """Runs in its own process. The exit status is 0 if the data are right."""
     victims.redirect(folder / "output.log")
     victims.Ticks(strike, folder / "cache").watch_files()
     os._exit(load(folder, folder / "cache") != RIGHT)

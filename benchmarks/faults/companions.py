@@ -1,4 +1,4 @@
-"""Several processes in one folder, several devices in turn, folders that can't be."""
+"""Faults of company: several processes in one folder, changing numbers of devices, impossible folders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cifar_jax.metrics import read_batch_loss
 
 PROCESSES = 3
 ONE_TRAINS = "one trains, the others are refused in one line"
-TOLERANCE = 5e-6  # of a loss, relative
+TOLERANCE = 5e-6  # relative error of a loss
 CLOSE = f"within {TOLERANCE:.0e} of the losses on 1 device"
 
 
@@ -37,7 +37,7 @@ def one_workdir(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]
 
 
 def devices(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
-    """1, 2, 4 and again 1 device, an epoch each, without dropout."""
+    """Trains an epoch each on 1, 2, 4 and again 1 device, without dropout."""
     for seed in rng.integers(2**16, size=count):
         changes: dict[str, Any] = {"dropout_rates": (0.0, 0.0), "num_epochs": 4, "seed": int(seed)}
         alone, workdir = lab.new_folder(), lab.new_folder()
@@ -65,7 +65,7 @@ def second_process(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[s
 
 
 def addresses(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
-    """--workdir as the address of a bucket, or below a file."""
+    """Uses the address of a bucket, or a path below a file, as --workdir."""
     file = lab.new_folder()
     file.write_text("")
     for number in range(count):

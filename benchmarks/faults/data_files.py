@@ -1,4 +1,4 @@
-"""Data: mutated and crafted files of the layouts in which they come."""
+"""Faults of data files: mutated and crafted files in each layout."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Data = dict[str, np.ndarray]
 
 
 def small_data() -> Data:
-    """100 and 20 random images with labels 0…9."""
+    """Returns 100 training and 20 test images, random, with labels from 0 to 9."""
     rng = np.random.default_rng(0)
     labels = np.arange(120, dtype=np.int32) % 10
     images = rng.integers(0, 256, (120, 32, 32, 3), dtype=np.uint8)
@@ -108,13 +108,13 @@ def write_binary(folder: Path) -> None:
 
 @contextlib.contextmanager
 def small_cifar() -> Iterator[None]:
-    """CIFAR-10 has 100 training and 20 test images."""
+    """Context in which CIFAR-10 has 100 training and 20 test images."""
     with mock.patch.dict(DATASETS, {"cifar10": INFO}):
         yield
 
 
 def load(folder: Path, cache: Path) -> str:
-    """RIGHT, or what is wrong with the data of a folder."""
+    """Loads a folder. Returns: RIGHT or CHANGED."""
     with small_cifar(), mock.patch.dict(os.environ, {"CIFAR_JAX_CACHE": str(cache)}):
         dataset = load_dataset("cifar10", folder)
     expected = small_data()
@@ -127,7 +127,7 @@ def read(folder: Path) -> str:
 
 
 def mutated(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
-    """One file of a layout is mutated: an archive's bytes, or a folder's batch."""
+    """Mutates one file of a layout: an archive, or a batch in a folder."""
     folder = lab.new_folder()
     originals = {name: make() for name, make in LAYOUTS.items()}
     paths = []
@@ -163,7 +163,7 @@ def _png(width: int, height: int) -> bytes:
 
 
 def crafted_folders() -> dict[str, dict[str, bytes]]:
-    """Small files that execute, escape, or take the machine, where a reader trusts them."""
+    """Returns small files that run code, write elsewhere or exhaust the machine if a reader trusts them."""
     batch = f"{INFO.python.folder}/{INFO.python.train[0]}"
     tar = INFO.python.archive
     python = python_files()

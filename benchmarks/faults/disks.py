@@ -1,4 +1,4 @@
-"""Damaged files of a run, full and read-only disks, and what a system may lack: locks, a console, figures."""
+"""Faults of disks and systems: damaged run files, full and read-only disks, missing locks, console or figures."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from benchmarks.faults.lab import IDENTICAL, REFUSED, End, Lab
 FELL_BACK = f"falls back with one warning, {IDENTICAL}"
 RESUMED = f"{REFUSED}; with room again {IDENTICAL}"
 DAMAGES = ("flip", "cut", "empty", "delete")
-IDENTITY = ("config.json", "dataset.json")  # they tell what a run is: without them it may be refused
+IDENTITY = ("config.json", "dataset.json")  # they identify a run; without them it may be refused
 LOGS = ("metrics.csv", "batch_loss.npy", "summary.json", *IDENTITY)
 
 
 class Skipped(Exception):
-    """The fault can't be injected on this machine; the text says why."""
+    """The fault can't be injected on this machine. The text is the reason."""
 
 
 def damage(path: Path, how: str, rng: np.random.Generator) -> None:
-    """Flips a bit, cuts at a random length, empties or deletes a file."""
+    """Flips a bit of a file, truncates it at a random length, empties it or deletes it."""
     data = bytearray(path.read_bytes())
     if how == "delete":
         path.unlink()
@@ -46,7 +46,7 @@ def damage(path: Path, how: str, rng: np.random.Generator) -> None:
 
 
 def latest_checkpoint(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
-    """Every file of the checkpoint, in every way, in random order."""
+    """Damages every file of the checkpoint in every way, in random order."""
     latest = lab.half / "checkpoints" / "2"
     files = sorted(path.relative_to(lab.half) for path in latest.rglob("*") if path.is_file())
     cases = list(itertools.product(files, DAMAGES))
@@ -79,7 +79,7 @@ def logs(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
 
 @contextlib.contextmanager
 def tmpfs(folder: Path, size: int) -> Iterator[Callable[[str], None]]:
-    """A file system of `size` bytes in memory. Yields: a function that mounts it again with other options."""
+    """Mounts a file system of `size` bytes in memory. Yields: a function that remounts it with other options."""
     folder.mkdir()
 
     def mount(options: str) -> None:
@@ -98,9 +98,9 @@ def tmpfs(folder: Path, size: int) -> Iterator[Callable[[str], None]]:
 
 
 def _then(lab: Lab, end: End, workdir: Path) -> str:
-    """The outcome of a training that lacked room, and has it now."""
+    """Returns the outcome of a run that lacked disk space and is started again with enough."""
     first = lab.outcome(end, workdir)
-    if first == IDENTICAL:  # the room was enough
+    if first == IDENTICAL:  # there was enough space
         return first
     if first != REFUSED:
         return first
@@ -138,7 +138,7 @@ def _content(folder: Path) -> dict[str, str]:
 
 
 def read_only(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
-    """A run that is half done, or a folder without one."""
+    """Starts a half-finished or a new run on a read-only file system, then on a writable one."""
     for number in range(count):
         disk = lab.new_folder()
         with tmpfs(disk, 2**28) as remount:
@@ -164,7 +164,7 @@ def no_locks(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
 
 
 def no_console(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
-    """In a process of its own: a full disk behind stdout and stderr, a pipe without reader, closed files."""
+    """Trains in a process whose stdout and stderr are a full disk, a pipe without a reader, or closed."""
     for how in itertools.islice(itertools.cycle(("full", "pipe", "closed")), count):
         workdir = lab.new_folder()
         status = victims.run(train_without_console, workdir, how)

@@ -1,4 +1,4 @@
-"""The table of faults: what is injected, how often, and what may happen then."""
+"""The table of faults: what is injected, how often, and the expected outcomes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["FAULTS", "Fault", "Skipped"]
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """`run` injects it a number of times, and yields an outcome each; `good` are those that may come.
+    """A fault. `run` injects it `count` times and yields an outcome each time. `good` are the expected outcomes.
 
-    `count` is the usual number of times, and `quick` that of the short form, where 0 leaves it out.
+    `quick` is the count with --quick; 0: not injected.
     """
 
     name: str

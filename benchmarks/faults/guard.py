@@ -1,4 +1,4 @@
-"""Reads hostile files in a process of its own, within bounds, and watches what the reading does."""
+"""Reads malicious files in a separate process, with limits, and watches what the reader does."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typing import Any
 from benchmarks.faults import victims
 from cifar_jax.errors import UserError
 
-SECONDS = 10  # of CPU time, for a file below 10 MB
-MEMORY = 2**29  # bytes at the peak, above what the process had before
-READERS = ("hdf5_worker.py", "record_reader.py")  # the package's own, which it starts as processes
+SECONDS = 10  # CPU time for a file below 10 MB
+MEMORY = 2**29  # bytes of peak memory above the process' memory before
+READERS = ("hdf5_worker.py", "record_reader.py")  # programs of the package, which it may start
 STARTS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "pty.spawn", "subprocess.Popen", "socket.connect")
 REFUSED = "refused in one line"
 
@@ -26,9 +26,9 @@ Task = Callable[[Path], str]
 
 
 def read_all(task: Task, paths: list[Path], folder: Path) -> Iterator[str]:
-    """An outcome for each path: what the task returns, REFUSED for its UserError, else what is wrong.
+    """Yields an outcome for each path: the task's result, REFUSED for its UserError, else what is wrong.
 
-    Args: task: a module's function; folder: where the reading may write.
+    Args: task: a function at module level; folder: the only folder that may be written.
     """
     report, left = folder / "report.jsonl", list(paths)
     while left:
@@ -44,7 +44,7 @@ def read_all(task: Task, paths: list[Path], folder: Path) -> Iterator[str]:
 
 
 class _Watch:
-    """Notes what an audit hook sees that reading a file must not do."""
+    """Audit hook that records forbidden events: starting processes, and writing outside a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.seen: list[str] = []
@@ -63,7 +63,7 @@ class _Watch:
 
 
 def _read(task: Task, paths: list[Path], report: Path, folder: Path) -> None:
-    """In a process of its own: appends an outcome to the report for each path."""
+    """Runs in its own process. Appends an outcome for each path to the report."""
     victims.redirect(folder / "output.log")
     sys.dont_write_bytecode = True
     os.chdir(folder)
@@ -80,7 +80,7 @@ def _bounded(task: Task, path: Path, watch: _Watch) -> str:
     watch.seen.clear()
     before, started = _memory("VmRSS"), _cpu_seconds()
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     watch.seen.clear()
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
@@ -104,7 +104,7 @@ def _cpu_seconds() -> float:
 
 
 def _memory(field: str) -> int:
-    """Bytes, where Linux tells them."""
+    """Returns a memory field in bytes on Linux, else 0."""
     with contextlib.suppress(OSError), open("/proc/self/status") as file:
         return next(int(line.split()[1]) << 10 for line in file if line.startswith(field))
     return 0

@@ -1,4 +1,4 @@
-"""The small training that faults disturb, and what an undisturbed one ends with."""
+"""The small run that faults disturb, and the result of the undisturbed run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def never() -> bool:
 
 
 def tiny_config(workdir: Path | str) -> Config:
-    """LeNet-5, 3 epochs of 3 steps; dropout, order and augmentation are random."""
+    """Returns a config of LeNet-5: 3 epochs of 3 steps with random dropout, order and augmentation."""
     return Config(
         workdir=str(workdir),
         dataset="digits",
@@ -63,7 +63,7 @@ def tiny_config(workdir: Path | str) -> Config:
 
 
 def tiny_dataset() -> Dataset:
-    """48 training and 16 test digits."""
+    """Returns 48 training and 16 test digits."""
     digits = load_dataset("digits")
     return Dataset(
         digits.train_images[:48],
@@ -77,13 +77,13 @@ def tiny_dataset() -> Dataset:
 
 @contextlib.contextmanager
 def quickly_compiled() -> Iterator[None]:
-    """Without Winograd's form a step compiles in half the time."""
+    """Context without Winograd's form of convolutions, which halves the compile time of a step."""
     with mock.patch.object(winograd, "pays", return_value=False):
         yield
 
 
 class _WarmTrainer(trainer.Trainer):
-    """Compiles a program only once for all trainings."""
+    """Trainer that shares its compiled programs among all runs."""
 
     programs: dict[Any, dict[int, Any]] = {}  # noqa: RUF012
 
@@ -95,7 +95,7 @@ class _WarmTrainer(trainer.Trainer):
 
 @contextlib.contextmanager
 def captured() -> Iterator[Callable[[], str]]:
-    """Keeps what is printed, by libraries in C as well. Yields: a function that returns the text of stderr so far."""
+    """Captures output, including that of C libraries. Yields: a function that returns the text of stderr so far."""
     with tempfile.TemporaryFile("w+", errors="replace") as errors, open(os.devnull, "w") as output:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -119,7 +119,7 @@ def captured() -> Iterator[Callable[[], str]]:
 
 @dataclasses.dataclass(frozen=True)
 class End:
-    """How a training ended: 'ended', 'stopped', 'refused' or the line of a bug; what stderr and the error say."""
+    """The end of a run: 'ended', 'stopped', 'refused' or the type of a bug; the texts of stderr and of the error."""
 
     how: str
     errors: str
@@ -131,11 +131,11 @@ class End:
 
 
 class Lab:
-    """Trains in this process, where programs are compiled once, and compares with an undisturbed training.
+    """Trains in this process, with programs compiled once, and compares with an undisturbed run.
 
     Attributes:
-      expected: what that one ends with, see `fingerprint`.
-      half: the folder of a training that was stopped after the second of its three epochs.
+      expected: the `fingerprint` of the undisturbed run.
+      half: the folder of a run that was stopped after the second of its three epochs.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -152,10 +152,10 @@ class Lab:
     @staticmethod
     def _must_be(how: str, end: End) -> None:
         if end.how != how:
-            raise UserError(f"the undisturbed training fails: {end.how} {end.message}")
+            raise UserError(f"the undisturbed run fails: {end.how} {end.message}")
 
     def new_folder(self, copy_of: Path | None = None) -> Path:
-        """A folder that is not there yet, or a copy."""
+        """Returns the path of a folder that does not exist yet, or a copy of a folder."""
         self._count += 1
         folder = self.folder / f"run{self._count}"
         if copy_of is not None:
@@ -163,7 +163,7 @@ class Lab:
         return folder
 
     def train(self, workdir: Path | str, stop: Stop = never, **changes: Any) -> End:
-        """Trains from where the folder's run is, with some other settings."""
+        """Trains or resumes the run in a folder, with changed settings."""
         config = dataclasses.replace(tiny_config(workdir), **changes)
         message = ""
         with captured() as errors, quickly_compiled(), self._warm():
@@ -180,14 +180,14 @@ class Lab:
             return End(how, errors(), message)
 
     def finish(self, workdir: Path, **changes: Any) -> str:
-        """The outcome of a training that goes on to its end, and removes the folder."""
+        """Resumes a run to its end and removes its folder. Returns: the outcome."""
         end = self.train(workdir, **changes)
         outcome = self.outcome(end, workdir)
         shutil.rmtree(workdir, ignore_errors=True)
         return outcome
 
     def outcome(self, end: End, workdir: Path) -> str:
-        """IDENTICAL or REFUSED; else what is wrong."""
+        """Returns IDENTICAL or REFUSED, else what is wrong."""
         if "Traceback" in end.errors:
             return f"prints a traceback, {end.lines[-1][:100]}"
         if end.how == "refused":
@@ -199,7 +199,7 @@ class Lab:
         return f"other {', '.join(other)}" if other else IDENTICAL
 
     def fingerprint(self, workdir: Path) -> dict[str, str]:
-        """Checksums of the latest checkpoint's state, of metrics.csv without times, and of batch_loss.npy."""
+        """Returns checksums of the latest checkpoint's state, metrics.csv without times, and batch_loss.npy."""
         config = tiny_config(workdir)
         state = self._create_state(config, STEPS_PER_EPOCH, self.dataset.train_images)
         state = replicate(state, jax.local_devices()[:1])
@@ -219,7 +219,7 @@ class Lab:
 
     @contextlib.contextmanager
     def _warm(self) -> Iterator[None]:
-        """Programs, evaluators and initial states are made once; no figures are drawn."""
+        """Context that reuses programs, evaluators and initial states, and draws no figures."""
         with (
             mock.patch.object(training, "Trainer", _WarmTrainer),
             mock.patch.object(training, "Evaluator", self._evaluator),
@@ -235,7 +235,7 @@ class Lab:
         return self._evaluators[key]
 
     def _create_state(self, config: Config, steps_per_epoch: int, images: Any) -> Any:
-        """A copy, as a training donates its state's buffers."""
+        """Returns a copy, because training donates its state's buffers."""
         key = dataclasses.replace(config, workdir="-", num_devices=1)
         if key not in self._states:
             self._states[key] = create_train_state(config, steps_per_epoch, images)

@@ -1,15 +1,15 @@
-"""Random changes of a file's bytes."""
+"""Random mutations of a file's bytes."""
 
 from __future__ import annotations
 
 import numpy as np
 
 KINDS = ("flip", "bytes", "cut", "insert", "remove", "copy", "number")
-EDGE = 2048  # bytes at either end of a file, where formats keep their headers
+EDGE = 2048  # bytes at each end of a file, where formats have their headers
 
 
 def mutate(data: bytes, rng: np.random.Generator) -> bytes:
-    """One to four random changes, half of them near an end of the file."""
+    """Applies one to four random changes, half of them near an end of the file."""
     for _ in range(int(rng.integers(1, 5))):
         kind = KINDS[int(rng.integers(len(KINDS)))]
         at, length = _place(len(data), rng), int(2 ** rng.uniform(0, 8))

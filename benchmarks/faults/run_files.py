@@ -1,4 +1,4 @@
-"""JSON files of a run that say what no run says."""
+"""Faults of a run's JSON files: invalid or unexpected content."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.faults.lab import IDENTICAL, REFUSED, Lab
 from benchmarks.faults.mutations import mutate
 
 CHECKPOINT = "checkpoints/2"
-METADATA = f"{CHECKPOINT}/_CHECKPOINT_METADATA"  # JSON of another kind there, and Orbax opens no checkpoint
+METADATA = f"{CHECKPOINT}/_CHECKPOINT_METADATA"  # with other JSON there, Orbax can't open any checkpoint
 FILES = (
     *("config.json", "dataset.json", "summary.json", METADATA),
     *(f"{CHECKPOINT}/{name}" for name in ("sha256.json", "progress/metadata")),
@@ -27,7 +27,7 @@ TEXTS = (*DEEP, "null", "[]", '"text"', "{}", "", "\0" * 100, "9" * 10_000, "NaN
 
 
 def _hostile(content: str, case: str, rng: np.random.Generator) -> bytes:
-    """Another text; another value of a field; a field less or more; changed bytes."""
+    """Returns another text, or the content with a changed, missing or additional field or changed bytes."""
     if case == "text":
         return TEXTS[int(rng.integers(len(TEXTS)))].encode()
     if case == "bytes":

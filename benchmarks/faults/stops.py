@@ -1,4 +1,4 @@
-"""Trainings that are killed or told to stop, again and again."""
+"""Faults of stopping: runs that are killed or told to stop repeatedly."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from benchmarks.faults import victims
 from benchmarks.faults.lab import Lab
 from benchmarks.faults.victims import Strike
 
-CHAIN = 4  # strikes before a training may end
+CHAIN = 4  # strikes before a run may end
 WORKERS = 2
 STATUS_143 = "exit status 143, at most one line, no traceback"
 
 
 def _noise(log: Path) -> str:
-    """What is wrong with a victim's output; nothing if nothing is."""
+    """Returns what is wrong with a process' output; empty if nothing is."""
     text = log.read_text(errors="replace") if log.exists() else ""
     return next((f"prints '{mark}'" for mark in ("Traceback", "Exception ignored", "Error") if mark in text), "")
 
 
 def _chain(lab: Lab, strikes: list[Strike], workdir: Path) -> tuple[Path, int, str]:
-    """Starts the training once for each strike. Returns: folder, number of strikes that hit, what is wrong."""
+    """Starts the run once for each strike. Returns: (folder, number of strikes that hit, what is wrong)."""
     log, hits = workdir.with_suffix(".log"), 0
     for strike in strikes:
         status = victims.run(victims.train, workdir, log, strike)
@@ -71,14 +71,14 @@ def sigterm(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
 
 
 def file_events(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
-    """A different event each time, all of them if `count` allows."""
+    """Strikes at a different file event each time, at all of them if `count` is large enough."""
     ticks = victims.count_ticks(lab.folder)[1]
     order = [int(tick) for _ in range(-(-count // ticks)) for tick in rng.permutation(ticks) + 1]
     return _finish_all(lab, [[Strike(signal.SIGKILL, tick, steps=False)] for tick in order[:count]])
 
 
 def start_up(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
-    """SIGTERM to the command itself while it imports, reads flags and data, and compiles."""
+    """Sends SIGTERM to the command while it imports, reads flags and data, and compiles."""
     words = [sys.executable, "-m", "cifar_jax.train", "quickstart", "--num-epochs", "1000", "--workdir"]
     for delay in rng.uniform(0.3, 4.0, count):
         workdir = lab.new_folder()
@@ -95,7 +95,7 @@ def start_up(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
             continue
         finally:
             shutil.rmtree(workdir, ignore_errors=True)
-        before_python = process.returncode == -signal.SIGTERM and not errors  # its own default is to end
+        before_python = process.returncode == -signal.SIGTERM and not errors  # no handler is installed yet
         ended = process.returncode == 128 + signal.SIGTERM or before_python
         traced = "Traceback" in errors or "Exception ignored" in errors
         yield STATUS_143 if ended and not traced else f"status {process.returncode}: {errors.splitlines()[-1:]}"

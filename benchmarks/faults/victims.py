@@ -1,6 +1,6 @@
-"""The small training in processes of their own, which are struck by a signal at a chosen moment.
+"""Runs the small training in separate processes, which get a signal at a chosen moment.
 
-The processes are forked by a server that has imported everything and started no thread, so that each starts at once.
+A server that has imported everything and started no thread forks the processes, so each starts at once.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.lin
 
 @dataclasses.dataclass(frozen=True)
 class Strike:
-    """A signal that a process sends itself at its `tick`-th tick, or `delay` seconds later.
+    """A signal that a process sends to itself at its `tick`-th tick, or `delay` seconds later.
 
-    A tick is a file that is opened for writing, renamed, made or removed, and with `steps` also each time that the
-    training asks whether to stop.
+    A tick is a file event: a file is opened for writing, renamed, created or removed. With `steps` it is also each time
+    that training polls whether to stop.
     """
 
     signal: signal.Signals
@@ -42,7 +42,7 @@ class Strike:
 
 
 def writes(event: str, arguments: tuple[Any, ...]) -> bool:
-    """Whether an audit event changes a file or a folder."""
+    """Returns whether an audit event changes a file or a folder."""
     if event != "open":
         return event in FILE_EVENTS
     flags = arguments[2] if isinstance(arguments[2], int) else 0
@@ -50,20 +50,20 @@ def writes(event: str, arguments: tuple[Any, ...]) -> bool:
 
 
 class Ticks:
-    """Counts ticks, and strikes."""
+    """Counts ticks and sends the signal."""
 
     def __init__(self, strike: Strike | None, folder: Path) -> None:
         self.count = self.files = 0
         self.strike, self.folder = strike, str(folder)
 
     def watch_files(self) -> None:
-        """From now on and for the whole process."""
+        """Counts file events of the whole process from now on."""
         sys.addaudithook(self._heed)
 
     def _heed(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event in FILE_EVENTS and writes(event, arguments):
             path = os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes)) else ""
-            if path.startswith(self.folder) or not path.startswith("/"):  # relative: shutil.rmtree's
+            if path.startswith(self.folder) or not path.startswith("/"):  # shutil.rmtree uses relative paths
                 self.files += 1
                 self.tick()
 
@@ -85,9 +85,9 @@ _bookkeeping = threading.Lock()
 
 
 def run(target: Callable[..., None], *arguments: Any) -> int:
-    """The exit status of a process that runs a module's function; that of a signal is negative.
+    """Runs a function at module level in a new process. Returns: the exit status, negative for a signal.
 
-    The lock: starting a process asks after all others of this one, and an exit status can be read only once.
+    The lock is needed because starting a process polls all others, and an exit status can be read only once.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -110,14 +110,14 @@ def redirect(log: Path) -> None:
 
 
 def train(workdir: Path, log: Path, strike: Strike | None = None, environment: Mapping[str, str] | None = None) -> None:
-    """What a victim does. Writes the numbers of ticks and of file events beside the log."""
+    """Trains in this process. Writes the numbers of ticks and of file events to a file beside the log."""
     os.environ.update(environment or {})
     redirect(log)
     train_here(workdir, strike, log.with_suffix(".ticks"))
 
 
 def train_here(workdir: Path, strike: Strike | None, counted: Path | None = None) -> None:
-    """The training command, after its flags are read; ends this process. Writes the numbers of ticks to a file."""
+    """Runs the training command without parsing flags, and ends this process. Writes the counts to a file."""
     ticks = Ticks(strike, workdir)
     ticks.watch_files()
 
@@ -145,9 +145,9 @@ def train_here(workdir: Path, strike: Strike | None, counted: Path | None = None
 
 @functools.cache
 def count_ticks(folder: Path) -> tuple[int, int]:
-    """The ticks of an undisturbed training, and those of them that are file events."""
+    """Returns (ticks, file events) of an undisturbed run."""
     workdir, log = folder / "counted", folder / "counted.log"
     if (status := run(train, workdir, log)) != 0:
-        raise RuntimeError(f"the undisturbed training ends with status {status}: {log.read_text()[-2000:]}")
+        raise RuntimeError(f"the undisturbed run ends with status {status}: {log.read_text()[-2000:]}")
     ticks, files = map(int, log.with_suffix(".ticks").read_text().split())
     return ticks, files

@@ -1,4 +1,4 @@
-"""Weight files: mutated ones, crafted ones, and state_dicts whose names tell what their order does not."""
+"""Faults of weight files: mutated files, crafted files, and state_dicts in another order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from cifar_jax.weights.files import Weights, load_weights, save_weights
 RIGHT = "read as it was"
 CHANGED = "read, with the changed numbers"
 ORIGINAL = "lenet5_reference"
-CHEAP, SLOW = ("safetensors", "pth"), ("h5", "weights.h5", "keras")  # the latter are read by a process each
+CHEAP, SLOW = ("safetensors", "pth"), ("h5", "weights.h5", "keras")  # each slow file starts a process
 
 
 @functools.cache
@@ -36,7 +36,7 @@ def _original() -> Weights:
 
 
 def read(path: Path) -> str:
-    """RIGHT, or CHANGED for finite numbers in the places of the file's own: formats without checksums can't tell."""
+    """Returns RIGHT, or CHANGED for other finite numbers, which formats without checksums can't detect."""
     params, expected = load_weights(path).params, _original().params
     right = changed = True
     for layer, tensors in expected.items():
@@ -66,7 +66,7 @@ def _mutated(lab: Lab, count: int, rng: np.random.Generator, kinds: tuple[str, .
         originals[kind] = (folder / f"original.{kind}").read_bytes()
     if "pth" in kinds:
         originals["old.pth"] = _old_format()
-    for start in range(0, count, 50):  # of 1.6 MB each
+    for start in range(0, count, 50):  # 1.6 MB per file
         paths = []
         for number in range(start, min(start + 50, count)):
             kind = list(originals)[number % len(originals)]
@@ -79,7 +79,7 @@ def _mutated(lab: Lab, count: int, rng: np.random.Generator, kinds: tuple[str, .
 
 
 def _old_format() -> bytes:
-    """PyTorch's format before zip."""
+    """Returns the file in PyTorch's legacy format, before zip archives."""
     torch, file = pytorch.import_torch(), io.BytesIO()
     torch.save(pytorch.file_state_dict(_original().params, "lenet5"), file, _use_new_zipfile_serialization=False)
     return file.getvalue()
@@ -94,7 +94,7 @@ def mutated_keras(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[st
 
 
 class _Evil:
-    """A pickle of it calls a function with arguments."""
+    """Unpickling it calls a function with arguments."""
 
     def __init__(self, *call: Any) -> None:
         self._call = call
@@ -117,7 +117,7 @@ def _pth(content: bytes) -> bytes:
 
 @functools.cache
 def crafted_files() -> dict[str, bytes]:
-    """Small files that execute, or take the machine, where a reader trusts them."""
+    """Returns small files that run code or exhaust the machine if a reader trusts them."""
     evil = pickle.dumps({"conv1.weight": _Evil(os.system, "touch executed")}, protocol=2)
     nested = json.dumps({"config": {"layers": []}}).encode()[:-3] + b"[" * 100_000
     shared = b"\x80\x02]q\0" + b"".join(b"]q%c(h%ch%ce" % (i + 1, i, i) for i in range(60)) + b"."
@@ -158,7 +158,7 @@ def crafted(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
 
 
 def names_tell(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
-    """The tensors in random order, with a wrapper's prefix or in a checkpoint's dict."""
+    """Loads tensors in random order, with a wrapper's prefix or inside a checkpoint's dict."""
     _require(("pth",))
     torch, folder = pytorch.import_torch(), lab.new_folder()
     folder.mkdir()

@@ -12,14 +12,14 @@ from cifar_jax.cli import command
 
 
 def report(root: Path, check: bool) -> int:
-    """Writes the pages and figures below `root`, or with `check` only compares the pages. Returns the exit status."""
+    """Writes the pages and figures below `root`, or with `check` only compares the pages. Returns: the exit status."""
     results = Results(root / "benchmarks" / "results")
     before = {page: (root / page).read_text() for page in PAGES}
     after = {page: render(page, text, results) for page, text in before.items()}
     changed = [page for page in PAGES if after[page] != before[page]]
     if check:
         for page in changed:
-            print(f"{page} is not what benchmarks/results say: run python -m benchmarks.report", file=sys.stderr)
+            print(f"{page} differs from benchmarks/results: run python -m benchmarks.report", file=sys.stderr)
         return int(bool(changed))
     with whole_results("the figures"):
         draw_all(results, root / "docs" / "figures")

@@ -1,4 +1,4 @@
-"""Tables of accuracy: the headline, the recipes over seeds, ablations, released weights, the reference recipes."""
+"""Accuracy tables: headline, recipes over seeds, ablations, released weights, reference recipes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RELEASED = {"float32": "float32", "bfloat16": "bfloat16", "flip_tta": "float32, 
 
 
 def headline(results: Results) -> str:
-    """A row for each network: the original, its recipe here, the best recipe here."""
+    """One row per network: the original, its recipe here, the best recipe here."""
     rows, hardware = [], set()
     lenet5 = results.load("parity_lenet5")["last_epoch"]["jax"]
     reference = {"lenet5": mean_and_deviation(lenet5), "all_cnn": _all_cnn_reference_cell(results)}
@@ -50,7 +50,7 @@ def headline(results: Results) -> str:
 
 
 def _machine(hardware: str) -> str:
-    """The machine without the number of devices that its CPU was divided into."""
+    """Returns the machine without the number of devices that its CPU was divided into."""
     devices, _, machine = hardware.partition(", ")
     return machine if devices.endswith("× cpu") else hardware
 
@@ -75,7 +75,7 @@ def quickstart(results: Results) -> str:
 
 
 def accuracy(results: Results) -> str:
-    """Every recipe over its seeds, then the minutes in which its fastest seed passed given accuracies."""
+    """Every recipe over its seeds, then the minutes in which its fastest seed reached given accuracies."""
     rows, times, notes = [], [], []
     measured = results.all("accuracy_")
     thresholds = list(dict.fromkeys(name for result in measured for name in result["seconds_to"]))
@@ -137,7 +137,7 @@ def lenet5_reference(results: Results) -> str:
     pytorch = parity["test_accuracy_by_epoch"]["pytorch"][parity["seeds"].index(0)]
     if len(result["metrics"]) != len(NOTEBOOK_LOG):
         epochs = f"{len(result['metrics'])} epochs, and the notebook's log {len(NOTEBOOK_LOG)}"
-        raise UserError(f"{results.folder / 'lenet5_reference.json'}: has {epochs}: take it from a whole run")
+        raise UserError(f"{results.folder / 'lenet5_reference.json'}: has {epochs}: use the result of a complete run")
     columns = ["epoch", NOTEBOOK_LABEL, "PyTorch, seed 0", "cifar_jax, seed 0", "cifar_jax, training images"]
     rows = [
         [str(row["epoch"]), f"{log:.2f}", percent(again), percent(row["test_accuracy"]), percent(row["train_accuracy"])]
@@ -151,7 +151,7 @@ def lenet5_reference(results: Results) -> str:
 
 
 def all_cnn_reference(results: Results) -> str:
-    """The epochs at which the original's curve is known, as far as the runs went."""
+    """The epochs at which the original's curve is known, up to the longest run's last epoch."""
     runs = results.all("all_cnn_reference_seed")
     longest = max(len(run["metrics"]) for run in runs)
     rows = []

@@ -1,4 +1,4 @@
-"""Figures of the results: learning curves of the recipes, parity of whole trainings, throughput."""
+"""Draws figures of the results: learning curves of the recipes, parity of whole runs, throughput."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.report.results import (
 
 
 def draw_all(results: Results, folder: Path) -> None:
-    """Every figure of the pages, as PNG."""
+    """Draws every figure of the pages as PNG."""
     for name in results.names("throughput"):
         draw_throughput(results.load(name), folder / f"{name}.png")
     draw_parity_lenet5(results, folder / "parity_lenet5.png")
@@ -28,7 +28,7 @@ def draw_all(results: Results, folder: Path) -> None:
 
 
 def draw_accuracy(results: Results, path: Path) -> None:
-    """Learning curves of every recipe, over what is on record of the originals'."""
+    """Draws learning curves of every recipe, and the originals' recorded curves."""
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     charts = dict(zip(("lenet5", "all_cnn"), figure.subplots(1, 2)))
     originals = {
@@ -53,7 +53,7 @@ def draw_accuracy(results: Results, path: Path) -> None:
 
 
 def draw_parity_lenet5(results: Results, path: Path) -> None:
-    """Every run's test accuracy by epoch, over the notebook's log."""
+    """Draws every run's test accuracy by epoch, and the notebook's log."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     curves = results.load("parity_lenet5")["test_accuracy_by_epoch"]
@@ -69,7 +69,7 @@ def draw_parity_lenet5(results: Results, path: Path) -> None:
 
 
 def draw_throughput(result: dict[str, Any], path: Path) -> None:
-    """Bars of images a second: a row of charts for each workload, a chart for each phase."""
+    """Draws bars of images per second: one row of charts per workload, one chart per phase."""
     workloads = list(result["workloads"].values())
     phases = list(backends(workloads[0])["jax"]["phases"])
     heights = [len(backends(workload)) for workload in workloads]

@@ -1,4 +1,4 @@
-"""Which table stands on which page, and how a page is written anew."""
+"""Maps pages to their tables, and updates the tables of a page."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ PAGES: dict[str, dict[str, Section]] = {
 
 
 def render(page: str, text: str, results: Results) -> str:
-    """The text of a page with each of its sections written anew.
+    """Returns the text of a page with updated sections.
 
-    Raises: UserError if the page's places are not those of its sections, or results are missing or partial.
+    Raises: UserError if the page's markers differ from its sections, or results are missing or incomplete.
     """
     sections = PAGES[page]
     places = re.findall(r"<!-- begin (\w+) -->", text)
     if sorted(places) != sorted(sections):
         raise UserError(
-            f"{page} has places for {sorted(places)}: <!-- begin NAME --> must be there for {list(sections)}"
+            f"{page}: has markers for {sorted(places)}: needs <!-- begin NAME --> for each of {list(sections)}"
         )
     for name, section in sections.items():
         place = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if not place.search(text):
-            raise UserError(f"{page}: <!-- begin {name} --> has no <!-- end {name} -->: put it back")
+            raise UserError(f"{page}: <!-- begin {name} --> has no <!-- end {name} -->: restore it")
         with whole_results(name):
             table = section(results)
         text = place.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)

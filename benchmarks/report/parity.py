@@ -1,4 +1,4 @@
-"""Tables of parity: every check of the two scripts, their summary, whole trainings in both frameworks."""
+"""Parity tables: every check of the two scripts, a summary, and whole runs in both frameworks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _number(value: float | None) -> str:
 
 
 def parity_table(result: dict[str, Any]) -> str:
-    """The checks of a parity script; of those of a model's initial tensors the one nearest to its tolerance."""
+    """All checks of a parity script. The checks of a model's initial tensors become one row, the worst of them."""
     rows = [check for check in result["checks"] if ": initial " not in check["name"]]
     for model in ("all_cnn", "lenet5"):
         checks = [check for check in result["checks"] if check["name"].startswith(f"{model}: initial ")]
@@ -36,7 +36,7 @@ def _passed(result: dict[str, Any]) -> str:
 
 
 def _largest(*parts: str) -> Callable[[dict[str, Any]], str]:
-    """The largest error of the checks whose names hold all these parts; a dash if there is none."""
+    """Returns a cell: the largest error of the checks whose names contain all parts, or a dash if there are none."""
 
     def cell(result: dict[str, Any]) -> str:
         errors = [check["error"] for check in result["checks"] if all(part in check["name"] for part in parts)]
@@ -57,7 +57,7 @@ SUMMARY: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def parity_summary(results: Results) -> str:
-    """The largest errors beside each framework, and whole trainings of LeNet-5."""
+    """The largest errors in comparison with each framework, and whole runs of LeNet-5."""
     scripts = {"PyTorch": results.load("parity_pytorch"), "Keras": results.load("parity_keras")}
     rows = [[title, *(cell(result) for result in scripts.values())] for title, cell in SUMMARY.items()]
     training = results.load("parity_lenet5")
@@ -70,7 +70,7 @@ def parity_summary(results: Results) -> str:
 
 
 def _difference(last: dict[str, Any]) -> str:
-    """The difference of the frameworks' means in points, with Welch's interval and test."""
+    """Formats the difference of the frameworks' means in percentage points, with Welch's interval and test."""
     test = "not tested, as no seed differs"
     if last["p_value"] is not None:
         low, high = last["confidence_interval_95"]

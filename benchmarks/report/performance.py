@@ -1,4 +1,4 @@
-"""Tables of speed: the training loop beside other frameworks, and the CPU's kernels."""
+"""Performance tables: throughput in comparison with other frameworks, and the CPU kernels."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Workload = dict[str, Any]
 
 
 def backends(workload: Workload) -> dict[str, Any]:
-    """What was measured of a workload, by backend."""
+    """Returns the measurements of a workload by backend."""
     return workload["contenders"]
 
 
 def best_pytorch(workload: Workload, phase: str) -> str | None:
-    """The fastest form of PyTorch in a phase; None without PyTorch."""
+    """Returns the fastest form of PyTorch in a phase; None without PyTorch."""
     best = workload["best_pytorch"].get(phase)
     return None if best is None else best["contender"]
 
@@ -35,7 +35,7 @@ def workload_title(workload: Workload) -> str:
 
 
 def throughput_table(result: dict[str, Any]) -> str:
-    """The table of a throughput*.json, the backends that are absent, and the conditions."""
+    """The table of a throughput*.json, with absent backends and the conditions of the measurement."""
     workloads, phases = result["workloads"].values(), phases_of(result)
     rows = [_backend_row(workload, name, phases) for workload in workloads for name in backends(workload)]
     header = ["", "", *(PHASE_TITLES[phase] for phase in phases), "first calls, s", "peak memory, MiB"]
@@ -66,7 +66,7 @@ def _backend_row(workload: Workload, name: str, phases: list[str]) -> list[str]:
 
 
 def _single_rounds(result: dict[str, Any], phases: list[str]) -> list[str]:
-    """How far the ratio of jax to the best PyTorch goes from round to round: at most one line."""
+    """The range over the rounds of the ratio of jax to the best PyTorch, in at most one line."""
     ranges = []
     for workload in result["workloads"].values():
         for phase in phases:
@@ -85,7 +85,7 @@ def throughput(results: Results) -> str:
 
 
 def throughput_summary(results: Results) -> str:
-    """Images a second of jax alone, each with its ratio to the best PyTorch."""
+    """Images per second of jax, with the ratio to the best PyTorch."""
     result = results.load("throughput")
     phases, rows = phases_of(result), []
     for workload in result["workloads"].values():

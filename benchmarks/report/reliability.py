@@ -1,4 +1,4 @@
-"""The table of injected faults."""
+"""Reliability table: injected faults and their outcomes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from benchmarks.report.results import Results, measured_by, table
 
 
 def reliability(results: Results) -> str:
-    """A row for each fault: how it is injected, how often, and what happens."""
+    """One row per fault: how it is injected, how often, and what happens."""
     result = results.load("faults")
     rows = [[row["name"], row["injected"], f"{row['times']:,}", _what_happens(row)] for row in result["faults"]]
     times, failed = (sum(row[field] for row in result["faults"]) for field in ("times", "failed"))
@@ -19,7 +19,7 @@ def reliability(results: Results) -> str:
 
 
 def _what_happens(row: dict[str, Any]) -> str:
-    """The outcomes, with their numbers if there are several."""
+    """Formats the outcomes, with their counts if there are several."""
     if row["skipped"]:
         return f"not injected: {row['skipped']}"
     outcomes = sorted(row["outcomes"].items(), key=lambda pair: -pair[1])

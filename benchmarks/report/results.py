@@ -1,4 +1,4 @@
-"""Results as they lie in files, what is on record of the originals, and how numbers and tables are written."""
+"""Loads result files, holds the originals' results, and formats numbers and tables."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ FRAMEWORKS = {"jax": "cifar_jax", "pytorch": "PyTorch"}
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """A folder of results, NAME.json each."""
+    """A folder of result files NAME.json."""
 
     folder: Path
 
     def load(self, name: str) -> dict[str, Any]:
-        """Raises: UserError if it can't be read, or is of other data than CIFAR-10."""
+        """Loads a result. Raises: UserError if it can't be read or was not measured on CIFAR-10."""
         path = self.folder / f"{name}.json"
         try:
             result = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: {error}: measure it anew, or take it from the repository") from error
+            raise UserError(f"{path}: {error}: measure again, or restore it from the repository") from error
         if name != "quickstart" and setting(result, "dataset") not in (None, "cifar10"):
-            raise UserError(f"{path}: is of {setting(result, 'dataset')}: measure it anew on CIFAR-10")
+            raise UserError(f"{path}: measured on {setting(result, 'dataset')}: measure again on CIFAR-10")
         return result
 
     def names(self, prefix: str) -> list[str]:
-        """The names that begin with a prefix, in order."""
+        """Returns the sorted names that begin with a prefix."""
         return sorted(path.stem for path in self.folder.glob(f"{prefix}*.json"))
 
     def all(self, prefix: str) -> list[dict[str, Any]]:
-        """The results whose names begin with a prefix."""
+        """Loads the results whose names begin with a prefix."""
         return [self.load(name) for name in self.names(prefix)]
 
 
@@ -54,15 +54,15 @@ MEASURED = Results(ROOT / "benchmarks" / "results")
 
 @contextlib.contextmanager
 def whole_results(name: str) -> Iterator[None]:
-    """While entered, what partial results lead to is a UserError."""
+    """Context that turns errors from incomplete results into a UserError."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, StopIteration) as error:
-        raise UserError(f"the results for {name} lack something ({error!r}): measure them anew, whole") from error
+        raise UserError(f"the results for {name} are incomplete ({error!r}): measure again") from error
 
 
 def setting(result: dict[str, Any], field: str) -> Any:
-    """What a result or else its config says; None if neither."""
+    """Returns a field of a result or, failing that, of its config; None if neither has it."""
     return result.get(field) or result.get("config", {}).get(field)
 
 
@@ -71,20 +71,20 @@ def recipe_and_type(result: dict[str, Any]) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Formats a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def environment(result: dict[str, Any]) -> str:
-    """Hardware, versions and date of a measurement, and what its note says."""
+    """Formats hardware, versions, date and note of a measurement."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if name != "cifar_jax")
     note = f" {result['note']}" if "note" in result else ""
     return f"{result['hardware']}; {versions}; {result['date']}.{note}"
 
 
 def measured_by(result: dict[str, Any]) -> str:
-    """The command and the environment of a measurement."""
+    """Formats the command and the environment of a measurement."""
     return f"`{result['command']}`: {environment(result)}"
 
 
@@ -93,10 +93,10 @@ def percent(accuracy: float) -> str:
 
 
 def three_digits(value: float) -> str:
-    """Three or more: a GPU takes seconds where a CPU takes hours."""
+    """Formats a number with three significant digits, or all digits before the point if there are more."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def mean_and_deviation(spread: dict[str, Any]) -> str:
-    """An accuracy over seeds in percent; without a deviation if it is of one."""
+    """Formats an accuracy over seeds in percent, with its standard deviation if there are several seeds."""
     return percent(spread["mean"]) + (f" ± {percent(spread['std'])}" if spread["std"] is not None else "")

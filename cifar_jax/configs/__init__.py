@@ -1,4 +1,4 @@
-"""The recipes by name: each module of this folder, except base.py, is one."""
+"""Registry of recipes. Each module of this folder except base.py is a recipe."""
 
 from __future__ import annotations
 

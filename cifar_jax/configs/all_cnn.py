@@ -1,4 +1,4 @@
-"""All-CNN, a plain recipe that is not measured yet: SGD with weight decay, warm-up and cosine, crops and flips.
+"""All-CNN with a plain recipe, not measured yet: SGD with weight decay, warm-up and cosine, crops and flips.
 
 python -m cifar_jax.train all_cnn
 """

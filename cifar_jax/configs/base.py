@@ -14,7 +14,7 @@ from cifar_jax.models import MODELS, get_model
 if TYPE_CHECKING:
     ModelName: TypeAlias = str
     DatasetName: TypeAlias = str
-else:  # the registries' names: what a flag may be
+else:  # the names that a flag accepts
     ModelName = Literal[tuple(MODELS)]
     DatasetName = Literal[tuple(DATASETS)]
 REGISTRIES: dict[str, Mapping[str, Any]] = {"model": MODELS, "dataset": DATASETS}
@@ -23,120 +23,118 @@ InputScaling = Literal["unit", "symmetric", "standardized"]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A training recipe. Raises UserError for values that can't work."""
+    """A training recipe. Raises: UserError for invalid values."""
 
     workdir: str
-    """The run's folder: config, metrics, checkpoints, figures. Starting again with it resumes."""
+    """Folder of the run: config, metrics, checkpoints, figures. The same folder resumes the run."""
     model: ModelName
-    """The network."""
+    """Network."""
     dropout_rates: tuple[float, ...]
-    """Dropout: all_cnn has three places (first convolution, both pools), lenet5 two (both convolutions)."""
+    """Dropout rates. all_cnn: after the first convolution and both pools; lenet5: after both convolutions."""
     input_scaling: InputScaling
-    """Pixels to [0, 1], to [-1, 1], or to zero mean and unit variance by channel (of CIFAR-10's training set)."""
+    """Scaling of pixels: to [0, 1], to [-1, 1], or to zero mean and unit variance per channel (training set)."""
     batch_size: int
-    """Images of one update, over all devices."""
+    """Images per update, over all devices."""
     num_epochs: int
-    """Passes over the training set."""
+    """Number of passes over the training set."""
     learning_rate: float
     """Peak learning rate."""
 
     dataset: DatasetName = "cifar10"
-    """CIFAR-10, CIFAR-100 (fine labels), or scikit-learn's embedded handwritten digits scaled to 32×32×3."""
+    """CIFAR-10, CIFAR-100 (fine labels), or scikit-learn's embedded handwritten digits, enlarged to 32×32×3."""
     data_dir: str | None = None
-    """Where to look for the dataset first, and where to download it to."""
+    """Folder of the dataset, or an empty folder to download it to; None: the standard places (docs/data.md)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the computation; parameters stay float32."""
+    """Computation type. Parameters stay float32."""
     seed: int = 0
-    """Of initialisation, order, augmentation and dropout."""
+    """Seed of initialisation, order, augmentation and dropout."""
 
     holdout: int = 0
-    """Training images that are held out and tested on in place of the test set: to choose settings by."""
+    """Number of training images to hold out and test on instead of the test set, for choosing settings."""
     auto_restart: bool = False
-    """Start again with half the rate and the next seed, up to three times, if training stalls or diverges."""
+    """If training stalls or diverges, start again with half the rate and the next seed, up to three times."""
 
     initializer: Literal["original", "he", "lsuv", "identity"] = "original"
-    """Kernels and biases as the original program draws them, or he_normal kernels and zero biases, or orthogonal ones
-    scaled so that each layer's outputs for 256 training images have unit variance (LSUV, arXiv:1511.06422), or
-    he_normal ones of which the first filters of each hidden convolution pass an input channel on (identity)."""
+    """Initial kernels. original: as in the original program; he: he_normal; lsuv: orthogonal, scaled so that each
+    layer's outputs for 256 training images have unit variance (arXiv:1511.06422); identity: he_normal, except that the
+    first filters of each convolution copy an input channel. All except original have zero biases."""
     normalization: Literal["none", "batch"] = "none"
-    """batch: hidden outputs are normalised over each device's share of the batch while training, and the normalisation
-    is folded into kernels and biases for evaluation (see normalization.py)."""
+    """batch: normalise hidden outputs over each device's part of the batch during training. The normalisation is
+    folded into kernels and biases for evaluation (see normalization.py)."""
     normalization_scale: Literal["learnt", "fixed"] = "learnt"
     """fixed: the scales of the normalisation stay 1."""
     normalize_kernels: bool = False
-    """Kernels of hidden layers are scaled to norm √outputs after each step. The normalisation undoes that in the
-    outputs, so it fixes how large a step is relative to the kernel. muon's steps are then not scaled further."""
+    """Rescale the kernels of hidden layers to norm √outputs after each step, so that the size of a step relative to its
+    kernel is fixed. The normalisation cancels the rescaling in the outputs. muon's steps are then not scaled."""
     whitening: bool = False
-    """The first filters of the first layer whiten 256 training images' patches, and their negatives; they stay."""
+    """The first layer's first filters whiten the patches of 256 training images. These filters are not trained."""
     mirror_symmetry: bool = False
-    """Weights that compute the same for an image and its mirror image: half of the units have the other half's kernels,
-    mirrored (see symmetry.py). lenet5 then gains nothing by flips."""
+    """Give an image and its mirror image the same logits: half of the units have the other half's kernels, mirrored
+    (see symmetry.py). Flips then have no effect on lenet5."""
     optimizer: Literal["sgd", "keras_sgd", "muon"] = "sgd"
-    """SGD with momentum; keras_sgd keeps the learning rate inside the velocity, as Keras does; muon takes
-    orthogonalised steps for kernels (arXiv:2502.16982's scale), Adam's (NAdam's with --nesterov) for the rest: biases
-    and the last layer."""
+    """sgd: SGD with momentum; keras_sgd: the same with the learning rate inside the velocity, as in Keras; muon:
+    orthogonalised steps for kernels (scaled as in arXiv:2502.16982), and Adam (NAdam with --nesterov) for biases and
+    the last layer."""
     adam_learning_rate: float | None = None
     """Peak learning rate of muon's Adam part; None: learning_rate."""
     momentum: float = 0.9
     """Momentum."""
     nesterov: bool = False
-    """Nesterov's momentum."""
+    """Use Nesterov momentum."""
     weight_decay: float = 0.0
-    """L2 on all parameters, added to the gradient before the momentum (as torch.optim.SGD); decoupled in muon."""
+    """L2 on all parameters, added to the gradient before the momentum (as in torch.optim.SGD); decoupled in muon."""
     gradient_clip: float = 0.0
     """Largest norm of the whole gradient; 0: no limit."""
     sam_rho: float = 0.0
-    """Sharpness-aware minimisation (arXiv:2010.01412): steps by the gradient at this distance up the slope, at twice
-    the cost; 0: don't."""
+    """Radius of sharpness-aware minimisation (arXiv:2010.01412), which doubles the cost of a step; 0: off."""
     schedule: Literal["constant", "inverse_time", "cosine", "one_cycle"] = "constant"
-    """Learning rate by step; inverse_time is learning_rate / (1 + lr_decay·step), one_cycle falls in a line to 0."""
+    """Learning-rate schedule. inverse_time: learning_rate / (1 + lr_decay·step); one_cycle: falls linearly to 0."""
     lr_decay: float = 0.0
-    """Of the inverse_time schedule, per step."""
+    """Decay of the inverse_time schedule per step."""
     warmup_fraction: float = 0.0
-    """Share of the steps (but those of swa_fraction) in which the rate rises linearly from 0, before a cosine or
-    one_cycle schedule falls."""
+    """Share of the steps before the swa_cycles in which the rate rises linearly from 0. Needs cosine or one_cycle."""
     ema_decay: float = 0.0
-    """Of the exponential moving average of the parameters, which is then what is evaluated (but see swa_fraction); 0:
-    none."""
+    """Decay of the exponential moving average of the parameters, which is then evaluated; 0: no average."""
     swa_fraction: float = 0.0
-    """Stochastic weight averaging (arXiv:1803.05407): share of all steps, the last, that go into swa_cycles. The
-    average so far (of ema_decay, else the parameters) and the parameters at the end of each cycle are averaged, and
-    evaluated: in between the test accuracy stands still. 0: none."""
+    """Share of all steps, at the end, for the cycles of stochastic weight averaging (arXiv:1803.05407); 0: no cycles.
+    The average before the cycles (the parameters without ema_decay) and the parameters at the end of each cycle are
+    averaged and evaluated. The test accuracy does not change within a cycle."""
     swa_cycles: int = 4
-    """Number of these cycles; no matter without swa_fraction."""
+    """Number of cycles. Needs swa_fraction."""
     swa_learning_rate: float = 0.005
-    """Learning rate at the start of each; it falls in a line to 0. No matter without swa_fraction."""
+    """Learning rate at the start of each cycle, from which it falls linearly to 0. Needs swa_fraction."""
     label_smoothing: float = 0.0
-    """Share of each target that is spread evenly over the classes."""
+    """Share of each target that is spread evenly over all classes."""
 
     rotation_degrees: float = 0.0
-    """Random affine warp: rotation by ± this angle."""
+    """Random affine warp: largest rotation in degrees."""
     shift_fraction: float = 0.0
-    """Random affine warp: shift by ± this fraction of height and width, sub-pixel."""
+    """Random affine warp: largest shift as a fraction of height and width (sub-pixel)."""
     crop_padding: int = 0
-    """Random crop: shift by ± this number of whole pixels, edges reflected."""
+    """Random crop: largest shift in whole pixels, with reflected edges."""
     random_flip: bool = False
-    """Mirror half of the images left and right."""
+    """Mirror each image horizontally with probability 0.5."""
     alternating_flip: bool = False
-    """Instead: every image in every second epoch, in the first epoch a random half of them (arXiv:2404.00498)."""
+    """Mirror a random half of the images in even epochs and the other half in odd epochs (arXiv:2404.00498)."""
     cutout_size: int = 0
-    """Side of the square that is set to 0, in pixels."""
+    """Side in pixels of a random square that is set to 0 (arXiv:1708.04552); 0: off."""
     trivial_augment: bool = False
-    """One operation at random (warps, colours, solarize, …) at a random strength, before all others, after
-    arXiv:2103.10158."""
+    """Before all other augmentation, apply one random operation (warp, colour, solarize, …) at a random strength
+    (arXiv:2103.10158)."""
     mixup_alpha: float = 0.0
-    """Mix each image with another of its batch, by a share from Beta(alpha, alpha) (arXiv:1710.09412); 0: don't."""
+    """Mix each image with another of its batch, with weights from Beta(alpha, alpha) (arXiv:1710.09412); 0: off."""
     cutmix_alpha: float = 0.0
-    """The same, with a rectangle of that share (arXiv:1905.04899); 0: don't."""
+    """Replace a rectangle of each image by another image of its batch. Beta(alpha, alpha) gives the area that stays
+    (arXiv:1905.04899); 0: off."""
     image_sizes: tuple[tuple[int, int], ...] = ()
-    """Progressive size: pairs of a side in pixels and a number of epochs; the other epochs have 32. For all_cnn."""
+    """Sides in pixels of the images in the first epochs: pairs of a side and a number of epochs. Only for all_cnn."""
 
     eval_batch_size: int = 500
-    """Images of one evaluation step, over all devices."""
+    """Images per evaluation step, over all devices."""
     num_devices: int | None = None
-    """Local devices to use; None: all, but CPU cores only where each gets 16 images. Each draws its own dropout."""
+    """Number of local devices; None: all, but no more CPU cores than can get 16 images each. It affects dropout."""
     steps_per_call: int | None = None
-    """Training steps of one compiled call; None: on the CPU 1 for all_cnn and 16 for lenet5, elsewhere 1,000."""
+    """Training steps per compiled call; None: on a CPU 1 for all_cnn and 16 for lenet5, elsewhere 1,000."""
 
     def __post_init__(self) -> None:
         def check(ok: bool, field: str, rule: str) -> None:
@@ -183,7 +181,7 @@ class Config:
             check(getattr(self, field) == 0 or getattr(self, field) >= 0.001, field, "0, or 0.001 or more")
         check(self.mixup_alpha == 0 or self.cutmix_alpha == 0, "mixup_alpha", "0 with --cutmix-alpha")
         resizes = not self.image_sizes or model.RESIZABLE
-        check(resizes, "image_sizes", f"empty for {self.model}, which takes 32×32 pixels alone")
+        check(resizes, "image_sizes", f"empty for {self.model}, which takes only 32×32 pixels")
         check(not (self.alternating_flip and self.random_flip), "alternating_flip", "False with --random-flip")
         sizes_fit = all(14 <= size <= 32 and epochs >= 1 for size, epochs in self.image_sizes)
         check(sizes_fit, "image_sizes", "pairs of a size from 14 to 32 and a number of epochs")
@@ -193,11 +191,11 @@ class Config:
 
     @property
     def mixes(self) -> bool:
-        """Whether images are mixed with others of their batch."""
+        """Whether images are mixed with other images of their batch."""
         return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
     def image_size(self, epoch: int) -> int:
-        """The side of the training images in an epoch, counted from 0, in pixels."""
+        """Returns the side of the training images in pixels, in an epoch counted from 0."""
         for size, epochs in self.image_sizes:
             if epoch < epochs:
                 return size
@@ -205,7 +203,6 @@ class Config:
         return 32
 
 
-# What a run may change when it is resumed: where things lie, how the work is cut, and whether a stalled run is
-# restarted. How the work is cut changes nothing except rounding. The number of devices also changes the dropout masks,
-# and which images are mixed.
+# Fields that may change when a run is resumed: places of files, division of the work, and restarts of stalled runs.
+# The division of the work changes rounding. The number of devices also changes dropout masks and mixing.
 EXECUTION_FIELDS = ("workdir", "data_dir", "auto_restart", "eval_batch_size", "num_devices", "steps_per_call")

@@ -2,10 +2,10 @@
 
 python -m cifar_jax.train lenet5_reference
 
-15 epochs of 12,500 steps of 4 images, constant rate, no augmentation, no weight decay. The notebook's log ends at
-70.20 %, tested with dropout on (`python -m cifar_jax.evaluate --eval-dropout` does the same).
-Here it gives 71.63 ± 0.62 % (three seeds: benchmarks/results/parity_lenet5.json), in 18 minutes on one CPU core with
-other work beside it (lenet5_reference.json).
+An epoch has 12,500 steps. There is no augmentation and no weight decay. The notebook's log ends at 70.20 %, tested with
+dropout on (as `python -m cifar_jax.evaluate --eval-dropout` does).
+Here it gives 71.63 ± 0.62 % (three seeds: benchmarks/results/parity_lenet5.json), in 18 minutes on one core of a busy
+machine (lenet5_reference.json).
 """
 
 from cifar_jax.configs.base import Config

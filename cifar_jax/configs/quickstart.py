@@ -1,8 +1,8 @@
-"""LeNet-5 on scikit-learn's handwritten digits: the whole path in under a minute on 2 CPU cores, no download.
+"""LeNet-5 on scikit-learn's handwritten digits: trains in under a minute on 2 CPU cores, without a download.
 
 python -m cifar_jax.train quickstart
 
-98.33 % of its 360 test images, in 8 seconds of training on 2 CPU cores: benchmarks/results/quickstart.json.
+98.33 % on its 360 test images, in 8 seconds of training on 2 CPU cores: benchmarks/results/quickstart.json.
 """
 
 from cifar_jax.configs.base import Config

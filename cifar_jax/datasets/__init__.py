@@ -1,6 +1,6 @@
-"""From a dataset's name and a folder to uint8 NHWC images and int32 labels: a registry of datasets.
+"""Registry of datasets: loads uint8 NHWC images and int32 labels by a dataset's name.
 
-A dataset is one entry of DATASETS. Importing this module reads no file and imports no reader.
+A dataset is one entry of DATASETS. Importing this module neither reads files nor imports readers.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ DATASETS: dict[str, DatasetInfo] = {**CIFAR, DIGITS.name: DIGITS}
 
 
 def get_dataset(name: str) -> DatasetInfo:
-    """The registry's entry of that name, without loading it. Raises: UserError, with the choices, for any other."""
+    """Returns a dataset's entry without loading it. Raises: UserError, listing the names, for an unknown name."""
     if name not in DATASETS:
         raise UserError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
     return DATASETS[name]
 
 
 def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
-    """Loads a dataset of the registry; docs/data.md says where it is looked for.
+    """Loads a dataset. Args: data_dir: its folder; None: the standard places (docs/data.md).
 
-    Raises: UserError, naming the file, for a file that is short or corrupt, or when the download fails.
+    Raises: UserError, naming the file, if a file is incomplete or corrupt, or the download fails.
     """
     return get_dataset(name).load(data_dir)
 
 
 def hold_out(dataset: Dataset, count: int) -> Dataset:
-    """Splits the last `count` training images off as the test set. Raises: UserError if that leaves none."""
+    """Replaces the test set by the last `count` training images. Raises: UserError if no training image is left."""
     if count == 0:
         return dataset
     kept = len(dataset.train_labels) - count

@@ -1,7 +1,7 @@
-"""Decoded arrays as .npy files with checksums, which the next start maps into memory.
+"""Caches decoded arrays as .npy files with checksums. The next start maps them into memory.
 
 An entry is a folder with the arrays and manifest.json: {'sha256': {file: checksum}, 'checked': {file: [size, mtime]}},
-mtime in ns. The checksums are computed again only when a file has another size or time than those in 'checked'.
+mtime in ns. Checksums are verified only if a file's size or time differs from 'checked'.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _MANIFEST_LIMIT = 2**16  # bytes
 
 
 class _Damaged(Exception):
-    """An entry can't be used; the text says why."""
+    """The reason why an entry can't be used."""
 
 
 def cached(info: Cifar, cache: Path | None, files: Iterable[Path], decode: Callable[[], Arrays]) -> Arrays:
-    """The arrays that `decode` makes of `files`, from the cache if it has them; its key changes when a file does."""
+    """Returns decode(), or its cached result if `files` have not changed since. Args: cache: the cache's folder."""
     if cache is None:
-        print("no home folder: the next start decodes again, unless CIFAR_JAX_CACHE names a folder", file=sys.stderr)
+        print("no home folder, so decoded data are not cached: set CIFAR_JAX_CACHE to a folder", file=sys.stderr)
         return decode()
     entry = cache / f"{info.name}-{_key(files)}"
     try:
@@ -50,7 +50,7 @@ def cached(info: Cifar, cache: Path | None, files: Iterable[Path], decode: Calla
     try:
         _save(info, entry, arrays)
     except OSError as error:
-        print(f"can't cache the decoded data in {entry} ({error}): the next start decodes again", file=sys.stderr)
+        print(f"can't cache decoded data in {entry} ({error}): the next start will decode again", file=sys.stderr)
     return arrays
 
 
@@ -63,7 +63,7 @@ def _key(files: Iterable[Path]) -> str:
 
 
 def _expected(info: Cifar) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
-    """The type and shape of each array."""
+    """Returns {array name: (type, shape)}."""
     result: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {}
     for split in SPLITS:
         result[f"{split}_images"] = np.uint8, (info.size(split), *IMAGE_SHAPE)
@@ -72,7 +72,7 @@ def _expected(info: Cifar) -> dict[str, tuple[type[np.generic], tuple[int, ...]]
 
 
 def _open(info: Cifar, entry: Path) -> Arrays:
-    """Raises: FileNotFoundError if there is no such entry; _Damaged."""
+    """Maps an entry's arrays into memory. Raises: FileNotFoundError if there is no such entry; _Damaged."""
     entry.stat()
     arrays = {}
     for name, (dtype, shape) in _expected(info).items():
@@ -82,24 +82,24 @@ def _open(info: Cifar, entry: Path) -> Arrays:
     states = {f"{name}.npy": _state(entry / f"{name}.npy") for name in arrays}
     manifest = _read_manifest(entry)
     if manifest["sha256"].keys() != states.keys():
-        raise _Damaged(f"{_MANIFEST} is of other files")
+        raise _Damaged(f"{_MANIFEST} lists other files")
     if manifest["checked"] != states:
         for file in states:
             if _checksum(entry / file) != manifest["sha256"][file]:
-                raise _Damaged(f"{file} is not what was written")
-        with contextlib.suppress(UserError):  # a cache that may only be read: checked again next time
+                raise _Damaged(f"{file} has another checksum")
+        with contextlib.suppress(UserError):  # a read-only cache is verified again next time
             write_json(entry / _MANIFEST, {"sha256": manifest["sha256"], "checked": states})
     return arrays
 
 
 def _map(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:
-    """A .npy file of that type and shape; its header is compared, not read: it could say anything."""
+    """Maps a .npy file of this type and shape. Its header is compared with the expected one and never parsed."""
     header = io.BytesIO()
     descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
     np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
     length = len(header.getvalue())
     if not os.path.isfile(path):
-        raise _Damaged(f"lacks {path.name}")
+        raise _Damaged(f"{path.name} is missing")
     with path.open("rb") as file:
         if file.read(length) != header.getvalue():
             raise _Damaged(f"{path.name} has another type or shape")
@@ -111,7 +111,7 @@ def _map(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> np.ndar
 def _read_manifest(entry: Path) -> dict[str, Any]:
     path = entry / _MANIFEST
     if not os.path.isfile(path) or path.stat().st_size > _MANIFEST_LIMIT:
-        raise _Damaged(f"lacks a {_MANIFEST}")
+        raise _Damaged(f"{_MANIFEST} is missing or too large")
     try:
         manifest = json.loads(path.read_bytes())
         if isinstance(manifest["sha256"], dict) and isinstance(manifest["checked"], dict):
@@ -132,7 +132,7 @@ def _state(path: Path) -> list[int]:
 
 
 def _save(info: Cifar, entry: Path, arrays: Arrays) -> None:
-    """Written aside, to the disk, and renamed, so that a reader never sees half an entry."""
+    """Writes an entry to a temporary folder, syncs it and renames it, so that readers never see half an entry."""
     with partial_folder(entry.parent) as partial:
         checksums, states = {}, {}
         for name, array in arrays.items():
@@ -152,7 +152,7 @@ def _save(info: Cifar, entry: Path, arrays: Arrays) -> None:
             try:
                 partial.rename(entry)
             except OSError:
-                if not _is_good(info, entry):  # else another process was faster
+                if not _is_good(info, entry):  # otherwise another process has written it
                     raise
             _sync_folder(entry.parent)
 
@@ -170,6 +170,6 @@ def _sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError:
-        pass  # not every file system can
+        pass  # some file systems can't sync a folder
     finally:
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009): one table with all that differs between them."""
+"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009): a table of everything in which they differ."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IMAGE_SHAPE = (32, 32, 3)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OfficialFiles:
-    """An official archive, its folder, and the files of either split in order, of equally many images each."""
+    """An official archive, its folder, and each split's files in order. All files of a split have the same size."""
 
     archive: str
     folder: str
@@ -28,7 +28,7 @@ class OfficialFiles:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cifar(DatasetInfo):
-    """A dataset in the formats of CIFAR, and what its files are called there."""
+    """A dataset in CIFAR's formats, with its file names."""
 
     train_size: int
     test_size: int
@@ -38,8 +38,8 @@ class Cifar(DatasetInfo):
     label_bytes: int
     url: str  # of the Python archive
     checksum: str
-    keras_archives: tuple[str, ...]  # what Keras calls the Python archive
-    keras_folder: str  # where Keras unpacks it
+    keras_archives: tuple[str, ...]  # Keras' names for the Python archive
+    keras_folder: str  # folder to which Keras unpacks it
     tfds: str  # TensorFlow Datasets' name and version
     tfds_label: str
     hugging_face: str  # the folder of the parquet files
@@ -50,11 +50,11 @@ class Cifar(DatasetInfo):
 
     @property
     def advice(self) -> str:
-        """What to do about a file that is damaged."""
+        """Advice for a damaged file."""
         return f"replace it with an intact copy, for instance from {self.url}"
 
     def load(self, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
-        from cifar_jax.datasets.files import load_files  # here: it reads by this module's table
+        from cifar_jax.datasets.files import load_files  # imported here because it imports this module
 
         return load_files(self, data_dir)
 

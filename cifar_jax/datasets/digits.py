@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: a dataset that is on every machine, for quick trials."""
+"""scikit-learn's handwritten digits: a small dataset that needs no download, for quick trials."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cifar_jax.datasets.info import Dataset, DatasetInfo
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Digits(DatasetInfo):
     def load(self, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
-        """1,797 digits of 8×8 pixels, enlarged fourfold; a fixed, stratified 80/20 split. `data_dir` is not read."""
+        """Loads 1,797 digits of 8×8 pixels, enlarged to 32×32, in a fixed, stratified 80/20 split. Ignores data_dir."""
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
@@ -30,6 +30,6 @@ DIGITS = _Digits(
     name="digits",
     title="the digits",
     class_names=tuple("0123456789"),
-    mean=(0.4914, 0.4822, 0.4465),  # CIFAR-10's, not the digits' own: a recipe scales both alike
+    mean=(0.4914, 0.4822, 0.4465),  # CIFAR-10's and not the digits' own: recipes scale both alike
     std=(0.2470, 0.2435, 0.2616),
 )

@@ -1,4 +1,4 @@
-"""The official archive, downloaded and checked."""
+"""Downloads the official archive and verifies its checksum."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from cifar_jax.errors import UserError
 
 
 def download(info: Cifar, folder: Path) -> Path:
-    """Downloads the archive into `folder`; an interrupted download leaves no file under the final name.
+    """Downloads the archive into `folder`. An interrupted download leaves no file under the final name.
 
-    Raises: UserError if that fails.
+    Returns: the archive's path. Raises: UserError if the download fails.
     """
-    import pooch  # here: where the data is at hand, they need not be installed
+    import pooch  # imported here because neither is needed once the data are present
     import requests
 
     hint = f"download {info.url} elsewhere and name its folder with --data-dir"
     fetch = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=30)
-    pooch.get_logger().setLevel("WARNING")  # it would name the partial folder
+    pooch.get_logger().setLevel("WARNING")  # its messages name the temporary folder
     print(f"downloading {info.url} to {folder}", file=sys.stderr)
     try:
         with partial_folder(folder) as partial:
@@ -29,14 +29,14 @@ def download(info: Cifar, folder: Path) -> Path:
             return (partial / name).rename(folder / name)
     except requests.exceptions.RequestException as error:
         raise UserError(
-            f"{info.title} is not on this machine and the download failed ({_cause(error)}): {hint}"
+            f"{info.title} was not found on this machine, and the download failed ({_cause(error)}): {hint}"
         ) from error
-    except (OSError, ValueError) as error:  # a full disk, a folder that can't be written, a wrong checksum
+    except (OSError, ValueError) as error:  # full disk, folder not writable, wrong checksum
         raise UserError(f"can't download {info.title} to {folder} ({error}): {hint}") from error
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost reason; requests wraps it in three layers whose text runs over lines."""
+    """Returns the innermost reason. requests wraps it in three layers of multi-line text."""
     while (inner := getattr(error, "reason", None) or next(iter(error.args), None)) and isinstance(inner, Exception):
         error = inner
     return str(error).rpartition(": ")[2] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Where a dataset of files is looked for, in which layouts, and what becomes of it: arrays, checked and cached."""
+"""Finds a dataset's files in the known places and layouts, and returns checked, cached arrays."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAYOUTS = (tfds.LAYOUT, official.LAYOUT, npz.LAYOUT, parquet.LAYOUT, imagefolder
 
 
 def load_files(info: Cifar, data_dir: str | os.PathLike[str] | None) -> Dataset:
-    """Finds, downloads if need be, decodes and checks a dataset. Raises: UserError, naming the file."""
+    """Finds, downloads if necessary, decodes and checks a dataset. Raises: UserError, naming the file."""
     layout, path = _locate(info, None if data_dir is None else _user_path(data_dir, "--data-dir"))
     cache, files = _cache_folder(), layout.files(info, path)
 
@@ -35,15 +35,15 @@ def load_files(info: Cifar, data_dir: str | os.PathLike[str] | None) -> Dataset:
 
 
 def _locate(info: Cifar, named: Path | None) -> tuple[Layout, Path]:
-    """The first layout found. A folder that the user named is the only one that is looked at."""
+    """Returns the first layout found and its path. If the user named a folder, only that folder is searched."""
     if named is not None:
         if (found := _find(info, named, named=True)) is not None:
             return found
         if not _is_empty(named):
             wanted = ", ".join(layout.wanted(info) for layout in LAYOUTS)
             raise UserError(
-                f"--data-dir {named} holds no {info.title}, neither of {wanted}: name its folder, or an empty one to "
-                "download it there"
+                f"--data-dir {named}: {info.title} not found (none of {wanted}): name its folder, or an empty folder "
+                "to download it to"
             )
         return official.LAYOUT, download(info, named)
     for place in _places():
@@ -51,7 +51,7 @@ def _locate(info: Cifar, named: Path | None) -> tuple[Layout, Path]:
             return found
     folder = _cache_folder()
     if folder is None:
-        raise UserError(f"no {info.title} and no home folder on this machine: name a folder with --data-dir")
+        raise UserError(f"{info.title} not found, and no home folder to download it to: name a folder by --data-dir")
     return official.LAYOUT, download(info, folder)
 
 
@@ -63,23 +63,23 @@ def _find(info: Cifar, place: Path, named: bool) -> tuple[Layout, Path] | None:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Nothing but hidden files and what a killed download left. Raises: UserError if `folder` can't be read."""
+    """Tells whether a folder has only hidden files and leftovers of a download. Raises: UserError if unreadable."""
     try:
         return all(name.startswith((".", PREFIX)) for name in os.listdir(folder))
     except FileNotFoundError as error:
         raise UserError(
-            f"--data-dir {folder} does not exist: name the folder of a dataset, or create it for a download"
+            f"--data-dir {folder} does not exist: name the dataset's folder, or create it to download the dataset there"
         ) from error
     except NotADirectoryError as error:
         raise UserError(
-            f"--data-dir {folder} is a file: name the folder that holds the dataset, or an official archive"
+            f"--data-dir {folder} is a file of unknown type: name the dataset's folder, or an official archive"
         ) from error
     except OSError as error:
         raise UserError(f"--data-dir {folder}: {error.strerror}") from error
 
 
 def _places() -> Iterator[Path]:
-    """Where a dataset is looked for if the user named no folder."""
+    """Yields the folders to search if the user named none."""
     home = _home()
     if named := os.environ.get("TFDS_DATA_DIR"):
         folder = _user_path(named, "TFDS_DATA_DIR")
@@ -92,7 +92,7 @@ def _places() -> Iterator[Path]:
         yield folder
     elif home is not None:
         yield home / "tensorflow_datasets"
-    yield from (Path("."), Path("data"))  # where torchvision's examples put it
+    yield from (Path("."), Path("data"))  # torchvision's examples use ./data
     if named := os.environ.get("KERAS_HOME"):
         yield _user_path(named, "KERAS_HOME") / "datasets"
     elif home is not None:
@@ -102,46 +102,46 @@ def _places() -> Iterator[Path]:
 
 
 def _user_path(path: str | os.PathLike[str], name: str) -> Path:
-    """With ~ and ~user replaced. Raises: UserError, with the `name` of the setting, if there is no such home."""
+    """Expands ~ and ~user. Raises: UserError, naming the setting `name`, if there is no such home folder."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise UserError(f"{name} {path}: there is no such home folder: write the path without ~") from error
+        raise UserError(f"{name} {path}: no such home folder: write the path without ~") from error
 
 
 def _home() -> Path | None:
     try:
         home = Path.home()
-    except RuntimeError:  # HOME is not set, and the system does not know this user
+    except RuntimeError:  # HOME is not set, and the system has no entry for this user
         return None
     return home if home.is_absolute() else None
 
 
 def _cache_folder() -> Path | None:
-    """The user's cache folder, or CIFAR_JAX_CACHE; None without a home."""
+    """Returns CIFAR_JAX_CACHE or the user's cache folder; None without a home folder."""
     if folder := os.environ.get("CIFAR_JAX_CACHE"):
         return _user_path(folder, "CIFAR_JAX_CACHE")
-    import pooch  # here: where the data is at hand and the cache named, it need not be installed
+    import pooch  # imported here because it is not needed if the cache is named
 
     try:
         cache = Path(pooch.os_cache("cifar_jax"))
     except RuntimeError:
         return None
-    return cache if cache.is_absolute() else None  # former versions leave ~ as it is
+    return cache if cache.is_absolute() else None  # older versions of pooch leave ~ unexpanded
 
 
 def _checked(info: Cifar, arrays: Arrays, path: Path) -> Arrays:
-    """The arrays, labels as int32. Raises: UserError if a shape or the labels are not the dataset's."""
+    """Returns the arrays with labels as int32. Raises: UserError if a shape or a label does not fit the dataset."""
     for split in SPLITS:
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         if images.dtype != np.uint8 or images.shape != (info.size(split), *IMAGE_SHAPE):
-            raise UserError(f"{path}: the {split} set has {len(images)} of {info.size(split)} images: {info.advice}")
+            raise UserError(f"{path}: the {split} set has {len(images)} images of {info.size(split)}: {info.advice}")
         if labels.shape != (info.size(split),) or labels.min() < 0 or labels.max() >= info.num_classes:
             raise UserError(f"{path}: has a label outside 0…{info.num_classes - 1}: {info.advice}")
         if split == "train" and (labels.min() > 0 or labels.max() < info.num_classes - 1):  # coarse labels, for one
             raise UserError(
-                f"{path}: its labels go from {labels.min()} to {labels.max()}, those of {info.title} from 0 to "
-                f"{info.num_classes - 1}"
+                f"{path}: its labels go from {labels.min()} to {labels.max()}, but {info.title} needs 0 to "
+                f"{info.num_classes - 1}: use a copy with these labels"
             )
         arrays[f"{split}_labels"] = labels.astype(np.int32)
     return arrays

@@ -1,4 +1,4 @@
-"""CIFAR as folders of PNG files: train/CLASS/*.png and test/CLASS/*.png."""
+"""Reads CIFAR from folders of PNG files: train/CLASS/*.png and test/CLASS/*.png."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from cifar_jax.errors import UserError
 
 
 def find(info: Cifar, folder: Path, named: bool) -> Path | None:
-    """The folder itself, if the user named it: in other places a folder `train` can be anything."""
+    """Returns the folder if the user named it. Elsewhere a folder `train` could be anything."""
     return folder if named and all(_classes(folder / split) for split in SPLITS) else None
 
 
 def read(info: Cifar, path: Path) -> Arrays:
-    """In the order of the classes, and of the files' names in each. Raises: UserError."""
+    """Reads images in the order of the classes, and of the file names in each class. Raises: UserError."""
     arrays: Arrays = {}
     for split in SPLITS:
         classes = _classes(path / split)
         if different := sorted(set(classes) ^ set(info.class_names)):
             raise UserError(
-                f"{path / split}: its folders are not the classes of {info.title}: {different[0]} is "
-                f"{'missing' if different[0] in info.class_names else 'none'}"
+                f"{path / split}: its folders must be the classes of {info.title}: {different[0]} is "
+                f"{'missing' if different[0] in info.class_names else 'not a class'}"
             )
         files = [(label, file) for label, name in enumerate(info.class_names) for file in _pngs(path / split / name)]
         if len(files) != info.size(split):
-            raise UserError(f"{path / split}: has {len(files)} of {info.size(split)} PNG files: complete it")
+            raise UserError(f"{path / split}: has {len(files)} of {info.size(split)} PNG files: add the missing files")
         images = np.empty((len(files), *IMAGE_SHAPE), np.uint8)
         for i, (_, file) in enumerate(files):
             try:
@@ -44,7 +44,7 @@ def read(info: Cifar, path: Path) -> Arrays:
 
 
 def _classes(folder: Path) -> list[str]:
-    """The visible folders in a folder; none if it is not there."""
+    """Returns the visible subfolders; [] if the folder can't be read."""
     try:
         with os.scandir(folder) as entries:
             return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]

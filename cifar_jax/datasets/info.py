@@ -1,4 +1,4 @@
-"""What every dataset has: facts that are known without its files, and arrays once they are read."""
+"""Base types of datasets: DatasetInfo, known without reading files, and Dataset, with the arrays."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SPLITS = ("train", "test")
 class DatasetInfo(abc.ABC):
     """An entry of the registry.
 
-    `mean` and `std` are of the training set's pixels by channel, in [0, 1]: what 'standardized' scaling subtracts, and
-    then divides by.
+    `mean` and `std` are per channel, over the training set's pixels in [0, 1]. 'standardized' scaling subtracts the
+    mean and divides by the standard deviation.
     """
 
     name: str
@@ -32,12 +32,12 @@ class DatasetInfo(abc.ABC):
 
     @abc.abstractmethod
     def load(self, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
-        """Reads the dataset. Raises: UserError for what the user can mend."""
+        """Reads the dataset. Raises: UserError for errors that the user can fix."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Images uint8 [N, 32, 32, 3], labels int32 [N], for train and test; `source` says where they came from."""
+    """Images uint8 [N, 32, 32, 3] and labels int32 [N] for training and test. `source` tells their origin."""
 
     train_images: np.ndarray
     train_labels: np.ndarray

@@ -1,4 +1,4 @@
-"""What a layout on disk is: how it is found in a folder, and how its files become arrays."""
+"""A dataset's layout on disk: how to find it in a folder and how to read it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from cifar_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """find(info, folder, named) → what to read there, or None; read(info, path) → arrays.
+    """Functions of a layout.
 
-    `named` says that the user named the folder. files(info, path) are those that are read, in a fixed order;
-    wanted(info) says in a few words what is looked for.
+    find(info, folder, named) returns the path to read, or None; `named` tells whether the user named the folder.
+    read(info, path) returns arrays. files(info, path) returns the files that are read, in a fixed order. wanted(info)
+    describes the files in a few words.
     """
 
     find: Callable[[Cifar, Path, bool], Path | None]
@@ -27,7 +28,7 @@ class Layout:
 
 
 def matching(folder: Path, pattern: str) -> list[Path]:
-    """The files of a folder that match, in the order of their names; none if it can't be read."""
+    """Returns the matching files of a folder, sorted by name; [] if it can't be read."""
     try:
         return sorted(folder.glob(pattern))
     except OSError:
@@ -35,7 +36,7 @@ def matching(folder: Path, pattern: str) -> list[Path]:
 
 
 def starts_with(path: Path, magic: bytes) -> bool:
-    """Whether a file is of a format, whatever its name."""
+    """Tells whether a file begins with a format's magic bytes."""
     try:
         with path.open("rb") as file:
             return file.read(len(magic)) == magic
@@ -44,13 +45,13 @@ def starts_with(path: Path, magic: bytes) -> bool:
 
 
 def read_regular(path: Path, limit: int, info: Cifar) -> bytes:
-    """The bytes of a file of at most `limit`. Raises: UserError for any other, and what is no file, as a pipe."""
+    """Reads a regular file of at most `limit` bytes. Raises: UserError if it is larger or not a regular file."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path}: not a file: {info.advice}")
+            raise UserError(f"{path}: not a regular file: {info.advice}")
         if status.st_size > limit:
-            raise UserError(f"{path}: has {status.st_size} bytes, too many for {info.title}")
+            raise UserError(f"{path}: {status.st_size} bytes are too many for {info.title}: {info.advice}")
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}: {info.advice}") from error

@@ -1,4 +1,4 @@
-"""CIFAR as one .npz file with Keras' names: x_train, y_train, x_test, y_test."""
+"""Reads CIFAR from one .npz file with Keras' names: x_train, y_train, x_test, y_test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STEP = 2**20
 
 
 def find(info: Cifar, folder: Path, named: bool) -> Path | None:
-    """A .npz file that the user named, or one of the dataset's name in a folder that the user named."""
+    """Returns the .npz file that the user named, or NAME.npz in the folder that the user named."""
     for path in (folder, folder / f"{info.name}.npz") if named else ():
         if os.path.isfile(path) and starts_with(path, b"PK\3\4"):
             return path
@@ -27,7 +27,7 @@ def find(info: Cifar, folder: Path, named: bool) -> Path | None:
 
 
 def read(info: Cifar, path: Path) -> Arrays:
-    """Images uint8 [N, 32, 32, 3]; labels of any integer type, [N] or [N, 1]. Raises: UserError."""
+    """Reads images, uint8 [N, 32, 32, 3], and labels of any integer type, [N] or [N, 1]. Raises: UserError."""
     arrays: Arrays = {}
     try:
         with zipfile.ZipFile(path) as archive:
@@ -40,7 +40,7 @@ def read(info: Cifar, path: Path) -> Arrays:
         raise UserError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can raise anything
         reason = " ".join(str(error)[:200].split()) or type(error).__name__
-        raise UserError(f"{path}: not {info.title} as a .npz file ({reason}): write it anew") from error
+        raise UserError(f"{path}: not {info.title} as a .npz file ({reason}): write the file again") from error
     return arrays
 
 
@@ -48,10 +48,10 @@ LAYOUT = Layout(find, read, lambda info, path: [path], lambda info: f"{info.name
 
 
 def _read_array(archive: zipfile.ZipFile, name: str, shapes: list[tuple[int, ...]], kinds: str) -> np.ndarray:
-    """An array of one of the shapes and kinds of type; nothing is reserved or unpacked before both are known."""
+    """Reads an array of one of these shapes and dtype kinds. Both are checked before memory is allocated."""
     member = archive.getinfo(f"{name}.npy")
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack more than is asked for
-        raise ValueError(f"{name} is compressed in another way than NumPy's")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack more than requested
+        raise ValueError(f"{name} has a compression that NumPy does not use")
     with archive.open(member) as file:
         version = np.lib.format.read_magic(file)
         if version == (1, 0):
@@ -61,18 +61,18 @@ def _read_array(archive: zipfile.ZipFile, name: str, shapes: list[tuple[int, ...
         else:
             raise ValueError(f"{name} has an unknown version of NumPy's format")
         if shape not in shapes or fortran_order or dtype.kind not in kinds:
-            raise ValueError(f"{name} has another shape, order or type: {shape}, {dtype}"[:200])
+            raise ValueError(f"{name} has a wrong shape, order or type: {shape}, {dtype}"[:200])
         if dtype.kind == kinds == "u" and dtype != np.uint8:
-            raise ValueError(f"{name} is of {dtype}, not of uint8")
+            raise ValueError(f"{name} has type {dtype}, must be uint8")
         data = _read_exactly(file, math.prod(shape) * dtype.itemsize)
     return np.frombuffer(data, dtype).reshape(shape)
 
 
 def _read_exactly(file: IO[bytes], size: int) -> bytearray:
-    """The bytes to the end of a member, where its checksum is compared. Raises: ValueError if they are not `size`."""
+    """Reads a member to its end, which verifies its checksum. Raises: ValueError if it does not have `size` bytes."""
     data = bytearray()
     while len(data) <= size and (part := file.read(_STEP)):
         data += part
     if len(data) != size:
-        raise ValueError(f"{len(data)} bytes in place of {size}")
+        raise ValueError(f"{len(data)} bytes instead of {size}")
     return data

@@ -1,4 +1,4 @@
-"""The official files of CIFAR, Python's pickles or binary records, in an archive or in the folder it unpacks to."""
+"""Reads the official CIFAR files, pickles or binary records, from an archive or the folder it unpacks to."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from cifar_jax.datasets.layout import Layout, read_regular, starts_with
 from cifar_jax.datasets.pickles import read_batch
 from cifar_jax.errors import UserError
 
-_BLOCK = 512  # of a tar archive
+_BLOCK = 512  # bytes of a tar block
 
 
 def find(info: Cifar, folder: Path, named: bool) -> Path | None:
-    """The folder or archive; `named` if the user named `folder`: it may also be the unpacked folder itself."""
+    """Returns the folder or archive to read. If the user named `folder`, it may also be one of them itself."""
     kinds = info.python, info.binary
     if named and os.path.isfile(folder) and not any(starts_with(folder, magic) for magic in (b"PK\3\4", b"PAR1")):
         return folder
@@ -35,7 +35,7 @@ def find(info: Cifar, folder: Path, named: bool) -> Path | None:
 
 
 def read(info: Cifar, path: Path) -> Arrays:
-    """Files of a folder or archive to arrays, images NHWC. Raises: UserError for what is short or damaged."""
+    """Reads a folder or archive to arrays with NHWC images. Raises: UserError if a file is incomplete or damaged."""
     if os.path.isfile(path):
         members = _read_members(info, path)
         present: Callable[[str], bool] = members.__contains__
@@ -43,9 +43,9 @@ def read(info: Cifar, path: Path) -> Arrays:
         present = lambda name: os.path.isfile(path / name)
     kind = next((kind for kind in (info.python, info.binary) if any(map(present, kind.names))), None)
     if kind is None:
-        raise UserError(f"{path}: holds no file of {info.title}, as {info.python.names[0]}: name its archive or folder")
+        raise UserError(f"{path}: no file of {info.title} in it ({info.python.names[0]} …): name its archive or folder")
     if missing := [name for name in kind.names if not present(name)]:
-        raise UserError(f"{path}: lacks {missing[0]}, so it is not all of {info.title}: {info.advice}")
+        raise UserError(f"{path}: {missing[0]} of {info.title} is missing: {info.advice}")
     arrays: Arrays = {}
     for split in SPLITS:
         names = getattr(kind, split)
@@ -76,46 +76,46 @@ LAYOUT = Layout(find, read, _files, _wanted)
 def _read_batch(
     info: Cifar, kind: OfficialFiles, data: bytes | memoryview, count: int, path: Path
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels uint8 [count, 3072] and labels [count] of a file."""
+    """Decodes a file to pixels, uint8 [count, 3072], and labels, integers [count]."""
     if kind is info.binary:
         record = info.label_bytes + PIXELS
         if len(data) != count * record:
-            raise UserError(f"{path}: has {len(data)} bytes, not {count * record}: {info.advice}")
+            raise UserError(f"{path}: has {len(data)} bytes instead of {count * record}: {info.advice}")
         records = np.frombuffer(data, np.uint8).reshape(count, record)
         return records[:, info.label_bytes :], records[:, info.label_bytes - 1]
     try:
         return read_batch(data, info.label_key, count)
-    except Exception as error:  # a hostile or cut pickle can raise anything
+    except Exception as error:  # a malicious or truncated pickle can raise anything
         reason = " ".join(str(error)[:200].split()) or type(error).__name__
         raise UserError(f"{path}: not a batch of {info.title} ({reason}): {info.advice}") from error
 
 
 def _size_limit(images: int) -> int:
-    """The bytes of files with so many images: pickles add file names and numbers, less than a tenth."""
+    """Returns the largest size of files with this many images. Names and numbers in pickles add less than a tenth."""
     return images * PIXELS * 5 // 4 + 2**20
 
 
 def _read_members(info: Cifar, path: Path) -> dict[str, memoryview]:
-    """The bytes of an archive's plain files that are CIFAR's, whatever their folder; nothing is unpacked to disk."""
+    """Returns {name: bytes} of CIFAR's files in an archive, in any folder of it. Nothing is unpacked to disk."""
     limit = _size_limit(info.train_size + info.test_size)
     wanted = info.python.names + info.binary.names
     try:
         with path.open("rb") as file:
             is_gzip = file.read(2) == b"\x1f\x8b"
         with gzip.open(path) if is_gzip else path.open("rb") as file:
-            data = memoryview(file.read(limit + 1))  # to the end, where gzip keeps its checksum
+            data = memoryview(file.read(limit + 1))  # to the end, where gzip stores its checksum
         if len(data) > limit:
-            raise UserError(f"{path}: unpacks to more than {limit} bytes, so it is not {info.title}")
+            raise UserError(f"{path}: unpacks to more than {limit} bytes, too many for {info.title}: {info.advice}")
         return {name: content for name, content in _plain_files(data) if name in wanted}
     except (EOFError, OSError, ValueError, zlib.error) as error:
         raise UserError(f"{path}: incomplete or corrupt ({error}): {info.advice}") from error
 
 
 def _plain_files(data: memoryview) -> Iterator[tuple[str, memoryview]]:
-    """The regular files of a tar archive, by the last part of their name. Raises: ValueError for a damaged one.
+    """Yields (last part of the name, bytes) of a tar archive's regular files. Raises: ValueError if it is damaged.
 
-    Not tarfile: it also follows links, sparse maps and extended headers, with which a small archive can take the
-    machine. None of them is in an archive of CIFAR but headers of long names and times, which are passed over.
+    The module tarfile also follows links, sparse maps and extended headers, by which a small archive can exhaust the
+    machine. CIFAR's archives use none of them, except extended headers for long names and times, which are skipped.
     """
     position = 0
     while position + _BLOCK <= len(data):
@@ -124,14 +124,14 @@ def _plain_files(data: memoryview) -> Iterator[tuple[str, memoryview]]:
             break
         stored = int(header[148:156].strip(b"\0 ") or b"0", 8)
         if stored != sum(header) - sum(header[148:156]) + 8 * ord(" "):
-            raise ValueError("a tar header with a wrong checksum")
-        size = int(header[124:136].strip(b"\0 ") or b"0", 8)  # a binary one, of more than 8 GiB, is a ValueError
+            raise ValueError("wrong checksum of a tar header")
+        size = int(header[124:136].strip(b"\0 ") or b"0", 8)  # binary sizes, above 8 GiB, raise ValueError
         position += _BLOCK
         if not 0 <= size <= len(data) - position:
-            raise ValueError("a member that is cut short")
+            raise ValueError("truncated member")
         if header[156:157] in (b"0", b"\0"):
             name = header[:100].partition(b"\0")[0].decode("utf-8", "replace")
             yield name.rpartition("/")[2], data[position : position + size]
         position += -(-size // _BLOCK) * _BLOCK
     if not position:
-        raise ValueError("no tar archive of files")
+        raise ValueError("not a tar archive")

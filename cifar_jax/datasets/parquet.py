@@ -1,4 +1,4 @@
-"""CIFAR as Hugging Face keeps it: parquet files with PNG files in a column `img`."""
+"""Reads CIFAR in Hugging Face's layout: parquet files with PNG files in the column `img`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from cifar_jax.errors import UserError
 
 
 def find(info: Cifar, folder: Path, named: bool) -> Path | None:
-    """The folder of the files, in a folder that the user named or this itself."""
+    """Returns the parquet files' folder: the folder that the user named, or a subfolder of it."""
     if named and os.path.isfile(folder) and starts_with(folder, b"PAR1"):
-        raise UserError(f"{folder} is one of several files: name the folder of train-*.parquet and test-*.parquet")
+        raise UserError(f"{folder}: name the folder of all train-*.parquet and test-*.parquet files, not one of them")
     places = (folder / info.hugging_face, folder) if named else ()
     return next((place for place in places if matching(place, "train-*.parquet")), None)
 
 
 def read(info: Cifar, path: Path) -> Arrays:
-    """In the order of the files' names and of their rows. Raises: UserError."""
+    """Reads images in the order of the file names and of the rows in each file. Raises: UserError."""
     if importlib.util.find_spec("pyarrow") is None:
         raise UserError(f"{path}: reading parquet files needs pyarrow: pip install pyarrow")
     arrays: Arrays = {}
@@ -36,7 +36,7 @@ def read(info: Cifar, path: Path) -> Arrays:
             )
         except ValueError as error:
             place = files[0] if len(files) == 1 else path
-            raise UserError(f"{place}: can't read the {split} split ({error}): download it anew") from error
+            raise UserError(f"{place}: can't read the {split} split ({error}): download it again") from error
         arrays[f"{split}_images"], arrays[f"{split}_labels"] = images, labels
     return arrays
 

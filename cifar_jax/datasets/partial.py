@@ -1,4 +1,4 @@
-"""Folders for files in the making: cleared away at the end, and also after a process that was killed."""
+"""Temporary folders for unfinished files. They are removed at the end, or later if their process was killed."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PREFIX = "partial-"
-_FRESH = 600  # seconds in which a folder may not have its lock yet
-_FORGOTTEN = 86_400  # seconds that no download or decoding takes, for file systems without locks
+_FRESH = 600  # seconds during which a new folder may not be locked yet
+_FORGOTTEN = 86_400  # seconds after which a folder is abandoned on file systems without locks
 
 
 @contextlib.contextmanager
 def partial_folder(parent: Path) -> Iterator[Path]:
-    """A new folder in `parent`, which is made; what is left of it is removed at the end. Raises: OSError."""
+    """Yields a new folder in `parent`, which is created if needed, and removes it at the end. Raises: OSError."""
     parent.mkdir(parents=True, exist_ok=True)
     _clear_abandoned(parent)
-    folder = parent / f"{PREFIX}{uuid.uuid4()}"  # not mkdtemp: others who share the parent may read what is renamed
+    folder = parent / f"{PREFIX}{uuid.uuid4()}"  # mkdtemp would make it private, and it is renamed to a shared one
     folder.mkdir()
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -33,7 +33,7 @@ def partial_folder(parent: Path) -> Iterator[Path]:
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Locks a folder until its descriptor is closed. False: another process did; None: there are no locks here."""
+    """Locks a folder until its descriptor is closed. Returns: False if another process has it; None without locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

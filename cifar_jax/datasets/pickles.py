@@ -1,4 +1,4 @@
-"""The pickles of CIFAR, by an unpickler that a hostile file can make do nothing else, and not much of that."""
+"""Reads CIFAR's pickles with a restricted unpickler: a malicious file can neither run code nor exhaust the machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from cifar_jax.datasets.cifar import PIXELS
 
-# What protocols 2 to 5 need for dicts, lists, tuples, strings, bytes, integers and arrays.
+# The opcodes of protocols 2 to 5 for dicts, lists, tuples, strings, bytes, integers and arrays.
 _OPCODES = (
     *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE),
     *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
@@ -25,7 +25,7 @@ _OPCODES = (
 
 
 class PickledDtype:
-    """Stands for numpy.dtype while unpickling; only remembers its name."""
+    """Replaces numpy.dtype while unpickling. It only records whether the type is uint8."""
 
     def __init__(self, name: Any, *_: Any) -> None:
         self.is_uint8 = isinstance(name, (str, bytes)) and name in ("u1", b"u1", "uint8", b"uint8")
@@ -35,7 +35,7 @@ class PickledDtype:
 
 
 class PickledArray:
-    """Stands for numpy.ndarray while unpickling; accepts the bytes of C-ordered uint8 and nothing else."""
+    """Replaces numpy.ndarray while unpickling. It accepts only the bytes of C-ordered uint8 arrays."""
 
     shape: tuple[int, ...] = ()
     buffer = b""
@@ -43,14 +43,14 @@ class PickledArray:
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran_order, buffer = state
         if not (isinstance(dtype, PickledDtype) and dtype.is_uint8) or fortran_order or type(buffer) is not bytes:
-            raise pickle.UnpicklingError("an array that is not of C-ordered uint8")
+            raise pickle.UnpicklingError("an array is not of C-ordered uint8")
         if type(shape) is not tuple or not all(type(size) is int for size in shape):
-            raise pickle.UnpicklingError("an array without a shape")
+            raise pickle.UnpicklingError("an array has no valid shape")
         self.shape, self.buffer = shape, buffer
 
 
 class _Dispatch(dict[int, Callable[[Any], None]]):
-    """The known opcodes' functions; ends after a number of them, since each costs time and memory."""
+    """The allowed opcodes' functions. Their number is limited, because each call costs time and memory."""
 
     def __init__(self, left: int) -> None:
         functions = pickle._Unpickler.dispatch
@@ -65,12 +65,12 @@ class _Dispatch(dict[int, Callable[[Any], None]]):
         if self._left < 0:
             raise pickle.UnpicklingError("too many objects")
         if code not in self:
-            raise pickle.UnpicklingError(f"opcode {code:#x}, which CIFAR does not need")
+            raise pickle.UnpicklingError(f"opcode {code:#x} is not allowed")
         return super().__getitem__(code)
 
 
 class ArrayUnpickler(pickle._Unpickler):
-    """Builds arrays, lists, tuples, dicts with string keys, bytes, strings and integers, and calls nothing else.
+    """Builds arrays, lists, tuples, dicts with string keys, bytes, strings and integers, and calls no other code.
 
     Even numpy's own constructors are replaced, since a hostile dtype state can corrupt memory. It is the unpickler
     written in Python: a few bytes make the one in C allocate gigabytes for its memo.
@@ -99,17 +99,17 @@ class ArrayUnpickler(pickle._Unpickler):
     def _encode(self, text: str, encoding: str) -> bytes:
         """How Python 3 writes bytes into a protocol 2 pickle: _codecs.encode(text, 'latin1')."""
         if type(text) is not str or not isinstance(encoding, (str, bytes)) or encoding not in ("latin1", b"latin1"):
-            raise pickle.UnpicklingError("it asks for an encoding that is not latin1")
+            raise pickle.UnpicklingError("an encoding other than latin1")
         self._left_to_encode -= len(text)
-        if self._left_to_encode < 0:  # the same text over and over
+        if self._left_to_encode < 0:  # the same text is encoded repeatedly
             raise pickle.UnpicklingError("more bytes than the file has")
         return text.encode("latin1")
 
     def build(self) -> None:
-        """BUILD, for what has a state of its own; elsewhere it sets any attribute."""
+        """Handles BUILD only for the two classes above. Elsewhere BUILD could set any attribute."""
         state = self.stack.pop()
         if type(self.stack[-1]) not in (PickledArray, PickledDtype):
-            raise pickle.UnpicklingError("the state of something that has none")
+            raise pickle.UnpicklingError("a state for an object without one")
         self.stack[-1].__setstate__(state)
 
     def set_item(self) -> None:
@@ -123,18 +123,18 @@ class ArrayUnpickler(pickle._Unpickler):
     @staticmethod
     def _set(target: Any, items: list[Any]) -> None:
         if type(target) is not dict or not all(isinstance(key, (str, bytes)) for key in items[::2]):
-            raise pickle.UnpicklingError("a key that is not a string")  # to hash nested tuples can take for ever
+            raise pickle.UnpicklingError("a key that is not a string")  # hashing nested tuples can take forever
         target.update(zip(items[::2], items[1::2], strict=True))
 
 
 def read_batch(data: bytes | memoryview, label_key: str, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """A batch's pixels, uint8 [count, 3072], and labels, int64 [count]. Raises anything for a damaged one."""
-    # An image has a number in each list of labels and a file name, which may be remembered: in CIFAR-100 6 opcodes.
+    """Returns a batch's pixels, uint8 [count, 3072], and labels, int64 [count]. A damaged batch can raise anything."""
+    # Each image has a number in each list of labels, and a file name that may be memoized: 6 opcodes in CIFAR-100.
     batch = ArrayUnpickler(data, max_opcodes=1000 + 20 * count).load()
     batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
     pixels, labels = batch["data"], batch[label_key]
     if not isinstance(pixels, PickledArray) or type(labels) is not list:
-        raise pickle.UnpicklingError("no array of pixels or no list of labels")
+        raise pickle.UnpicklingError("the pixels are not an array or the labels are not a list")
     if pixels.shape != (count, PIXELS) or len(labels) != count or len(pixels.buffer) != count * PIXELS:
         found = pixels.shape[0] if pixels.shape else 0
         raise pickle.UnpicklingError(f"it holds {found} images and {len(labels)} labels, not {count} of each")

@@ -1,8 +1,8 @@
-"""A program: writes the labels and PNG files of a dataset's records to stdout, under limits of memory and time.
+"""A program that writes the labels and PNG files of a dataset's records to stdout, with limited memory and time.
 
-records.py starts it with a request as JSON: {'kind': 'parquet', 'files', 'label', 'count', 'bytes'} or {'kind': 'tfds',
-'name', 'split', 'folder', 'label', 'count', 'bytes'}. A record is its label as int64, the lengths of key and PNG file
-as uint16, key and file. It imports nothing of cifar_jax, which would import JAX.
+records.py starts it with a JSON request: {'kind': 'parquet', 'files', 'label', 'count', 'bytes'} or {'kind': 'tfds',
+'name', 'split', 'folder', 'label', 'count', 'bytes'}. A record is written as label (int64), lengths of key and PNG file
+(uint16 each), key, file. The program does not import cifar_jax, which would import JAX.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from collections.abc import Iterator
 from typing import Any
 
 Record = tuple[bytes, int, bytes]  # key, label, PNG file
-STACK = 2**21  # bytes of each thread's stack, which count as memory
+STACK = 2**21  # bytes of each thread's stack, which counts as memory
 THREADS = 2**27  # bytes for 64 of them
-STEP = 500  # records that are read at once
+STEP = 500  # records read at once
 
 
 def limit(files_size: int, memory: int = 384 * 2**20, seconds: int = 8) -> None:
-    """From here on: so many bytes of memory and what the files need; so many seconds and one for 2 MB of files."""
+    """Limits this process to `memory` bytes plus twice the files' size, and `seconds` plus one second per 2 MB."""
     if os.path.exists("/proc/self/statm"):  # on Linux
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[5]) * resource.getpagesize()
@@ -62,7 +62,7 @@ def read_tfds(request: dict[str, Any]) -> Iterator[Record]:
         decoders={"image": tfds.decode.SkipDecoding()},
     )
     if len(source) != request["count"]:
-        raise ValueError(f"{len(source)} records in place of {request['count']}")
+        raise ValueError(f"{len(source)} records instead of {request['count']}")
     for start in range(0, len(source), STEP):
         for example in source.__getitems__(range(start, min(start + STEP, len(source)))):
             yield example["id"], example[request["label"]], example["image"]
@@ -70,13 +70,13 @@ def read_tfds(request: dict[str, Any]) -> Iterator[Record]:
 
 def main() -> None:
     stack, most = resource.getrlimit(resource.RLIMIT_STACK)
-    if stack == resource.RLIM_INFINITY or stack > STACK:  # threads get what the limit was when the program started
+    if stack == resource.RLIM_INFINITY or stack > STACK:  # threads get the limit in force when the program started
         resource.setrlimit(resource.RLIMIT_STACK, (STACK, most))
         os.execv(sys.executable, sys.orig_argv)
     request = json.loads(sys.argv[1])
     for key, label, png in {"parquet": read_parquet, "tfds": read_tfds}[request["kind"]](request):
         if len(key) >= 2**16 or len(png) >= 2**16:
-            raise ValueError("a record that is no image of 32×32 pixels")
+            raise ValueError("a record is not an image of 32×32 pixels")
         sys.stdout.buffer.write(struct.pack("<qHH", label, len(key), len(png)) + key + png)
     sys.stdout.buffer.flush()
 
@@ -86,6 +86,6 @@ if __name__ == "__main__":
         main()
     except BrokenPipeError:
         os._exit(1)
-    except Exception as error:  # of ImportError the sender makes another message: the files are sound
+    except Exception as error:  # records.py reports an ImportError separately, because the files may be fine
         print(f"{type(error).__name__}: {' '.join(str(error).split())}"[:300], file=sys.stderr, flush=True)
         os._exit(3 if isinstance(error, ImportError) else 1)

@@ -1,6 +1,6 @@
-"""Labels and PNG files from formats of native libraries, which are run in a process of their own.
+"""Reads labels and PNG files from formats that need native libraries, in a separate process.
 
-A few damaged bytes make such a library crash, loop or fill the memory, which no `except` catches.
+A few damaged bytes can make such a library crash, loop or fill the memory, which no `except` can catch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cifar_jax.datasets.cifar import IMAGE_SHAPE
 from cifar_jax.datasets.png import decode_png
 from cifar_jax.errors import UserError
 
-IMPORT_FAILED = 3  # record_reader's exit status
+IMPORT_FAILED = 3  # record_reader's exit status if a library can't be imported
 _READER = Path(__file__).with_name("record_reader.py")
 
 
@@ -31,11 +31,11 @@ def read_records(
 ) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
     """Runs record_reader on a request for `count` records of `files`.
 
-    Returns: images uint8 [count, 32, 32, 3], labels int64 [count], the records' keys.
-    Raises: ValueError, saying what is wrong with the files; UserError if a library can't be imported.
+    Returns: images, uint8 [count, 32, 32, 3]; labels, int64 [count]; the records' keys.
+    Raises: ValueError with what is wrong with the files; UserError if a library can't be imported.
     """
     if not files or not all(os.path.isfile(file) for file in files):
-        raise ValueError("there are no such files")
+        raise ValueError("no such files")
     request = {**request, "count": count, "bytes": sum(file.stat().st_size for file in files)}
     environment = {**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "2"}
     command = [sys.executable, "-P", str(_READER), json.dumps(request)]
@@ -51,7 +51,7 @@ def read_records(
             status = reader.wait()
             reason = _reason(status, errors) or str(error)
             if status == IMPORT_FAILED:
-                raise UserError(f"{files[0]}: a package that reads it can't be imported ({reason})") from None
+                raise UserError(f"{files[0]}: the package that reads it can't be imported ({reason})") from None
             raise ValueError(reason) from None
         finally:
             reader.kill()
@@ -59,12 +59,12 @@ def read_records(
 
 
 def _receive(stream: IO[bytes], count: int) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
-    """Reads what the reader writes. Raises: EOFError if it ended too early; ValueError for a bad PNG file."""
+    """Reads the program's output. Raises: EOFError if it ends too early; ValueError for a bad PNG file."""
     images, labels, keys = np.empty((count, *IMAGE_SHAPE), np.uint8), np.empty(count, np.int64), []
     for i in range(count):
         head = stream.read(12)
         if len(head) < 12:
-            raise EOFError(f"{i} records in place of {count}")
+            raise EOFError(f"{i} records instead of {count}")
         label, key_length, length = struct.unpack("<qHH", head)
         keys.append(stream.read(key_length))
         data = stream.read(length)
@@ -78,11 +78,11 @@ def _receive(stream: IO[bytes], count: int) -> tuple[np.ndarray, np.ndarray, lis
 
 
 def _reason(status: int, errors: IO[bytes]) -> str:
-    """Why the reader ended; empty if it says nothing."""
+    """Returns why the program ended; empty if it gave no reason."""
     if status == -signal.SIGXCPU:
-        return "it takes too long for its size"
+        return "reading takes too long for the file's size"
     if status < 0:
-        return f"the library that reads it ended by {signal.Signals(-status).name}"
+        return f"the library that reads it crashed with {signal.Signals(-status).name}"
     errors.seek(0)
     lines = errors.read(2**20).decode(errors="replace").strip().splitlines()
     return lines[-1][:300] if status and lines else ""

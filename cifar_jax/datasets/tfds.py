@@ -1,4 +1,4 @@
-"""CIFAR as TensorFlow Datasets prepares it in ArrayRecord files, which are read without TensorFlow."""
+"""Reads CIFAR as prepared by TensorFlow Datasets in ArrayRecord files, without TensorFlow."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from cifar_jax.errors import UserError
 
 
 def find(info: Cifar, folder: Path, named: bool) -> Path | None:
-    """The folder of the dataset's version, in or above which `folder` may be."""
+    """Returns the folder NAME/VERSION: `folder` itself or below it."""
     name, version = info.tfds.split("/")
     for place in (folder, folder / version, folder / name / version):
         if os.path.isfile(place / "dataset_info.json") and place.absolute().parts[-2:] == (name, version):
             if matching(place, f"{name}-train.array_record*"):
                 return place
-            # TFDS' default format; only TensorFlow reads it, and we don't depend on TensorFlow.
-            message = f"{place}: it holds TFRecord files; prepare it with file_format='array_record'"
+            # TFRecord is TFDS' default format. Reading it needs TensorFlow, which this package does not depend on.
+            message = f"{place}: TFRecord files can't be read: prepare the dataset with file_format='array_record'"
             if named:
                 raise UserError(message)
-            print(f"passing over {message}", file=sys.stderr)
+            print(f"note: skipped {message}", file=sys.stderr)
     return None
 
 
 def read(info: Cifar, path: Path) -> Arrays:
-    """The folder of a version to arrays, in the order of the examples' ids. Raises: UserError."""
-    for package in ("tensorflow_datasets", "array_record"):  # the latter is not on every platform
+    """Reads a version's folder in the order of the examples' ids. Raises: UserError."""
+    for package in ("tensorflow_datasets", "array_record"):  # array_record is not available on every platform
         if importlib.util.find_spec(package) is None:
             raise UserError(
                 f"{path}: reading it needs tensorflow-datasets and array-record: install them, or name an official "
@@ -47,8 +47,8 @@ def read(info: Cifar, path: Path) -> Arrays:
                 {**request, "folder": str(path.absolute().parents[1])}, files, info.size(split)
             )
         except ValueError as error:
-            raise UserError(f"{path}: can't read the {split} split ({error}): prepare the folder anew") from error
-        # TFDS shuffles; the ids (train_00000, …) number the examples as they were read from their origin.
+            raise UserError(f"{path}: can't read the {split} split ({error}): prepare the dataset again") from error
+        # TFDS shuffles the examples. Their ids (train_00000, …) give the order in which TFDS read them.
         order = sorted(range(len(ids)), key=ids.__getitem__)
         arrays[f"{split}_images"], arrays[f"{split}_labels"] = images[order], labels[order]
     return arrays

@@ -1,4 +1,4 @@
-"""The All-CNN variant."""
+"""All-CNN variant."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from cifar_jax.models.initializers import KERNELS
 
 
 class AllCNN(nn.Module):
-    """All-CNN variant of the Keras program: 1,369,738 parameters. After All-CNN-C of arXiv:1412.6806.
+    """All-CNN variant of the Keras program, 1,369,738 parameters. It varies All-CNN-C (arXiv:1412.6806).
 
     Attributes:
       dropout_rates: after the first convolution, after the first pool, after the second pool.
-      final_relu: one more ReLU between the 10-channel convolution and the average pool, as in the architecture
-        JSON published with the original's pretrained weights (same parameters, other logits).
-      initializer: 'original', or a name of initializers.KERNELS with zero biases.
-      dtype: of the computation, float32 or bfloat16.
+      final_relu: adds a ReLU between the 10-channel convolution and the average pool, as in the architecture JSON
+        published with the original's pretrained weights (same parameters, different logits).
+      initializer: 'original', or a name of initializers.KERNELS (with zero biases).
+      dtype: computation type, float32 or bfloat16.
     """
 
     LAYERS: ClassVar[tuple[str, ...]] = tuple(f"Conv_{i}" for i in range(9))
     INPUT_SCALING: ClassVar[str] = "unit"
     RESIZABLE: ClassVar[bool] = True
-    CPU_STEPS_PER_CALL: ClassVar[int] = 1  # in a loop of steps XLA's convolutions are several times slower
+    CPU_STEPS_PER_CALL: ClassVar[int] = 1  # XLA's convolutions are several times slower inside a loop of steps
 
     num_classes: int = 10
     dropout_rates: tuple[float, ...] = (0.2, 0.5, 0.5)
@@ -37,10 +37,10 @@ class AllCNN(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        """float [N, 32, 32, 3], in the original in [0, 1] → logits float32 [N, 10]; train turns dropout on."""
+        """Float [N, H, W, 3] → logits float32 [N, num_classes]. The original's pixels are 32×32, in [0, 1]."""
 
         def conv(x: jax.Array, features: int, size: int, padding: str) -> jax.Array:
-            # Keras' defaults: glorot_uniform kernels and zero biases (Flax's own would be truncated lecun_normal).
+            # Keras' defaults are glorot_uniform kernels and zero biases. (Flax's kernels: truncated lecun_normal.)
             kernel_init = KERNELS.get(self.initializer, nn.initializers.glorot_uniform())
             return ops.Conv(features, size, padding, kernel_init, dtype=self.dtype)(x)
 

@@ -1,4 +1,4 @@
-"""Initial kernels and biases."""
+"""Initializers of kernels and biases."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 Initializer = Callable[..., jax.Array]
-WHITENING_EPSILON = 5e-4  # keeps noise of the smallest variances small, as airbench does
+WHITENING_EPSILON = 5e-4  # limits the gain of the smallest variances, as in airbench
 
 
 def identity_kernel(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """he_normal, but the first filters of a convolution [h, w, I, O] pass on input channel 0, 1, …: a Dirac delta."""
+    """Like he_normal, except that the first filters of a convolution [h, w, I, O] copy input channels 0, 1, …"""
     kernel = nn.initializers.he_normal()(key, shape, dtype)
     if len(shape) != 4:
         return kernel
@@ -25,9 +25,10 @@ def identity_kernel(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.flo
 
 
 def whitening_kernel(images: jax.Array, size: int) -> jax.Array:
-    """Filters that make the patches of images uncorrelated and of unit variance, and their negatives.
+    """Returns filters that whiten image patches (outputs uncorrelated, of unit variance), and their negatives.
 
-    Args: images float [N, H, W, C]; size of a patch. Returns: float32 [size, size, C, 2·size²·C], by falling variance.
+    Args: images: float [N, H, W, C]; size: side of a patch in pixels.
+    Returns: float32 [size, size, C, 2·size²·C], sorted by falling variance.
     """
     _, height, width, channels = images.shape
     rows, columns = height - size + 1, width - size + 1
@@ -46,16 +47,16 @@ KERNELS: dict[str, Initializer] = {
 
 
 def pytorch_bias(fan_in: int) -> Initializer:
-    """PyTorch's default bias: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), with the fan_in of the layer's kernel."""
+    """Returns PyTorch's default bias initializer, U(-1/sqrt(fan_in), 1/sqrt(fan_in)) with the kernel's fan_in."""
     bound = fan_in**-0.5
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def unit_variance(model: Any, params: Any, images: jax.Array) -> Any:
-    """Kernels divided, from the first layer to the last, by the deviation of their outputs: LSUV (arXiv:1511.06422).
+    """Scales kernels from the first layer to the last so that each layer's outputs have unit variance.
 
-    The paper repeats each division until the variance is 1; with zero biases one does it. Args: model: a network;
-    images as it takes them. Returns: parameters like `params`, with which each layer's outputs have unit variance.
+    This is LSUV (arXiv:1511.06422). The paper repeats each division until the variance is 1. With zero biases one
+    division is enough. Args: model: a network; images: scaled, float32 [N, H, W, 3]. Returns: the scaled parameters.
     """
 
     @jax.jit

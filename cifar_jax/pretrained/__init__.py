@@ -1,4 +1,4 @@
-"""The released weights: NAME.safetensors in this folder, each beside its model card NAME.md."""
+"""Released networks: weights NAME.safetensors in this folder, each with its model card NAME.md."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from cifar_jax.weights.files import load_weights
 
 
 def pretrained_names() -> list[str]:
-    """What `load_pretrained` can load."""
+    """Returns the names of the released networks."""
     return sorted(path.stem for path in Path(__file__).parent.glob("*.safetensors"))
 
 
 def pretrained_path(name: str) -> Path:
-    """The weight file of a released network. Raises UserError for an unknown one."""
+    """Returns the weight file of a released network. Raises: UserError for an unknown name."""
     if name not in pretrained_names():
-        raise UserError(f"no pretrained {name!r}: choose one of {', '.join(pretrained_names())}")
+        raise UserError(f"unknown pretrained network {name!r}: choose one of {', '.join(pretrained_names())}")
     return Path(__file__).parent / f"{name}.safetensors"
 
 
 def load_pretrained(name: str, dtype: Any = jnp.float32) -> tuple[nn.Module, Any, Callable[[Any], jax.Array]]:
-    """A released network: (model, variables, preprocess).
+    """Loads a released network. Returns: (model, variables, preprocess).
 
-    `model.apply(variables, preprocess(images))` gives float32 logits [N, 10] for uint8 images [N, 32, 32, 3]; `dtype`
-    is the type of the computation, float32 or bfloat16. Raises UserError for an unknown name, and `preprocess` for
-    images of another type or shape.
+    `model.apply(variables, preprocess(images))` returns float32 logits [N, 10] for uint8 images [N, 32, 32, 3].
+    Args: name: one of `pretrained_names`; dtype: computation type, float32 or bfloat16.
+    Raises: UserError for an unknown name. `preprocess` raises it for images of another type or shape.
     """
     weights = load_weights(pretrained_path(name))
 
     def preprocess(images: Any) -> jax.Array:
         images = jnp.asarray(images)
         if images.dtype != jnp.uint8 or images.shape[1:] != (32, 32, 3):
-            raise UserError(f"images are {images.dtype} {list(images.shape)}: they must be uint8 [N, 32, 32, 3]")
+            raise UserError(f"images {images.dtype} {list(images.shape)}: must be uint8 [N, 32, 32, 3]")
         return scale_images(images, *pixel_statistics(weights.input_scaling, "cifar10"))
 
     return weights.create_module(dtype=dtype), {"params": weights.params}, preprocess

@@ -1,16 +1,15 @@
-"""Weights in the files of every framework.
+"""Reads and writes weight files of JAX, PyTorch and Keras.
 
-| module | what it holds |
+| module | purpose |
 | --- | --- |
-| files | `load_weights`, `save_weights`: the entrance |
+| files | entry point: `load_weights`, `save_weights` |
 | params | a network's parameters as an ordered list of layers |
-| pairing | which tensor of a file is which layer's |
-| scaling, metadata | how pixels are scaled, in numbers; what our own files say beside the tensors |
-| safetensors_files | our own files |
-| pytorch, pytorch_files, torch_pickle | twins of the networks in PyTorch; its files; the pickles in them |
-| keras, keras_files, hdf5_worker | twins of the networks in Keras; its files; their reader, in a process of its own |
-| keras_json, keras_layers, keras_import | what an architecture computes; a file as one of our networks |
+| pairing | assigns a file's tensors to layers |
+| scaling, metadata | numbers of the pixel scaling; metadata of cifar_jax's files |
+| safetensors_files | cifar_jax's own format |
+| pytorch, pytorch_files, torch_pickle | the networks in PyTorch (twins); its files; the pickles in them |
+| keras, keras_files, hdf5_worker | the networks in Keras (twins); its files; their reader, a separate process |
+| keras_json, keras_layers, keras_import | what an architecture computes; matching it with a network |
 
-No framework is imported before it is needed. A network is known here by its class alone; only the tables of twins name
-networks.
+Frameworks are imported only when needed. Only the tables of twins name networks; all else comes from a network's class.
 """

@@ -1,13 +1,13 @@
-"""Weight files of every framework: read by their content, written by their name.
+"""Loads and saves weight files. The content decides how a file is read, its name how it is written.
 
-| name written | what it is | read |
+| name | content | reader |
 | --- | --- | --- |
-| .safetensors | our own: Flax params and all that a network needs to know, or a PyTorch state_dict | with safetensors |
-| .pth, .pt | a PyTorch state_dict | without PyTorch |
-| .h5, .hdf5 | Keras 2 or 3, the full model or weights alone | without Keras, in a process of its own |
-| .weights.h5, .keras | Keras 2.13 or newer, and 3 | the same |
+| .safetensors | cifar_jax: Flax params with metadata; or a PyTorch state_dict | safetensors |
+| .pth, .pt | PyTorch state_dict | does not need PyTorch |
+| .h5, .hdf5 | Keras 2 or 3: a full model, or only weights | does not need Keras; a separate process |
+| .weights.h5, .keras | Keras 2.13 or newer, and Keras 3 | the same |
 
-Nothing in a file is executed, and no file costs much more memory or time than the largest network's would.
+Nothing in a file is executed. No file takes much more memory or time than a file of the largest network.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ NAMES = (".safetensors", ".pth", ".pt", ".weights.h5", ".h5", ".hdf5", ".keras")
 class Weights:
     """A trained network.
 
-    `params`: Flax, float32 numpy; `input_scaling`: how pixels must be scaled for it; `dataset` and `class_names`: what
-    it was trained on, where that is known.
+    `params`: Flax params as float32 numpy arrays; `input_scaling`: the scaling of pixels that it needs; `dataset`,
+    `class_names`: of its training data, None if unknown.
     """
 
     model: str
@@ -59,7 +59,7 @@ class Weights:
         return num_classes_of(self.params, self.model)
 
     def create_module(self, **fields: Any) -> nn.Module:
-        """The Flax network that these weights fit, with these fields (dropout_rates, dtype)."""
+        """Returns the Flax network that these weights fit. Args: fields: its other fields (dropout_rates, dtype)."""
         return create_module(self.model, self.num_classes, self.final_relu, **fields)
 
 
@@ -69,12 +69,12 @@ def load_weights(
     architecture: Path | None = None,
     input_scaling: InputScaling | None = None,
 ) -> Weights:
-    """Reads a weight file. What it can't say itself, and what was dropped or reordered, is said on stderr.
+    """Reads a weight file. Notes on stderr report assumed facts, and dropped or reordered tensors.
 
-    Args: model: None finds it by the tensors' shapes. architecture: the Keras JSON that lies beside an `.h5` of
-    weights alone, which says whether there is a final ReLU (.keras and full-model files hold it). input_scaling: None
-    takes the file's own word for it, else the scaling of the model's original program.
-    Raises: UserError naming the file, and the tensor if one is missing, too many, misshapen or not finite; OSError if
+    Args: model: None: found by the tensors' shapes; architecture: Keras JSON for an `.h5` that holds only weights,
+    which tells whether there is a final ReLU (.keras and full-model files contain it); input_scaling: None: the one
+    stored in the file, else the one of the model's original program.
+    Raises: UserError naming the file, and the tensor if one is missing, surplus, misshapen or not finite; OSError if
     the file can't be opened.
     """
     if model is not None:
@@ -84,7 +84,7 @@ def load_weights(
     try:
         found = _read(path, model, declared)
         if found.scales and input_scaling not in (None, found.input_scaling):
-            raise UserError(f"its own layers scale pixels, as {found.input_scaling}: leave --input-scaling out")
+            raise UserError(f"its own layers scale pixels ({found.input_scaling}): omit --input-scaling")
         if found.final_relu and not has_final_relu(found.model):
             raise UserError(f"has a final ReLU, which {found.model} can't have")
     except UserError as error:
@@ -98,9 +98,9 @@ def load_weights(
     original = get_model(found.model).INPUT_SCALING
     notes = list(found.notes)
     if not input_scaling and not found.input_scaling:
-        notes.append(f"does not say how pixels are scaled: {original}, as in {found.model}'s original")
+        notes.append(f"does not store the scaling of pixels: assuming {original}, as in {found.model}'s original")
     if final_relu is None and has_final_relu(found.model):
-        notes.append("does not say whether its last layer has a ReLU: none, or use --architecture")
+        notes.append("does not tell whether it has a final ReLU: assuming none, or use --architecture")
     for note in notes:
         print(f"{path}: {note}", file=sys.stderr)
     params = jax.tree.map(lambda array: array.astype(np.float32), found.params)
@@ -109,11 +109,11 @@ def load_weights(
 
 
 def save_weights(path: Path, weights: Weights) -> None:
-    """Writes a weight file of the kind that its name asks for. Raises UserError if it exists or can't be written."""
+    """Writes a weight file in the format of its name. Raises: UserError if it exists or can't be written."""
     if os.path.lexists(path):
         raise UserError(f"{path} exists: remove it, or name another file")
     if not path.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent}")
+        raise UserError(f"{path}: the folder {path.parent} does not exist: create it")
     kind = kind_of_name(path)
     names = weights.dataset, weights.class_names
     metadata = write_metadata(weights.model, weights.final_relu, weights.input_scaling, weights.num_classes, *names)
@@ -130,10 +130,10 @@ def save_weights(path: Path, weights: Weights) -> None:
 
 
 def kind_of_name(path: Path) -> str:
-    """The kind that a file to write has by its name: .safetensors, .pth, .weights.h5, .h5 or .keras."""
+    """Returns the format of a file name: .safetensors, .pth, .weights.h5, .h5 or .keras. Raises: UserError."""
     name = next((name for name in NAMES if path.name.endswith(name)), None)
     if name is None:
-        raise UserError(f"{path}: unknown kind of file: name a .safetensors, .pth, .h5, .weights.h5 or .keras")
+        raise UserError(f"{path}: unknown format: use .safetensors, .pth, .h5, .weights.h5 or .keras")
     return {".pt": ".pth", ".hdf5": ".h5"}.get(name, name)
 
 
@@ -141,14 +141,14 @@ def _check_place(path: Path) -> None:
     if (path / "saved_model.pb").is_file():
         raise UserError(f"{path}: is a SavedModel: load it with Keras 2 and save it as .h5 or .keras")
     if path.is_dir():
-        raise UserError(f"{path}: is a folder: name a file in it, or a run with --workdir")
+        raise UserError(f"{path}: is a folder: name a file in it, or use --workdir for a run")
     if not path.is_file():
-        raise UserError(f"{path}: there is no such file")
-    path.open("rb").close()  # else a file that may not be read would seem damaged
+        raise UserError(f"{path}: no such file")
+    path.open("rb").close()  # reports a missing permission, which would look like damage below
 
 
 def _read(path: Path, model: str | None, declared: Architecture | None) -> Found:
-    """What a file holds, found by its content."""
+    """Reads a file by the format of its content."""
     with path.open("rb") as file:
         head = file.read(4096)
         members = _members(file) if head.startswith(b"PK") else []
@@ -165,39 +165,39 @@ def _read(path: Path, model: str | None, declared: Architecture | None) -> Found
 
 
 def _members(file: IO[bytes]) -> list[str]:
-    """Names of a zip archive's members."""
+    """Returns the names of a zip archive's members."""
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.namelist()
-    except Exception as error:  # of a damaged one zipfile raises anything
-        raise UserError(f"damaged: its table of contents can't be read ({error})") from error
+    except Exception as error:  # zipfile can raise anything for a damaged archive
+        raise UserError(f"damaged: the zip archive's table of contents can't be read ({error})") from error
 
 
 def _read_safetensors(path: Path, model: str | None) -> Found:
     tensors, metadata = safetensors_files.read_safetensors(path)
     if metadata.get("format") != FORMAT:
         if not all(name.endswith((".weight", ".bias")) for name in tensors):
-            raise UserError("not written by cifar_jax, and no PyTorch state_dict")
+            raise UserError("neither written by cifar_jax nor a PyTorch state_dict")
         params, found, notes = pytorch.params_from_arrays(list(tensors.items()), model)
         return Found(found, params, notes=tuple(notes))
     params, found = safetensors_files.own_params(tensors, metadata)
     if model not in (None, found):
-        raise UserError(f"holds the weights of {found}, not of {model}")
+        raise UserError(f"holds weights of {found}, not of {model}: use --model {found}")
     return Found(found, params, **read_metadata(metadata, num_classes_of(params, found)))
 
 
 def _what_it_is(path: Path, head: bytes, members: list[str]) -> str:
-    """A line about a file that is none of ours."""
+    """Describes a file that can't be read as weights, and what to do."""
     if not head:
         return "is empty"
     if members:
-        return f"a zip archive of {members[0][:50]} …, not of Keras' or PyTorch's weights: save model.state_dict()"
+        return f"a zip archive without Keras or PyTorch weights ({members[0][:50]} …): save model.state_dict()"
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")) or head[257:262] == b"ustar":
-        return "is compressed or an archive of files: unpack it and name the weight file in it"
+        return "is compressed or an archive: unpack it and name the weight file in it"
     if head.startswith(b"version https://git-lfs"):
-        return "is a pointer of Git LFS: fetch the file itself with git lfs pull"
+        return "is a Git LFS pointer: fetch the file itself with git lfs pull"
     if head.startswith(b"\x80"):
         return "a pickle that torch.save did not write, or a damaged one: save model.state_dict() with torch.save"
     if path.name.endswith(NAMES):
-        return f"damaged, or no {''.join(path.suffixes[-2:])[-20:]} file"
-    return "unknown kind of file: neither .safetensors, nor .pth, .h5, .weights.h5 or .keras"
+        return f"damaged, or not a {''.join(path.suffixes[-2:])[-20:]} file"
+    return "unknown format: must be .safetensors, .pth, .h5, .weights.h5 or .keras"

@@ -1,7 +1,7 @@
-"""Reads a Keras file, in a process of its own: libhdf5 crashes or hangs on some damaged files, and some are bombs.
+"""A program that reads a Keras file in a separate process, because libhdf5 crashes or hangs on some damaged files.
 
-python -I hdf5_worker.py FILE FOLDER…: FOLDERs are where numpy and h5py lie. It imports nothing of this project.
-Standard output: the length of a JSON text (8 bytes, little-endian), the text, and the tensors' bytes one after another.
+Usage: python -I hdf5_worker.py FILE FOLDER…, with the folders of numpy and h5py. It does not import this project.
+Standard output: the length of a JSON text (8 bytes, little-endian), the text, and the bytes of all tensors.
 The JSON is {'error': line}, or {'config': text or null, 'backend': [name], 'order': 'stated' or 'none',
 'metadata': text or null, 'tensors': [[name, type, shape], …]}.
 """
@@ -16,22 +16,22 @@ import sys
 import zipfile
 from typing import Any
 
-MAX_BYTES = 2**27  # of all weights, and of an archive's member: with an optimizer's state about 20 MB
-MAX_VALUES = 2**22  # of one tensor: the largest has 331,776
+MAX_BYTES = 2**27  # limit of all weights and of an archive's member; weights and optimizer state have about 20 MB
+MAX_VALUES = 2**22  # limit of one tensor; the largest has 331,776
 MAX_TENSORS = 1000
 MAX_CONFIG = 2**23
-MEMORY = 2**28  # bytes above what the libraries take, and above a legitimate member
-CPU_SECONDS = 4  # a good file takes 0.1
-METADATA = "cifar_jax"  # the attribute in which our own files say more than Keras' do
+MEMORY = 2**28  # bytes in addition to the libraries' memory; more than a valid file needs
+CPU_SECONDS = 4  # a valid file takes 0.1
+METADATA = "cifar_jax"  # attribute with the metadata of files that cifar_jax writes
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
 class Refused(Exception):
-    """A line for the user."""
+    """A file is refused. The text is a line for the user."""
 
 
 def limit() -> None:
-    """Sets this process' limits, where the system has them."""
+    """Limits this process' memory and CPU time if the system supports it."""
     try:
         import resource
 
@@ -49,19 +49,19 @@ def memory_in_use() -> int:
 
 
 def member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
-    """A member's bytes, counted while they are read: what its header says of its size is not to be trusted."""
+    """Reads a member and counts its bytes, because the size in its header can be wrong."""
     info = next((info for info in archive.infolist() if info.filename.replace("\\", "/") == name), None)
     if info is None:
-        raise Refused(f"there is no {name} in it")
+        raise Refused(f"{name} is missing in the archive")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise Refused(f"{name} in it is compressed in a way that Keras does not use")
+        raise Refused(f"{name} in the archive has a compression that Keras does not use")
     parts, total = [], 0
     with archive.open(info) as file:
         while part := file.read(2**18):
             parts.append(part)
             total += len(part)
             if total > limit:
-                raise Refused(f"{name} in it has more than {limit // 2**20} MiB")
+                raise Refused(f"{name} in the archive has more than {limit // 2**20} MiB")
     return b"".join(parts)
 
 
@@ -70,7 +70,7 @@ def text(value: Any) -> str:
 
 
 def find(h5py: Any, group: Any, name: str) -> Any:
-    """The dataset or group of this name in a group; None if there is none, or a link to elsewhere on the way."""
+    """Returns the dataset or group of this name; None if it is missing or its path contains a link."""
     for part in [part for part in name.split("/") if part]:
         if not isinstance(group, h5py.Group) or not isinstance(group.get(part, getlink=True), h5py.HardLink):
             return None
@@ -80,12 +80,12 @@ def find(h5py: Any, group: Any, name: str) -> Any:
 
 def listed(attribute: Any, limit: int = MAX_TENSORS) -> list[str]:
     if len(attribute) > limit:
-        raise Refused(f"lists {len(attribute)} names, many more than any of these networks has")
+        raise Refused(f"lists {len(attribute)} names, many more than any supported network has")
     return [text(name) for name in attribute]
 
 
 def names_by_attributes(h5py: Any, root: Any) -> list[str]:
-    """Keras 2's form, and that of Keras 3's .h5: attributes list the tensors in the network's order."""
+    """Names in files of Keras 2 and .h5 files of Keras 3. Attributes list the tensors in the network's order."""
     names = []
     for layer in listed(root.attrs["layer_names"]):
         group = find(h5py, root, layer)
@@ -96,16 +96,16 @@ def names_by_attributes(h5py: Any, root: Any) -> list[str]:
 
 
 def names_by_paths(h5py: Any, root: Any) -> list[str]:
-    r"""The form of .weights.h5 and .keras: layers/conv2d_1/vars/0; on Windows it may be layers\conv2d_1\vars/0."""
+    r"""Names in .weights.h5 and .keras files: layers/conv2d_1/vars/0, or layers\conv2d_1\vars/0 from Windows."""
     names, left, seen = [], [("", root)], 0
     while left:
         path, group = left.pop()
         for name in group:
             seen += 1
             if seen > 50 * MAX_TENSORS:
-                raise Refused("has many more groups than any of these networks")
+                raise Refused("has many more groups than any supported network")
             if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-                names.append(f"{path}{name}")  # found missing when it is read
+                names.append(f"{path}{name}")  # reported as missing when it is read
                 continue
             item = group[name]
             if isinstance(item, h5py.Group) and path.count("/") < 20:
@@ -121,25 +121,25 @@ def describe(h5py: Any, name: str, dataset: Any, file: Any) -> tuple[str, str, A
     if not isinstance(dataset, h5py.Dataset) or dataset.file.filename != file.filename:
         raise Refused(f"tensor {name} is missing")
     if dataset.external or dataset.is_virtual:
-        raise Refused(f"tensor {name} is in another file")
+        raise Refused(f"tensor {name} is stored in another file")
     values = 1 if dataset.shape == () else dataset.size
     if values is None or values > MAX_VALUES or dataset.dtype.itemsize > 8:
-        raise Refused(f"tensor {name} has shape {dataset.shape}, larger than any of these networks")
+        raise Refused(f"tensor {name} has shape {dataset.shape}, larger than in any supported network")
     kind = dataset.dtype
     if kind.kind == "V" and kind.itemsize == 2 and text(dataset.attrs.get("dtype", "")) == "bfloat16":
         return name, "bfloat16", dataset
     if kind.kind not in "fiub" or (dataset.id.get_type().get_class() == h5py.h5t.ENUM and kind.kind != "b"):
-        raise Refused(f"tensor {name} has type {kind}, must be of floating point")
+        raise Refused(f"tensor {name} has type {kind}, must be a floating-point type")
     chunk = kind.itemsize
     for side in dataset.chunks or ():
         chunk *= side
     if chunk > MAX_BYTES:
-        raise Refused(f"tensor {name} lies in pieces of {chunk} bytes, larger than any of these networks")
+        raise Refused(f"tensor {name} has chunks of {chunk} bytes, larger than any supported network")
     return name, kind.newbyteorder("<").str, dataset
 
 
 def read(path: str, h5py: Any, numpy: Any) -> tuple[dict[str, Any], list[Any]]:
-    """(header, arrays) of a Keras file."""
+    """Returns (header, arrays) of a Keras file. Raises: Refused."""
     config = None
     with open(path, "rb") as file:
         source: Any = path
@@ -153,11 +153,11 @@ def read(path: str, h5py: Any, numpy: Any) -> tuple[dict[str, Any], list[Any]]:
         metadata = text(file.attrs[METADATA]) if METADATA in file.attrs else None
         root = find(h5py, file, "model_weights") if "model_weights" in file else file
         if not isinstance(root, h5py.Group):
-            raise Refused("its model_weights are no group")
+            raise Refused("its model_weights are not a group")
         stated = "layer_names" in root.attrs
         names = names_by_attributes(h5py, root) if stated else names_by_paths(h5py, root)
         if len(names) > MAX_TENSORS:
-            raise Refused(f"has {len(names)} tensors, many more than any of these networks")
+            raise Refused(f"has {len(names)} tensors, many more than any supported network")
         described = [describe(h5py, name, find(h5py, root, name), file) for name in names]
         if sum(dataset.size * dataset.dtype.itemsize for _, _, dataset in described) > MAX_BYTES:
             raise Refused(f"its tensors have more than {MAX_BYTES // 2**20} MiB")
@@ -186,7 +186,7 @@ def main() -> None:
         header, arrays = read(path, h5py, numpy)
     except Refused as error:
         header = {"error": str(error)}
-    except Exception as error:  # of a damaged file h5py and zipfile raise anything
+    except Exception as error:  # h5py and zipfile can raise anything for a damaged file
         header = {"error": f"damaged or not a Keras file ({str(error).strip() or type(error).__name__:.200})"}
     encoded = json.dumps(header).encode()
     sys.stdout.buffer.write(struct.pack("<Q", len(encoded)) + encoded)

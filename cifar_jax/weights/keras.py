@@ -1,7 +1,7 @@
-"""The networks in Keras (channels last), and their weights to and from Flax.
+"""The networks in Keras (channels last), and conversion of their weights to and from Flax.
 
-Keras and Flax share their layouts (HWIO, [inputs, outputs], NHWC flattening), so weights move by order alone. A twin is
-stated as data, (class, fields) of each layer: Keras builds a network of it, and keras_json compares files with it.
+Keras and Flax share their layouts (HWIO, [inputs, outputs], NHWC flattening), so a conversion only orders the tensors.
+A twin is a list of its layers' (class, fields). Keras builds a network from it, and keras_json compares files with it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from cifar_jax.weights.pairing import pair_tensors
 from cifar_jax.weights.params import Params, layers_from_params, params_from_layers
 
 Layer = tuple[str, dict[str, Any]]
-WRITTEN_VERSION = "2.15.0"  # of Keras, whose form the files have that we write; Keras 3 reads it too
+WRITTEN_VERSION = "2.15.0"  # Keras version whose format is written; Keras 3 reads it too
 
 
 def import_keras() -> Any:
-    """The keras module, on the PyTorch backend unless KERAS_BACKEND says otherwise (no TensorFlow is needed).
+    """Imports keras, with the PyTorch backend unless KERAS_BACKEND is set. TensorFlow is not needed.
 
     Raises: UserError if Keras or its backend is not installed.
     """
     os.environ.setdefault("KERAS_BACKEND", "torch")
     try:
         import keras
-    except (ImportError, ValueError) as error:  # the latter for a KERAS_BACKEND that Keras does not know
+    except (ImportError, ValueError) as error:  # ValueError: Keras does not know the KERAS_BACKEND
         backend = os.environ["KERAS_BACKEND"]
         advice = "pip install -e '.[parity]'" if backend == "torch" else f"KERAS_BACKEND is {backend}: set it to torch"
         raise UserError(f"Keras or its backend is not installed ({error}): {advice}") from error
@@ -88,7 +88,7 @@ TWINS: dict[str, Callable[..., list[Layer]]] = {"all_cnn": _all_cnn, "lenet5": _
 def twin_layers(
     model: str, dropout_rates: Sequence[float] | None = None, final_relu: bool = False, num_classes: int = 10
 ) -> list[Layer]:
-    """The twin's layers. Raises: UserError if there is no such network or twin."""
+    """Returns the twin's layers. Raises: UserError for an unknown network or one without a twin."""
     get_model(model)
     if model not in TWINS:
         raise UserError(f"{model} has no twin in Keras: choose one of {', '.join(TWINS)}")
@@ -99,26 +99,26 @@ def twin_layers(
 def create_model(
     model: str, dropout_rates: Sequence[float] | None = None, final_relu: bool = False, num_classes: int = 10
 ) -> Any:
-    """A keras.Sequential from float images [N, 32, 32, 3] to logits [N, classes], with the original's initialisers.
+    """Returns a keras.Sequential from float images [N, 32, 32, 3] to logits [N, num_classes].
 
-    The Keras program's softmax is left to the loss (`from_logits=True`).
-    Args: model: one of TWINS; dropout_rates: the original's if None; final_relu: see the network's class.
-    Raises: UserError if Keras is not installed, or there is no such network or twin.
+    It has the original's initializers. The Keras program's softmax becomes part of the loss (`from_logits=True`).
+    Args: model: one of TWINS; dropout_rates: None: the original's; final_relu: see the network's class.
+    Raises: UserError if Keras is not installed, or for an unknown network or one without a twin.
     """
     layers = twin_layers(model, dropout_rates, final_relu, num_classes)
     keras = import_keras()
-    keras.config.set_image_data_format("channels_last")  # whatever the user's keras.json says
+    keras.config.set_image_data_format("channels_last")  # overrides the user's keras.json
     built = [getattr(keras.layers, kind)(**fields) for kind, fields in layers]
     return keras.Sequential([keras.layers.Input((32, 32, 3)), *built])
 
 
 def snake_case(kind: str) -> str:
-    """A class' name as Keras writes it in files: MaxPooling2D → max_pooling2d."""
+    """Converts a class name to its form in Keras' files: MaxPooling2D → max_pooling2d."""
     return re.sub("([a-z])([A-Z])", r"\1_\2", re.sub("(.)([A-Z][a-z]+)", r"\1_\2", kind)).lower()
 
 
 def architecture(model: str, final_relu: bool = False, num_classes: int = 10) -> dict[str, Any]:
-    """The twin as an architecture in the form of Keras 2, which Keras 3 reads too, with the original's layer names."""
+    """Returns the twin's architecture as JSON values of Keras 2, which Keras 3 reads too, with the original's names."""
     first = {"name": "input_1", "batch_input_shape": [None, 32, 32, 3], "dtype": "float32"}
     layers: list[dict[str, Any]] = [{"class_name": "InputLayer", "config": first}]
     counts: dict[str, int] = {}
@@ -131,10 +131,10 @@ def architecture(model: str, final_relu: bool = False, num_classes: int = 10) ->
 
 
 def params_from_keras(weights: Any, model: str | None = None) -> Params:
-    """Flax params, float32 (or float64), from a Keras model, its get_weights(), or a list of (name, array).
+    """Converts a Keras model, its get_weights(), or (name, array) pairs in that order to Flax params.
 
-    The order is the network's. Raises: UserError naming a tensor that is missing, too many, misshapen, not of floating
-    point or not finite.
+    Returns: float32 params; float64 arrays stay float64.
+    Raises: UserError naming a tensor that is missing, surplus, misshapen, not floating-point or not finite.
     """
     if hasattr(weights, "get_weights"):
         weights = [(variable.path, values) for variable, values in zip(weights.weights, weights.get_weights())]
@@ -145,6 +145,6 @@ def params_from_keras(weights: Any, model: str | None = None) -> Params:
 
 
 def params_to_keras(params: Mapping[str, Any], model: str | None = None) -> list[np.ndarray]:
-    """The argument of set_weights() of `create_model`'s network. The inverse of `params_from_keras`."""
+    """Converts Flax params to arrays for set_weights() of `create_model`'s network. Inverts `params_from_keras`."""
     layers, _ = layers_from_params(params, model)
     return [array for pair in layers for array in pair]

@@ -1,7 +1,7 @@
-"""Keras' files: reads .h5, .weights.h5 and .keras of Keras 2 and 3 without Keras, writes them for both.
+"""Reads and writes .h5, .weights.h5 and .keras files of Keras 2 and 3, without Keras.
 
-A foreign file is read by `hdf5_worker` in a process of its own. What is written has the names of the original Keras
-program's layers (conv2d_1 …), and an architecture whose fields Keras 2 and 3 both know.
+`hdf5_worker` reads files in a separate process. Written files have the original Keras program's layer names (conv2d_1
+…) and an architecture whose fields both Keras 2 and Keras 3 know.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ from cifar_jax.weights import hdf5_worker, keras
 from cifar_jax.weights.pairing import Order
 from cifar_jax.weights.params import Named, num_classes_of
 
-TIMEOUT = 60  # seconds, if it waits for something; its work ends after hdf5_worker.CPU_SECONDS
+TIMEOUT = 60  # seconds of waiting for the disk; hdf5_worker.CPU_SECONDS limits the work
 TYPES = ("<f2", "<f4", "<f8", "|i1", "|u1", "|b1", *(f"<{kind}{size}" for kind in "iu" for size in (2, 4, 8)))
 
 
 @dataclasses.dataclass(frozen=True)
 class KerasFile:
-    """`config`: the architecture; `order`: see pairing; `flipped`: convolution kernels are turned by 180°.
+    """Content of a Keras file.
 
-    `metadata`: of a file that we wrote, see metadata.py.
+    `config`: the architecture as JSON values; `order`: see pairing; `flipped`: convolution kernels are rotated by 180°;
+    `metadata`: of files that cifar_jax wrote, see metadata.py.
     """
 
     tensors: list[Named]
@@ -46,7 +47,7 @@ class KerasFile:
 
 
 def read_keras(path: Path) -> KerasFile:
-    """Raises: UserError for a file that is damaged, too large, or takes too long."""
+    """Reads a Keras file. Raises: UserError if it is damaged, too large, or takes too long."""
     folders = {str(Path(str(importlib.util.find_spec(name).origin)).parent.parent) for name in ("numpy", "h5py")}  # type: ignore[union-attr]
     command = [sys.executable, "-I", hdf5_worker.__file__, str(path.absolute()), *folders]
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "HDF5_USE_FILE_LOCKING": "FALSE"}
@@ -56,12 +57,12 @@ def read_keras(path: Path) -> KerasFile:
             command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT
         )
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"not read within {TIMEOUT} seconds: damaged, or on a slow disk") from error
+        raise UserError(f"reading takes more than {TIMEOUT} seconds: damaged, or on a slow disk") from error
     output = result.stdout
     if result.returncode or len(output) < 8:
         ended = f"status {result.returncode}" if result.returncode >= 0 else signal.Signals(-result.returncode).name
         line = (result.stderr.decode(errors="replace").strip().splitlines() or [ended])[-1]
-        raise UserError(f"damaged or not a Keras file: reading it ended its process ({line:.200})")
+        raise UserError(f"damaged or not a Keras file: the process that read it failed ({line:.200})")
     (length,) = struct.unpack("<Q", output[:8])
     header = json.loads(output[8 : 8 + length])
     if "error" in header:
@@ -70,7 +71,7 @@ def read_keras(path: Path) -> KerasFile:
         _parsed(header[name], what) for name, what in (("config", "architecture"), ("metadata", "metadata"))
     )
     if not isinstance(metadata, (dict, type(None))) or not all(isinstance(x, str) for x in (metadata or {}).values()):
-        raise UserError("its metadata are no texts by name")
+        raise UserError("its metadata are not a dict of strings")
     tensors, at = [], 8 + length
     for name, kind, shape in header["tensors"]:
         dtype = np.dtype("<u2" if kind == "bfloat16" else TYPES[TYPES.index(kind)])
@@ -85,13 +86,13 @@ def _parsed(text: str | None, what: str) -> Any:
     try:
         return None if text is None else json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"damaged: its {what} can't be read as JSON ({type(error).__name__})") from error
+        raise UserError(f"damaged: its {what} is not valid JSON ({type(error).__name__})") from error
 
 
 def write_keras(
     kind: str, params: Mapping[str, Any], model: str, final_relu: bool, metadata: Mapping[str, str]
 ) -> bytes:
-    """A file of the kind '.h5', '.weights.h5' or '.keras'. Raises: UserError for a network without a twin in Keras."""
+    """Returns the bytes of an '.h5', '.weights.h5' or '.keras' file. Raises: UserError without a twin in Keras."""
     import h5py
 
     architecture = keras.architecture(model, final_relu=final_relu, num_classes=num_classes_of(params, model))
@@ -111,12 +112,12 @@ def write_keras(
     with zipfile.ZipFile(archive, "w") as members:
         contents = [json.dumps(text).encode() for text in (version, _with_modules(architecture))] + [buffer.getvalue()]
         for name, content in zip(("metadata.json", "config.json", "model.weights.h5"), contents):
-            members.writestr(zipfile.ZipInfo(name), content)  # the same bytes whenever it is written
+            members.writestr(zipfile.ZipInfo(name), content)  # without a date, so the bytes are reproducible
     return archive.getvalue()
 
 
 def _with_modules(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """The architecture as .keras wants it: it says in which module each class is."""
+    """Adds each class's module to an architecture, as .keras files need it."""
 
     def module(name: str, parts: dict[str, Any]) -> dict[str, Any]:
         return {"module": name, "registered_name": None} | parts
@@ -139,7 +140,7 @@ def _write_by_attributes(file: Any, architecture: Mapping[str, Any], pairs: Mapp
     for group in (file, root):
         group.attrs["keras_version"] = keras.WRITTEN_VERSION.encode()
         group.attrs["backend"] = b"tensorflow"
-    names = [layer["config"]["name"] for layer in architecture["config"]["layers"][1:]]  # Keras lists no InputLayer
+    names = [layer["config"]["name"] for layer in architecture["config"]["layers"][1:]]  # without the InputLayer
     root.attrs["layer_names"] = np.array([name.encode() for name in names])
     for name in [*names, "top_level_model_weights"]:
         group = root.create_group(name)
@@ -150,7 +151,7 @@ def _write_by_attributes(file: Any, architecture: Mapping[str, Any], pairs: Mapp
 
 
 def _write_by_paths(file: Any, architecture: Mapping[str, Any], pairs: Mapping[str, Any]) -> None:
-    file.create_group("vars")  # the network's own; Keras 2 wants them
+    file.create_group("vars")  # the network's own variables (none); Keras 2 needs the group
     counts: dict[str, int] = {}
     for layer in architecture["config"]["layers"][1:]:
         kind = keras.snake_case(layer["class_name"])

@@ -1,4 +1,4 @@
-"""A Keras file's tensors and architecture as one of our networks."""
+"""Imports a Keras file's tensors and architecture as one of the networks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MAX_JSON = 2**23
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a weight file says; None: nothing. `scales`: by layers of its own; `notes`: lines for the user."""
+    """What a weight file contains. None: not stored. `scales`: its own layers scale pixels; `notes`: for the user."""
 
     model: str
     params: Params
@@ -45,10 +45,10 @@ class Found:
 
 
 def load_architecture(path: Path) -> Architecture:
-    """Reads a file that model.to_json() wrote. Raises: UserError naming the file."""
+    """Reads an architecture file written with model.to_json(). Raises: UserError naming the file."""
     try:
         if path.exists() and (not path.is_file() or path.stat().st_size > MAX_JSON):
-            raise UserError("not a Keras architecture: no file, or one of many MiB")
+            raise UserError("not a Keras architecture: not a regular file, or too large")
         return read_architecture(json.loads(path.read_text()))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
@@ -57,9 +57,10 @@ def load_architecture(path: Path) -> Architecture:
 
 
 def import_keras_file(file: KerasFile, model: str | None, declared: Architecture | None) -> Found:
-    """Args: declared: an architecture that the user names, in place of the file's own.
+    """Converts a Keras file to params of a network.
 
-    Raises: UserError for tensors, or an architecture, that are not one of our networks'.
+    Args: model: None: found by the tensors' shapes; declared: the user's architecture, which replaces the file's.
+    Raises: UserError if the tensors or the architecture fit no network.
     """
     notes: list[str] = []
     own = read_architecture(file.config) if file.config is not None else None
@@ -73,15 +74,15 @@ def import_keras_file(file: KerasFile, model: str | None, declared: Architecture
     kernels, biases = ([array for _, array in paired.tensors[start::2]] for start in (0, 1))
     if file.flipped:  # Theano convolves, the others correlate
         kernels = [kernel[::-1, ::-1] if kernel.ndim == 4 else kernel for kernel in kernels]
-        notes.append("written by the Theano backend: its convolutions' kernels are turned round")
+        notes.append("written by the Theano backend: convolution kernels were rotated by 180°")
     layers = list(zip(kernels, biases))
     scaling = None
     if architecture:
         if architecture.flatten == "CHW":
             layers = reorder_flatten(layers, to_channels_last=True)
-            notes.append("its features are flattened with channels first: the next kernel's inputs are reordered")
+            notes.append("features are flattened with channels first: the next kernel's inputs were reordered")
         if architecture.dtype != "float32":
-            notes.append(f"computes in {architecture.dtype} in Keras, and in float32 here")
+            notes.append(f"computes in {architecture.dtype} in Keras and in float32 here")
     elif statistics:
         raise UserError("has a Normalization layer: name its architecture with --architecture")
     if architecture and architecture.scales:
@@ -93,7 +94,7 @@ def import_keras_file(file: KerasFile, model: str | None, declared: Architecture
     params = params_from_layers(layers, paired.model)
     final_relu = check_architecture(own, params, paired.model) if own and not declared else None
     if own and paired.model not in TWINS:
-        notes.append(f"{paired.model} has no twin in Keras: of the architecture only its kernels are checked")
+        notes.append(f"{paired.model} has no twin in Keras: only the kernels of the architecture were checked")
     said = read_metadata(file.metadata, num_classes_of(params, paired.model)) if file.metadata else {}
     said |= {"input_scaling": scaling or said.get("input_scaling")}
     said |= {"final_relu": final_relu if own else said.get("final_relu")}
@@ -101,9 +102,9 @@ def import_keras_file(file: KerasFile, model: str | None, declared: Architecture
 
 
 def check_architecture(architecture: Architecture, params: Params, model: str) -> bool:
-    """Whether the architecture has a ReLU after its last layer with weights.
+    """Returns whether the architecture has a ReLU after its last layer with weights.
 
-    Raises: UserError if for the rest it computes something else than the network.
+    Raises: UserError if it differs from the network in anything else.
     """
     steps, num_classes = architecture.steps, num_classes_of(params, model)
     if model not in TWINS:
@@ -117,7 +118,7 @@ def check_architecture(architecture: Architecture, params: Params, model: str) -
 
 
 def _without_statistics(tensors: list[Named]) -> tuple[list[Named], dict[str, np.ndarray]]:
-    """The tensors, and those of a Normalization layer by their names or numbers."""
+    """Separates the tensors of a Normalization layer, found by name or number, from the others."""
     rest, statistics = [], {}
     for name, tensor in tensors:
         *path, last = name.split("/")
@@ -135,11 +136,11 @@ def _add_statistics(architecture: Architecture, statistics: dict[str, np.ndarray
         mean, variance = (np.asarray(statistics[name], np.float64).reshape(-1) for name in ("mean", "variance"))
         normalize(architecture, mean, variance)
     except (KeyError, ValueError) as error:
-        raise UserError(f"its Normalization layer has no mean and variance by channel ({error})") from error
+        raise UserError(f"its Normalization layer has no mean and variance per channel ({error})") from error
 
 
 def _in_order(tensors: list[Named], paths: list[str]) -> tuple[list[Named], bool]:
-    """The tensors in the architecture's order, and whether they could be put into it."""
+    """Sorts tensors in the architecture's order. Returns: (tensors, whether sorting was possible)."""
     clean = lambda name: name.replace("_layer_checkpoint_dependencies/", "layers/")
     by_path: dict[str, list[Named]] = {}
     for name, tensor in tensors:

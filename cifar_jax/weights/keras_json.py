@@ -1,4 +1,4 @@
-"""What a Keras architecture computes: a chain of layers, which may lie in networks inside the network."""
+"""Reads what a Keras architecture computes: a chain of layers, which may be nested in inner networks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from cifar_jax.weights.params import Shapes
 
 
 def read_architecture(config: Any) -> Architecture:
-    """Reads the JSON object of a Sequential, or of a Functional that is a chain.
+    """Reads the JSON object of a Sequential model, or of a Functional model that is a chain of layers.
 
-    Raises: UserError for anything else, a layer that no network here has, or a field that can't be followed.
+    Raises: UserError for other models, for layers that no supported network has, and for unsupported fields.
     """
     result = Architecture()
     try:
@@ -28,7 +28,7 @@ def read_architecture(config: Any) -> Architecture:
 
 
 def twin_steps(layers: list[Layer]) -> list[str]:
-    """The steps of a twin of keras.py."""
+    """Returns the steps (see Architecture) of a twin's layers."""
     defaults = {"activation": "linear", "use_bias": True}
     parts = [{"class_name": kind, "config": defaults | fields if kind in ("Conv2D", "Dense") else fields}
              for kind, fields in layers]  # fmt: skip
@@ -36,7 +36,7 @@ def twin_steps(layers: list[Layer]) -> list[str]:
 
 
 def shape_steps(shapes: Shapes) -> list[str]:
-    """What is known of a network without a twin: its layers with weights."""
+    """Returns the steps known for a network without a twin: its layers with weights."""
     return [f"convolution of {k[:2]} to {k[3]}" if len(k) == 4 else f"dense {k[1]}" for _, k, _ in shapes]
 
 
@@ -44,14 +44,14 @@ def check_steps(steps: list[str], expected: list[str], model: str) -> None:
     """Raises: UserError naming the first step that differs."""
     for found, wanted in itertools.zip_longest(steps, expected, fillvalue="the end"):
         if found != wanted:
-            raise UserError(f"its layers are not those of {model}: there is {found} where there must be {wanted}")
+            raise UserError(f"its layers are not those of {model}: found {found}, expected {wanted}")
 
 
 def _network(config: Any, result: Architecture, path: str) -> None:
     kind, fields = config.get("class_name", "Sequential"), config["config"]
     layers = fields if isinstance(fields, list) else fields["layers"]
     if kind not in ("Sequential", "Functional", "Model"):
-        raise UserError(f"its class {str(kind)[:50]} is none of these networks': save a Sequential or Functional model")
+        raise UserError(f"its class {str(kind)[:50]} is not supported: save a Sequential or Functional model")
     if kind != "Sequential":
         _check_chain(layers, fields)
     counts: dict[str, int] = {}
@@ -66,24 +66,24 @@ def _network(config: Any, result: Architecture, path: str) -> None:
 
 
 def _check_chain(layers: list[Any], fields: Mapping[str, Any]) -> None:
-    """Raises UserError if the layers are not each applied once, one after another, as they are listed."""
+    """Checks that the layers are applied in the listed order, each once. Raises: UserError."""
     previous = None
     for layer in layers:
         nodes = layer["inbound_nodes"]
         histories = list(_histories(nodes))
         if histories != ([] if previous is None else [previous]) or len(nodes) > 1:
-            raise UserError(f"its layer {layer['name']} does not follow {previous}: the network is no chain of layers")
+            raise UserError(f"its layer {layer['name']} does not follow {previous}: layers must form a single chain")
         previous = layer["name"]
     outputs = fields["output_layers"]
     if previous not in (outputs[0], outputs[0][0] if isinstance(outputs[0], list) else None):
-        raise UserError(f"its output is not that of its last layer {previous}")
+        raise UserError(f"its output is not the output of its last layer {previous}")
 
 
 def _histories(node: Any) -> Any:
-    """Names of the layers that inbound_nodes refer to: [name, 0, 0, {}] or {'keras_history': [name, 0, 0]}."""
+    """Yields the layer names in inbound_nodes: [name, 0, 0, {}] or {'keras_history': [name, 0, 0]}."""
     if isinstance(node, dict):
         if node.get("training") or node.get("mask"):
-            raise UserError("a layer is called with training=True or a mask, so it does other than when it is tested")
+            raise UserError("calls a layer with training=True or a mask, which changes what it computes in tests")
         if "keras_history" in node:
             yield node["keras_history"][0]
         else:

@@ -1,4 +1,4 @@
-"""What a layer of a Keras architecture computes: every field is read, or must have the value that changes nothing."""
+"""Reads what a layer of a Keras architecture computes. Fields that are not read must have a neutral value."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from cifar_jax.errors import UserError
 
-# Layers that leave a test image as it is. (RandomCrop does not: it takes the middle.)
+# Layers that don't change a test image. (RandomCrop does: it crops the centre.)
 NEUTRAL = {
     "Dropout", "SpatialDropout2D", "GaussianDropout", "GaussianNoise", "AlphaDropout", "ActivityRegularization",
     "RandomFlip", "RandomRotation", "RandomTranslation", "RandomZoom", "RandomContrast", "RandomBrightness",
@@ -21,7 +21,7 @@ HARMLESS = {
     "kernel_initializer", "bias_initializer", "kernel_regularizer", "bias_regularizer", "activity_regularizer",
     "kernel_constraint", "bias_constraint",
 }  # fmt: skip
-# The fields that each layer's reader below looks at.
+# Fields that the readers below use, by layer.
 READ = {
     "Conv2D": {"filters", "kernel_size", "strides", "padding", "data_format", "dilation_rate", "groups", "activation",
                "use_bias"},
@@ -44,10 +44,10 @@ WORDS = {"Convolution2D": "Conv2D", "MaxPool2D": "MaxPooling2D", "GlobalAvgPool2
 class Architecture:
     """What a network computes.
 
-    `steps`: in words, in order, but for what does nothing to a test image and a last softmax. `paths`: where Keras 3's
-    files hold the tensors of its layers with weights, in order. `flatten`: "HWC" or "CHW". Pixels are multiplied by
-    `scale` and then `offset` is added, by channel; `normalization`: whether a file's mean and variance come after that.
-    `dtype`: of its computation.
+    `steps`: descriptions of its layers in order, without layers that don't change a test image and a last softmax.
+    `paths`: paths of its layers with weights in Keras 3's files, in order. `flatten`: "HWC" or "CHW". `scale` and
+    `offset`: pixels become scale · pixel + offset, per channel. `normalization`: whether the file's mean and variance
+    apply next. `dtype`: computation type.
     """
 
     steps: list[str] = dataclasses.field(default_factory=list)
@@ -66,33 +66,33 @@ class Architecture:
 
 
 def read_layer(layer: Mapping[str, Any], result: Architecture, place: str) -> None:
-    """Adds what a layer computes. Raises: UserError, or what a config of other types causes."""
+    """Adds a layer to `result`. Raises: UserError; TypeError and others for malformed fields."""
     kind, fields = WORDS.get(layer["class_name"], layer["class_name"]), layer["config"]
     module, registered = layer.get("module"), layer.get("registered_name")
     if (module and not module.startswith(("keras.", "tf_keras."))) or registered not in (None, layer["class_name"]):
-        raise UserError(f"its layer {kind} is the user's own ({registered or module})")
+        raise UserError(f"its layer {kind} is a custom class ({registered or module}), which is not supported")
     policy = fields.get("dtype") or "float32"
     policy = policy["config"]["name"] if isinstance(policy, dict) else policy
     if policy not in DTYPES:
-        raise UserError(f"its layer {kind} computes in {policy}, which is not float32")
+        raise UserError(f"its layer {kind} computes in {policy}, which is not supported")
     if policy not in ("float32", "float64") and kind in ("Conv2D", "Dense"):
         result.dtype = policy
     if kind in NEUTRAL:
         return
     if kind not in READ:
-        raise UserError(f"its layer {kind} is none of these networks'")
+        raise UserError(f"its layer {kind} is in no supported network")
     if "nb_filter" in fields or "border_mode" in fields:
         raise UserError("written by Keras 1: load and save it with Keras 2")
     for name, value in fields.items():
         if name not in READ[kind] | HARMLESS and value not in (None, False):
-            raise UserError(f"its layer {kind} has {name} = {str(value)[:50]}, which none of these networks has")
+            raise UserError(f"its layer {kind} has {name} = {str(value)[:50]}, unlike any supported network")
     for name in ("batch_input_shape", "batch_shape"):
         if fields.get(name):
             _input_shape(fields[name][1:], result)
     if "data_format" in READ[kind] and kind != "Flatten":
         first = (fields.get("data_format") or "channels_last") == "channels_first"
         if result.steps and first != result.channels_first:
-            raise UserError("some of its layers have channels first and some last")
+            raise UserError("some of its layers have channels first and others channels last")
         result.channels_first = first
     READERS[kind](fields, result, place)
 
@@ -110,7 +110,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _activation(value: Any, result: Architecture) -> None:
-    """Adds an activation; before a max pool or after it is the same, and a second ReLU does nothing."""
+    """Adds an activation. It moves before a max pool, which computes the same, and a second ReLU is left out."""
     if isinstance(value, dict):
         if value.get("class_name") in ("ReLU", "Softmax"):
             return READERS[value["class_name"]](value["config"], result, "")
@@ -125,9 +125,9 @@ def _activation(value: Any, result: Architecture) -> None:
 
 def _convolution(fields: Mapping[str, Any], result: Architecture, place: str) -> None:
     if fields.get("groups", 1) != 1 or not fields.get("use_bias", True):
-        raise UserError("a convolution of it has groups or no bias, which none of these networks has")
+        raise UserError("one of its convolutions has groups or no bias, unlike any supported network")
     size = _pair(fields["kernel_size"])
-    padding = "valid" if size == (1, 1) else str(fields.get("padding", "valid"))  # of one pixel they are the same
+    padding = "valid" if size == (1, 1) else str(fields.get("padding", "valid"))  # a 1×1 kernel needs no padding
     strides, dilation = _pair(fields.get("strides") or 1), _pair(fields.get("dilation_rate") or 1)
     result.steps.append(f"convolution of {size} to {int(fields['filters'])}, {padding}, strides {strides}, "
                         f"dilation {dilation}")  # fmt: skip
@@ -137,7 +137,7 @@ def _convolution(fields: Mapping[str, Any], result: Architecture, place: str) ->
 
 def _dense(fields: Mapping[str, Any], result: Architecture, place: str) -> None:
     if not fields.get("use_bias", True):
-        raise UserError("a dense layer of it has no bias, which none of these networks' lacks")
+        raise UserError("one of its dense layers has no bias, unlike any supported network")
     result.steps.append(f"dense {int(fields['units'])}")
     result.paths.append(place)
     _activation(fields.get("activation"), result)
@@ -151,14 +151,14 @@ def _max_pool(fields: Mapping[str, Any], result: Architecture, place: str) -> No
 
 def _mean(fields: Mapping[str, Any], result: Architecture, place: str) -> None:
     if fields.get("keepdims"):
-        raise UserError("its GlobalAveragePooling2D keeps dimensions, which none of these networks' does")
+        raise UserError("its GlobalAveragePooling2D keeps dimensions, unlike any supported network")
     result.steps.append("mean")
 
 
 def _flatten(fields: Mapping[str, Any], result: Architecture, place: str) -> None:
     first = (fields.get("data_format") or "channels_last") == "channels_first"
     if first and not result.channels_first:
-        raise UserError("its Flatten has channels first, and the layers before have them last")
+        raise UserError("its Flatten has channels first, but earlier layers have channels last")
     result.flatten = "CHW" if result.channels_first and not first else "HWC"  # Flatten(channels_first) moves them last
 
 
@@ -182,18 +182,18 @@ def _softmax(fields: Mapping[str, Any], result: Architecture, place: str) -> Non
 
 
 def _by_channel(value: Any, result: Architecture) -> np.ndarray:
-    """A constant that is broadcast to an image, as [3]: it must not change from pixel to pixel."""
+    """Returns a constant as float64 [3], after broadcasting it to an image. Raises: ValueError if pixels differ."""
     shape = (3, 2, 2) if result.channels_first else (2, 2, 3)
     array = np.broadcast_to(np.asarray(value, np.float64), shape)
     array = np.moveaxis(array, 0, -1) if result.channels_first else array
     if not np.isfinite(array).all() or (array != array[0, 0]).any():
-        raise ValueError("a scaling that is not by channel")
+        raise ValueError("a scaling that is not per channel")
     return array[0, 0].copy()
 
 
 def _before_the_layers(result: Architecture) -> None:
     if result.steps or result.normalization:
-        raise UserError("it scales what is not its input")
+        raise UserError("one of its scaling layers is not at the input")
     result.scales = True
 
 
@@ -210,7 +210,7 @@ def _normalization(fields: Mapping[str, Any], result: Architecture, place: str) 
     if fields.get("invert") or any(
         x not in ((1,) if result.channels_first else (-1, 3)) for x in axis if x is not None
     ):
-        raise UserError("its Normalization is inverted or not by channel")
+        raise UserError("its Normalization is inverted or not per channel")
     if fields.get("mean") is None:
         result.normalization = True
         return
@@ -219,11 +219,11 @@ def _normalization(fields: Mapping[str, Any], result: Architecture, place: str) 
 
 
 def normalize(result: Architecture, mean: np.ndarray, variance: np.ndarray) -> None:
-    """Appends (x - mean) / deviation, as Normalization computes it, to the scaling."""
+    """Appends (x - mean) / deviation to the scaling, as Keras' Normalization computes it."""
     deviation = np.maximum(np.sqrt(variance), 1e-7)
     result.scale, result.offset = result.scale / deviation, (result.offset - mean) / deviation
     if result.scale.shape != (3,) or not (np.isfinite(result.scale).all() and np.isfinite(result.offset).all()):
-        raise ValueError("a normalization that is not by channel")
+        raise ValueError("a normalization that is not per channel")
 
 
 READERS: dict[str, Callable[[Mapping[str, Any], Architecture, str], None]] = {

@@ -1,8 +1,8 @@
-"""What our own files say beside the tensors: texts by name, in .safetensors' metadata or an attribute of Keras' files.
+"""Metadata of cifar_jax's files: strings by name, in .safetensors' metadata or in an attribute of Keras files.
 
-They are format 'cifar_jax', model, final_relu ('True' or 'False'), input_scaling, mean and std (JSON, a number for each
-channel: a pixel becomes (pixel / 255 - mean) / std), num_classes and, where they are known, dataset and class_names
-(JSON). Older files lack mean, std and what follows.
+The names are format ('cifar_jax'), model, final_relu ('True' or 'False'), input_scaling, mean and std (JSON, one number
+per channel: a pixel becomes (pixel / 255 - mean) / std), num_classes and, if known, dataset and class_names (JSON).
+Older files lack mean, std and all later names.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def write_metadata(
     dataset: str | None = None,
     class_names: Sequence[str] | None = None,
 ) -> dict[str, str]:
-    """See above."""
+    """Returns the metadata described above."""
     mean, std = scaling_numbers(input_scaling, dataset)
     metadata = {"format": FORMAT, "model": model, "final_relu": str(final_relu), "input_scaling": input_scaling}
     metadata |= {"mean": json.dumps(mean), "std": json.dumps(std), "num_classes": str(num_classes)}
@@ -38,23 +38,23 @@ def write_metadata(
 
 
 def read_metadata(metadata: Mapping[str, str], num_classes: int) -> dict[str, Any]:
-    """{'input_scaling', 'final_relu', 'dataset', 'class_names'}, None for what is not said.
+    """Returns {'input_scaling', 'final_relu', 'dataset', 'class_names'}; None for values that are not stored.
 
-    Raises: UserError for values that can't be.
+    Raises: UserError for invalid values.
     """
     get_model(str(metadata.get("model")))
     scaling, dataset = metadata.get("input_scaling"), metadata.get("dataset")
     if scaling not in (None, *INPUT_SCALINGS):
-        raise UserError(f"its metadata have an unknown input_scaling {scaling!r}")
+        raise UserError(f"its metadata contain an unknown input_scaling {scaling!r}")
     if scaling is not None and "mean" in metadata:
         found, expected = (_parsed(metadata, name) for name in ("mean", "std")), scaling_numbers(scaling, dataset)
         if not all(_numbers(value, wanted) for value, wanted in zip(found, expected)):
             of = f"{scaling} pixels of {dataset or 'cifar10'}"
-            raise UserError(f"its mean and std are not those of {of}, {expected[0]} and {expected[1]}")
+            raise UserError(f"its mean and std are not those of {of}: {expected[0]} and {expected[1]}")
     names = _parsed(metadata, "class_names")
     is_names = isinstance(names, list) and len(names) == num_classes and all(isinstance(name, str) for name in names)
     if names is not None and not is_names:
-        raise UserError(f"its class_names are not the names of {num_classes} classes")
+        raise UserError(f"its class_names are not a list of {num_classes} names")
     return {
         "input_scaling": scaling,
         "final_relu": {"True": True, "False": False}.get(str(metadata.get("final_relu"))),
@@ -67,7 +67,7 @@ def _parsed(metadata: Mapping[str, str], name: str) -> Any:
     try:
         return json.loads(metadata[name]) if name in metadata else None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"its metadata have a {name} that is no JSON") from error
+        raise UserError(f"its metadata contain a {name} that is not valid JSON") from error
 
 
 def _numbers(value: Any, expected: Sequence[float]) -> bool:

@@ -1,8 +1,8 @@
-"""Which tensor of a foreign file is which layer's: by name where names tell, else by shape, else by position.
+"""Assigns a foreign file's tensors to a network's layers by name, shape or position.
 
-Layers of different shapes are told apart by these. Those of equal shape go by the numbers in their names where the
-names differ in numbers alone (conv2, conv3; features.0, features.10), and by their place in the file where the file's
-order is the network's. Where neither tells, the file is refused.
+Different shapes identify layers. Layers of equal shape are sorted by the numbers in their names if the names differ
+only in numbers (conv2, conv3; features.0, features.10), else by position if the file has the network's order. A file in
+which neither decides is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cifar_jax.errors import UserError
 from cifar_jax.models import MODELS
 from cifar_jax.weights.params import Named, Shape, check_tensors, expected_shapes
 
-# "stated": the file's order is its program's. "hint": it is that of a dictionary. "none": HDF5's, the alphabet's.
+# "stated": the file states the network's order. "hint": the order of a dict. "none": alphabetical, as in HDF5.
 Order = Literal["stated", "hint", "none"]
 KERNEL = re.compile(r"(?:^|[./])(?:weight|kernel(?::0)?|vars/0)$")
 BIAS = re.compile(r"(?:^|[./])(?:bias(?::0)?|vars/1)$")
@@ -32,7 +32,7 @@ class _Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Paired:
-    """`tensors`: kernels and biases by turns, in the network's order. `by_name`: that is not the file's order."""
+    """`tensors`: kernel, bias, kernel, … in the network's order. `by_name`: the file has another order."""
 
     model: str
     tensors: list[Named]
@@ -46,12 +46,11 @@ def pair_tensors(
     order: Order = "hint",
     known_names: Callable[[str], Sequence[Sequence[str]]] = lambda model: (),
 ) -> Paired:
-    """Puts (name, tensor) pairs into the order of a network.
+    """Sorts (name, tensor) pairs in a network's order.
 
-    Args: model: None finds it by the shapes; foreign_shape: a Flax kernel's shape in the file's framework;
-    known_names: lists of layer names that a file of a network may have, each in the network's order.
-    Raises: UserError naming a tensor that is missing, too many, misshapen, not of floating point or not finite, or that
-    fits two places.
+    Args: model: None: found by the shapes; foreign_shape: converts a Flax kernel's shape to the file's framework;
+    known_names: returns lists of layer names that a network's files may have, each in the network's order.
+    Raises: UserError naming a tensor that is missing, surplus, misshapen, not floating-point, not finite or ambiguous.
     """
     layers, rest = _grouped(tensors)
     model, num_classes = _find_model(layers, len(tensors), model, foreign_shape)
@@ -78,7 +77,7 @@ def pair_tensors(
 
 
 def _grouped(tensors: Sequence[Named]) -> tuple[list[_Layer], list[Named]]:
-    """Layers in the file's order, and the tensors that are no kernel and no bias. Nameless tensors go by turns."""
+    """Returns layers in the file's order, and other tensors. Unnamed tensors alternate between kernel and bias."""
     if all(re.fullmatch(r"number \d+", name) for name, _ in tensors):
         turns = [tensors[i : i + 2] for i in range(0, len(tensors), 2)]
         return [_Layer(str(i), *pair) for i, pair in enumerate(turns)], []
@@ -89,7 +88,7 @@ def _grouped(tensors: Sequence[Named]) -> tuple[list[_Layer], list[Named]]:
             if match := pattern.search(name):
                 layer = layers.setdefault(name[: match.start()], _Layer(name[: match.start()]))
                 if getattr(layer, role) is not None:
-                    raise UserError(f"tensor {name} is there twice")
+                    raise UserError(f"tensor {name} occurs twice")
                 setattr(layer, role, (name, tensor))
                 break
         else:
@@ -104,7 +103,7 @@ def _kernel_shape(layer: _Layer) -> Shape | None:
 def _find_model(
     layers: Sequence[_Layer], num_tensors: int, model: str | None, foreign_shape: Callable[[Shape], Shape]
 ) -> tuple[str, int]:
-    """The network and its number of classes: that whose kernels these are, else that which has so many tensors."""
+    """Returns (network, number of classes): the network with these kernel shapes, else with this many tensors."""
     shapes = Counter(map(_kernel_shape, layers))
     sizes = dict.fromkeys(len(layer.bias[1]) for layer in reversed(layers) if layer.bias and layer.bias[1].ndim == 1)
     fits: dict[str, int] = {}
@@ -113,13 +112,13 @@ def _find_model(
             if size and Counter(foreign_shape(kernel) for _, kernel, _ in expected_shapes(name, size)) == shapes:
                 fits.setdefault(name, size)
     if len(fits) > 1:
-        raise UserError(f"fits {' and '.join(fits)}: say which with --model")
+        raise UserError(f"fits {' and '.join(fits)}: choose one with --model")
     if fits:
         return next(iter(fits.items()))
     counts = {2 * len(MODELS[name].LAYERS): name for name in MODELS}
     if model is None and num_tensors not in counts:
         having = " or ".join(f"{count} ({name})" for count, name in counts.items())
-        raise UserError(f"{num_tensors} tensors, where there must be {having}")
+        raise UserError(f"has {num_tensors} tensors, must have {having}")
     name = model or counts[num_tensors]
     kernels = [_kernel_shape(layer) for layer in layers]
     of_last = [size for size in sizes if foreign_shape(expected_shapes(name, size)[-1][1]) in kernels]
@@ -129,7 +128,7 @@ def _find_model(
 def _positions(
     layers: Sequence[_Layer], expected: Sequence[Shape], order: Order, known: Sequence[Sequence[str]]
 ) -> list[int] | None:
-    """For each layer of the network its place in `layers`; None if their shapes are not the network's."""
+    """Returns the position in `layers` of each layer of the network; None if the shapes differ."""
     shapes = [_kernel_shape(layer) for layer in layers]
     if order == "stated":
         return list(range(len(layers))) if shapes == list(expected) else None
@@ -148,28 +147,28 @@ def _positions(
         elif len(same) > 1 and (order == "none" or shapes != list(expected)):
             both = " and ".join(layers[i].name for i in same[:2])
             raise UserError(
-                f"{both} have one shape, and neither their names nor the file's order say which comes first"
+                f"{both} have the same shape, and neither names nor order tell which comes first: number the names"
             )
         places[shape] = same
     return [places[shape].pop(0) for shape in expected]
 
 
 def _numbered(name: str) -> str:
-    """Keras' names with the 0 that it leaves out: conv2d, conv2d_1 → conv2d_0, conv2d_1."""
+    """Adds the 0 that Keras omits: conv2d, conv2d_1 → conv2d_0, conv2d_1."""
     return re.sub(r"(^|/)(conv2d|dense|sequential|functional)(?=/|$)", r"\1\2_0", name)
 
 
 def _without_prefix(names: list[str]) -> list[str]:
-    """Names without the words that all of them begin with: module.conv1, module.conv2 → conv1, conv2."""
+    """Removes common leading parts of names: module.conv1, module.conv2 → conv1, conv2."""
     while len(names) > 1 and len({name.partition(".")[0] for name in names}) == 1 and all("." in x for x in names):
         names = [name.partition(".")[2] for name in names]
     return names
 
 
 def _closest(layers: Sequence[_Layer], expected: Sequence[Shape]) -> list[_Layer | None]:
-    """Layers in about the network's order, then the surplus, for a message about what doesn't fit.
+    """Returns layers roughly in the network's order, then surplus ones, for an error message about a mismatch.
 
-    Those whose kernel fits have their place, the others take what is left, and None is none.
+    Layers with a fitting kernel come first into place. Others fill the gaps. None marks a missing layer.
     """
     left = list(layers)
     chosen: list[_Layer | None] = []

@@ -1,7 +1,7 @@
-"""A network's parameters as an ordered list of (kernel, bias) in Flax's layout: the form between all frameworks.
+"""A network's parameters as an ordered list of (kernel, bias), the form between all frameworks.
 
-Kernels are HWIO or [inputs, outputs] with inputs flattened from NHWC, biases [outputs], all numpy arrays of floats. The
-order is the network's own, as MODELS[name].LAYERS states it. The number of classes is that of the last bias.
+Kernels are HWIO or [inputs, outputs] with inputs flattened from NHWC. Biases are [outputs]. All are numpy arrays of
+floats, in the order of MODELS[name].LAYERS. The last bias has one value per class.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Shapes = tuple[tuple[str, Shape, Shape], ...]
 
 
 def expected_shapes(model: str, num_classes: int = 10) -> Shapes:
-    """(layer's name in Flax, kernel's shape, bias' shape) in the network's order. Raises UserError: unknown model."""
+    """Returns (Flax layer name, kernel shape, bias shape) of each layer in order. Raises: UserError: unknown model."""
     network: Any = get_model(model)
     *layers, (name, kernel, _) = _shapes(network)
-    return (*layers, (name, (*kernel[:-1], num_classes), (num_classes,)))  # the last layer's outputs alone
+    return (*layers, (name, (*kernel[:-1], num_classes), (num_classes,)))  # only the last layer depends on num_classes
 
 
 @functools.cache
@@ -38,43 +38,43 @@ def _shapes(network: Any) -> Shapes:
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     params = jax.eval_shape(network().init, jax.random.key(0), images)["params"]
     if set(params) != set(network.LAYERS):
-        raise ValueError(f"{network.__name__}.LAYERS names {network.LAYERS}, and the parameters are of {list(params)}")
+        raise ValueError(f"{network.__name__}.LAYERS is {network.LAYERS}, but its parameters belong to {list(params)}")
     return tuple((name, params[name]["kernel"].shape, params[name]["bias"].shape) for name in network.LAYERS)
 
 
 def has_final_relu(model: str) -> bool:
-    """Whether the network can have a ReLU after its last layer: whether its class has a field `final_relu`."""
+    """Returns whether the network's class has the field `final_relu`, an optional ReLU after the last layer."""
     return "final_relu" in get_model(model).__dataclass_fields__
 
 
 def create_module(model: str, num_classes: int, final_relu: bool, **fields: Any) -> nn.Module:
-    """The Flax network. Args: fields: others of its class (dropout_rates, dtype)."""
+    """Creates the Flax network. Args: fields: other fields of its class (dropout_rates, dtype)."""
     relu: dict[str, Any] = {"final_relu": True} if final_relu else {}
     return get_model(model)(num_classes=num_classes, **relu, **fields)
 
 
 def check_tensors(tensors: Sequence[Named], shapes: Sequence[Shape]) -> None:
-    """Raises UserError naming the first of the (name, tensor) that is missing, too many, misshapen, or not finite."""
+    """Checks (name, tensor) pairs. Raises: UserError naming a missing, surplus, misshapen or non-finite tensor."""
     for (name, tensor), shape in zip(tensors, shapes):
         if tuple(tensor.shape) != tuple(shape):
             raise UserError(f"tensor {name} has shape {tuple(tensor.shape)}, must have {tuple(shape)}")
         if not np.issubdtype(tensor.dtype, np.floating):
-            raise UserError(f"tensor {name} has type {tensor.dtype}, must be of floating point")
+            raise UserError(f"tensor {name} has type {tensor.dtype}, must be a floating-point type")
         with np.errstate(over="ignore"):
             finite = np.isfinite(tensor.astype(np.float32, copy=False)).all()
         if not finite:
             raise UserError(f"tensor {name} has values that are not finite in float32")
     if len(tensors) > len(shapes):
-        raise UserError(f"tensor {tensors[len(shapes)][0]} is one too many: there must be {len(shapes)}")
+        raise UserError(f"tensor {tensors[len(shapes)][0]} is surplus: there must be {len(shapes)}")
     if len(tensors) < len(shapes):
         after = f" after {tensors[-1][0]}" if tensors else ""
         raise UserError(f"a tensor of shape {tuple(shapes[len(tensors)])} is missing{after}")
 
 
 def layers_from_params(params: Mapping[str, Any], model: str | None = None) -> tuple[Layers, str]:
-    """The layers of Flax params in the network's order, and the network's name (None: found by its layers' names).
+    """Converts Flax params to (layers in the network's order, the network's name).
 
-    Raises: UserError for params that are not the network's.
+    Args: model: None: found by the layers' names. Raises: UserError if the params don't fit the network.
     """
     if model is not None:
         return _layers_of(params, model), model
@@ -83,7 +83,7 @@ def layers_from_params(params: Mapping[str, Any], model: str | None = None) -> t
     for name in candidates:
         with contextlib.suppress(UserError):
             return _layers_of(params, name), name
-    return _layers_of(params, candidates[0]), candidates[0]  # raises what is wrong with the closest
+    return _layers_of(params, candidates[0]), candidates[0]  # raises the error of the closest network
 
 
 def _layers_of(params: Mapping[str, Any], model: str) -> Layers:
@@ -94,7 +94,7 @@ def _layers_of(params: Mapping[str, Any], model: str) -> Layers:
         layers.append((np.asarray(params[name]["kernel"]), np.asarray(params[name]["bias"])))
     surplus = [name for name in params if name not in get_model(model).LAYERS]
     if surplus:
-        raise UserError(f"tensors of {surplus[0]} are none of {model}'s")
+        raise UserError(f"tensors of {surplus[0]} do not belong to {model}")
     outputs = layers[-1][1].shape
     for (name, *shapes), arrays in zip(expected_shapes(model, outputs[0] if len(outputs) == 1 else 10), layers):
         check_tensors([(f"{name}/kernel", arrays[0]), (f"{name}/bias", arrays[1])], shapes)
@@ -102,7 +102,7 @@ def _layers_of(params: Mapping[str, Any], model: str) -> Layers:
 
 
 def params_from_layers(layers: Sequence[tuple[np.ndarray, np.ndarray]], model: str) -> Params:
-    """Flax params, float32 (float64 stays), of layers in the network's order."""
+    """Converts layers in the network's order to Flax params, float32 (float64 stays float64)."""
     as_float = lambda array: np.ascontiguousarray(array, np.float64 if array.dtype == np.float64 else np.float32)
     return {
         name: {"kernel": as_float(kernel), "bias": as_float(bias)}
@@ -115,9 +115,9 @@ def num_classes_of(params: Mapping[str, Any], model: str) -> int:
 
 
 def reorder_flatten(layers: Layers, to_channels_last: bool) -> Layers:
-    """The layers for features flattened from NHWC in place of NCHW, or the inverse.
+    """Reorders layers for features flattened from NHWC instead of NCHW, or the inverse.
 
-    It concerns the first dense layer, where it follows a convolution: its inputs are square feature maps.
+    Only a dense layer that follows a convolution changes. Its inputs are square feature maps.
     """
     layers = list(layers)
     for i in range(1, len(layers)):

@@ -1,7 +1,7 @@
-"""The networks in PyTorch, and their weights to and from Flax.
+"""The networks in PyTorch, and conversion of their weights to and from Flax.
 
-PyTorch's kernels are OIHW and [outputs, inputs], and it flattens NCHW where Flax flattens NHWC: the inputs of a dense
-layer after a convolution are reordered. A network needs no twin here to be read from a state_dict, only to be written.
+PyTorch's kernels are OIHW and [outputs, inputs]. PyTorch flattens NCHW and Flax NHWC, so the inputs of a dense layer
+after a convolution are reordered. Reading a network from a state_dict needs no twin here; writing one does.
 """
 
 from __future__ import annotations
@@ -25,25 +25,26 @@ from cifar_jax.weights.params import (
     reorder_flatten,
 )
 
-# Each network's layers as its twin names them, and then other names that files have.
+# Each network's layer names in its twin, then other names found in files.
 NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
     "all_cnn": (tuple(f"conv{i}" for i in range(1, 10)),),
     "lenet5": (
-        ("convLayer1", "convLayer2", "fullyc1", "fullyc2", "fullyc3"),  # the notebook's
+        ("convLayer1", "convLayer2", "fullyc1", "fullyc2", "fullyc3"),  # as in the notebook
         ("conv1", "conv2", "fullyc1", "fullyc2", "fullyc3"),
     ),
 }
-# Second keys of a tensor in the original's state_dict: its class keeps what xavier_normal_ returns, the weight itself.
+# Duplicate keys in the original's state_dict: its class stores the result of xavier_normal_, which is the weight.
 ALIASES = {"lenet5": {"xav": "fullyc1.weight"}}
 
 
 def create_model(
     model: str, dropout_rates: Sequence[float] | None = None, final_relu: bool = False, num_classes: int = 10
 ) -> Any:
-    """A torch.nn.Sequential from float images [N, 3, 32, 32] to logits [N, classes], with the original's initialisers.
+    """Returns a torch.nn.Sequential from float images [N, 3, 32, 32] to logits [N, num_classes].
 
-    Args: model: one of TWINS; dropout_rates: the original's if None; final_relu: see the network's class.
-    Raises: UserError if PyTorch is not installed or there is no such network or twin.
+    It has the original's initializers.
+    Args: model: one of TWINS; dropout_rates: None: the original's; final_relu: see the network's class.
+    Raises: UserError if PyTorch is not installed, or for an unknown network or one without a twin.
     """
     get_model(model)
     if model not in TWINS:
@@ -98,7 +99,7 @@ TWINS: dict[str, Callable[..., Any]] = {"all_cnn": _all_cnn, "lenet5": _lenet5}
 
 
 def import_torch() -> Any:
-    """The torch module. Raises: UserError if PyTorch is not installed."""
+    """Imports torch. Raises: UserError if PyTorch is not installed."""
     try:
         import torch
     except ImportError as error:
@@ -107,18 +108,19 @@ def import_torch() -> Any:
 
 
 def params_from_pytorch(state_dict: Mapping[str, Any], model: str | None = None) -> Params:
-    """Flax params, float32 (or float64), from a state_dict of tensors; the network is found by their shapes if None.
+    """Converts a state_dict of tensors to Flax params, float32 (float64 stays float64).
 
-    Raises: UserError naming a tensor that is missing, too many, misshapen, not of floating point or not finite.
+    Args: model: None: found by the tensors' shapes.
+    Raises: UserError naming a tensor that is missing, surplus, misshapen, not floating-point or not finite.
     """
     return params_from_arrays([(name, _as_array(name, tensor)) for name, tensor in state_dict.items()], model)[0]
 
 
 def params_from_arrays(tensors: Sequence[Named], model: str | None = None) -> tuple[Params, str, list[str]]:
-    """The same from arrays: (params, the network's name, lines about what was dropped or reordered).
+    """Like `params_from_pytorch`, for arrays. Returns: (params, network name, notes on dropped or reordered tensors).
 
-    Layers are found by their names, see `pairing`. Copies of other tensors under keys that are no weight's and no
-    bias', such as the notebook's `xav`, are dropped.
+    Layers are found as in `pairing`. A copy of another tensor is dropped if its key ends in neither weight nor bias,
+    like the notebook's `xav`.
     """
     arrays, notes = dict(tensors), []
     identity = lambda array: (array.shape, array.dtype.str, hashlib.sha256(array.tobytes()).digest())
@@ -128,17 +130,17 @@ def params_from_arrays(tensors: Sequence[Named], model: str | None = None) -> tu
         if last not in ("weight", "bias") and counts[identities[name]] > 1:
             del arrays[name]
         elif any(last in aliases for aliases in ALIASES.values()):
-            raise UserError(f"tensor {name} is a copy of no other, as it must be")
+            raise UserError(f"tensor {name} must be a copy of another tensor, and it is not")
     for wrapper in ("_orig_mod.", "module."):
         pattern = rf"(^|(?<=\.)){re.escape(wrapper)}"
         bare = {re.sub(pattern, "", name): array for name, array in arrays.items()}
         if len(bare) == len(arrays) and list(bare) != list(arrays):
             arrays = bare
-            notes.append(f"the prefix {wrapper} of its names is dropped")
+            notes.append(f"dropped the prefix {wrapper} of its names")
     foreign_shape = lambda shape: (*shape[:1:-1], *shape[:-2]) if len(shape) == 4 else shape[::-1]
     paired = pair_tensors(list(arrays.items()), model, foreign_shape, known_names=lambda name: NAMES.get(name, ()))
     if paired.by_name:
-        notes.append("its layers are in another order than the network's: they are paired by name and shape")
+        notes.append("its layers are in another order than the network's: they were matched by name and shape")
     kernels, biases = ([array for _, array in paired.tensors[start::2]] for start in (0, 1))
     to_flax = lambda weight: weight.transpose(2, 3, 1, 0) if weight.ndim == 4 else weight.T
     layers = reorder_flatten([(to_flax(kernel), bias) for kernel, bias in zip(kernels, biases)], to_channels_last=True)
@@ -153,15 +155,15 @@ def _as_array(name: str, tensor: Any) -> np.ndarray:
         if tensor.dtype.itemsize < 4 and tensor.is_floating_point():  # numpy has no bfloat16
             tensor = tensor.float()
         return tensor.numpy()
-    except (RuntimeError, TypeError, AttributeError) as error:  # of a type that numpy does not have, or no tensor
+    except (RuntimeError, TypeError, AttributeError) as error:  # a type that numpy lacks, or not a tensor
         raise UserError(f"tensor {name} can't be read ({error})") from error
 
 
 def params_to_pytorch(params: Mapping[str, Any], model: str | None = None) -> dict[str, np.ndarray]:
-    """The state_dict of `create_model`'s network, as arrays. The inverse of `params_from_pytorch`, of tensors."""
+    """Converts Flax params to the state_dict of `create_model`'s network, as arrays. Inverts `params_from_pytorch`."""
     layers, model = layers_from_params(params, model)
     if model not in NAMES:
-        raise UserError(f"{model} has no twin in PyTorch: save a .safetensors")
+        raise UserError(f"{model} has no twin in PyTorch: use .safetensors")
     state_dict: dict[str, np.ndarray] = {}
     for name, (kernel, bias) in zip(NAMES[model][0], reorder_flatten(layers, to_channels_last=False)):
         weight = kernel.transpose(3, 2, 0, 1) if kernel.ndim == 4 else kernel.T
@@ -170,13 +172,13 @@ def params_to_pytorch(params: Mapping[str, Any], model: str | None = None) -> di
 
 
 def file_state_dict(params: Mapping[str, Any], model: str) -> dict[str, Any]:
-    """What a file for the original's own class holds: `params_to_pytorch` as torch tensors, and the second keys."""
+    """Returns a state_dict that the original's class can load: torch tensors, with the duplicate keys of ALIASES."""
     torch = import_torch()
     tensors = {name: torch.tensor(array) for name, array in params_to_pytorch(params, model).items()}
     return {alias: tensors[name] for alias, name in ALIASES.get(model, {}).items()} | tensors
 
 
 def load_params(network: Any, params: Mapping[str, Any]) -> None:
-    """Copies Flax params into a network of `create_model`."""
+    """Copies Flax params into a network created by `create_model`."""
     torch = import_torch()
     network.load_state_dict({name: torch.tensor(array) for name, array in params_to_pytorch(params).items()})

@@ -1,6 +1,6 @@
-"""The tensors of a PyTorch file, zip archive or the older format, read without PyTorch: see torch_pickle.
+"""Reads the tensors of a PyTorch file (zip archive or legacy format) without PyTorch: see torch_pickle.
 
-No more memory is taken than a network's tensors need: a storage is read when a tensor of the state_dict is made of it.
+Reading takes no more memory than the network's tensors, because only storages of the state_dict's tensors are read.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from cifar_jax.errors import UserError
 from cifar_jax.weights.params import Named
 from cifar_jax.weights.torch_pickle import Foreign, TensorRecord, read_pickle
 
-LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of the older format, a number
-MAX_VALUES = 2**22  # of one tensor: the largest has 331,776
-MAX_BYTES = 2**27  # of all tensors: the largest network's have 5.5 MB, in float64 11
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first pickle of the legacy format, a number
+MAX_VALUES = 2**22  # limit of one tensor; the largest has 331,776
+MAX_BYTES = 2**27  # limit of all tensors; the largest network has 5.5 MB in float32
 MAX_TENSORS = 1000
 MAX_PICKLE = 2**23
 WRAPPERS = ("state_dict", "model_state_dict", "net", "model", "network", "params", "module")
@@ -36,7 +36,7 @@ TYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class _Archive:
-    """`root`: the pickled object; `read_storage(key, number of bytes)`; `order`: of bytes, < or >."""
+    """`root`: the pickled object; `read_storage(key, number of bytes)` → bytes; `order`: byte order, < or >."""
 
     root: Any
     read_storage: Callable[[str, int], bytes]
@@ -44,9 +44,9 @@ class _Archive:
 
 
 def read_tensors(path: Path) -> tuple[list[Named], list[str]]:
-    """The (name, tensor) of a state_dict in its order, and lines about what was opened or dropped.
+    """Returns a state_dict's (name, tensor) pairs in its order, and notes on what was opened or dropped.
 
-    Raises: UserError for a damaged file, or one that holds something else; OSError.
+    Raises: UserError for a damaged file or one without a state_dict; OSError.
     """
     with path.open("rb") as file:
         try:
@@ -56,15 +56,15 @@ def read_tensors(path: Path) -> tuple[list[Named], list[str]]:
             budget = MAX_BYTES
             for name, record in state_dict.items():
                 if name.rpartition(".")[2] in BOOKKEEPING:
-                    notes.append(f"tensor {name} is dropped")
+                    notes.append(f"dropped tensor {name}")
                     continue
                 named.append((name, _tensor(name, record, archive, budget)))
                 budget -= named[-1][1].nbytes
         except UserError:
             raise
-        except Exception as error:  # of a damaged file pickle, zip and numpy raise anything
+        except Exception as error:  # pickle, zip and numpy can raise anything for a damaged file
             text = str(error).strip() or type(error).__name__
-            raise UserError(f"damaged, or not a file of torch.save ({text:.200})") from error
+            raise UserError(f"damaged, or not written by torch.save ({text:.200})") from error
     return named, notes
 
 
@@ -73,21 +73,21 @@ def _open_zip(file: IO[bytes]) -> _Archive:
     members = {info.filename: info for info in archive.infolist()}
     pickles = [name for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
     if not pickles or any(name.endswith("constants.pkl") for name in members):
-        raise UserError("a zip archive, but not of a state_dict (of TorchScript?): save model.state_dict()")
+        raise UserError("a zip archive without a state_dict (maybe TorchScript): save model.state_dict()")
     folder = pickles[0][: -len("data.pkl")]
 
     def read(name: str, length: int) -> bytes:
         info = members[f"{folder}{name}"]
         if info.compress_type != zipfile.ZIP_STORED or not 0 <= length <= info.file_size:
-            raise ValueError(f"{name} in it is compressed or cut, which torch.save's is not")
+            raise ValueError(f"{name} is compressed or truncated")
         with archive.open(info) as member:
-            data = member.read(length + 1)  # one more: reaching a record's end checks its sum
+            data = member.read(length + 1)  # one byte more: reading to the end verifies the checksum
         if len(data) < length:
-            raise ValueError(f"{name} in it is cut")
+            raise ValueError(f"{name} is truncated")
         return data[:length]
 
     if members[pickles[0]].file_size > MAX_PICKLE:
-        raise UserError("holds more than a state_dict: save model.state_dict()")
+        raise UserError("contains more than a state_dict: save model.state_dict()")
     name = f"{folder}byteorder"
     big = name in members and read("byteorder", min(members[name].file_size, 10)) == b"big"
     root = read_pickle(io.BytesIO(read("data.pkl", members[pickles[0]].file_size)))
@@ -95,7 +95,7 @@ def _open_zip(file: IO[bytes]) -> _Archive:
 
 
 def _open_legacy(file: IO[bytes]) -> _Archive:
-    """Five pickles (a magic number, a version, about the system, the object, the storages' keys) and the storages."""
+    """Opens the legacy format: pickles (magic number, version, system, object, storages' keys), then the storages."""
     file.seek(0)
     if file.read(len(LEGACY_MAGIC)) != LEGACY_MAGIC:
         raise UserError("a pickle that torch.save did not write: save model.state_dict() with torch.save")
@@ -113,17 +113,17 @@ def _open_legacy(file: IO[bytes]) -> _Archive:
         file.seek(start)
         data = file.read(length) if length <= min(stored, MAX_BYTES) else b""
         if len(data) != length:
-            raise ValueError(f"storage {key} is cut")
+            raise ValueError(f"storage {key} is truncated")
         return data
 
     end = file.seek(0, 2)
     if any(start + length > end or length < 0 for start, length in places.values()):
-        raise ValueError("its end is missing")
+        raise ValueError("the file is truncated")
     return _Archive(root, read, "<" if system.get("little_endian", True) else ">")
 
 
 def _storages(root: Any) -> dict[str, tuple[str, str, int]]:
-    """All storages of an object by key, each object looked at once."""
+    """Returns all storages of an object by key. Each object is visited once."""
     found, seen, left = {}, set(), [root]
     while left:
         item = left.pop()
@@ -143,27 +143,27 @@ def _state_dict(root: Any) -> tuple[dict[str, Any], list[str]]:
     """The tensors' dictionary, taken out of the dictionaries around it."""
     notes: list[str] = []
     if isinstance(root, Foreign):
-        raise UserError(f"holds a whole pickled object ({root.name}): save model.state_dict()")
+        raise UserError(f"contains a whole pickled object ({root.name}): save model.state_dict()")
     is_dict = lambda value: isinstance(value, dict) and any(isinstance(x, TensorRecord) for x in value.values())
     while isinstance(root, dict) and not is_dict(root) and len(notes) < 3:
         inner = [key for key, value in root.items() if key in WRAPPERS and isinstance(value, dict)]
         inner = inner or [key for key, value in root.items() if is_dict(value)]
         if len(inner) != 1:
             break
-        notes.append(f"read its {inner[0]}")
+        notes.append(f"reading its entry {inner[0]}")
         root = root[inner[0]]
     if not isinstance(root, dict) or not root:
         raise UserError("not a state_dict: save model.state_dict(), not the model or a checkpoint around it")
     if len(root) > MAX_TENSORS:
-        raise UserError(f"has {len(root)} tensors, many more than any of these networks")
+        raise UserError(f"has {len(root)} tensors, many more than any supported network")
     for name, value in root.items():
         if not isinstance(name, str):
-            raise UserError(f"not a state_dict: a key is {str(name)[:50]}, no name")
+            raise UserError(f"not a state_dict: a key is {str(name)[:50]}, not a name")
         if isinstance(value, Foreign) and value.name.startswith(("torch._utils.", "torch._tensor.")):
-            raise UserError(f"tensor {name} can't be read: it must be dense, with data, of a usual type, not quantized")
+            raise UserError(f"tensor {name} can't be read: it must be dense, with data, and not quantized")
         if not isinstance(value, TensorRecord):
             raise UserError(
-                f"not a state_dict: {name} is no tensor: it holds more than tensors: save model.state_dict()"
+                f"not a state_dict: {name} is not a tensor, so it holds more than tensors: save model.state_dict()"
             )
     return root, notes
 
@@ -172,9 +172,9 @@ def _tensor(name: str, record: TensorRecord, archive: _Archive, budget: int) -> 
     kind, key, count = record.storage
     values = math.prod(record.size)
     if values > MAX_VALUES:
-        raise UserError(f"tensor {name} has {values} values, more than any of these networks'")
+        raise UserError(f"tensor {name} has {values} values, more than in any supported network")
     if kind not in TYPES:
-        raise UserError(f"tensor {name} can't be read: it is of a {kind}")
+        raise UserError(f"tensor {name} can't be read: a {kind} is not supported")
     dtype = np.dtype(archive.order + TYPES[kind] if TYPES[kind] != "V2" else archive.order + "u2")
     if values * dtype.itemsize > budget:
         raise UserError(f"its tensors have more than {MAX_BYTES // 2**20} MiB: save one model.state_dict()")

@@ -1,4 +1,4 @@
-"""Our own file: Flax params as LAYER/kernel and LAYER/bias, with metadata that say all that a network needs."""
+"""cifar_jax's own format: Flax params as LAYER/kernel and LAYER/bias, with metadata (see metadata.py)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ NAME = re.compile(r"\w+/(kernel|bias)")
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Tensors by name, and the metadata. Raises: UserError for a file that is damaged or far too large."""
+    """Reads ({name: tensor}, metadata). Raises: UserError if the file is damaged or far too large."""
     if path.stat().st_size > MAX_BYTES:
-        raise UserError(f"has more than {MAX_BYTES // 2**20} MiB, much more than any of these networks")
+        raise UserError(f"has more than {MAX_BYTES // 2**20} MiB, much more than any supported network")
     try:
         with safetensors.safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
@@ -31,10 +31,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
 
 
 def own_params(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> tuple[Params, str]:
-    """(params, the network's name) of our own file. Raises: UserError for other tensors."""
+    """Converts the tensors of cifar_jax's format to (params, network name). Raises: UserError for other tensors."""
     wrong = [name for name in tensors if not NAME.fullmatch(name)]
     if wrong:
-        raise UserError(f"tensor {wrong[0]} is none of these networks'")
+        raise UserError(f"tensor {wrong[0]} belongs to no supported network")
     params = traverse_util.unflatten_dict(dict(tensors), sep="/")
     return params, layers_from_params(params, metadata.get("model"))[1]
 

@@ -1,8 +1,8 @@
-"""The pickles in PyTorch's files, read as data: nothing in them is imported, called or copied.
+"""Reads the pickles in PyTorch's files as data. Nothing in them is imported, called or copied.
 
-`pickletools` splits a pickle into instructions. The few that build dicts, lists, numbers and strings are followed, and
-the calls by which PyTorch describes a tensor; everything else becomes a `Foreign` with its name. So work and memory are
-in proportion to the pickle's own length, however its objects refer to each other.
+`pickletools` splits a pickle into instructions. This module follows those that build dicts, lists, numbers and strings,
+and the calls by which PyTorch describes a tensor. Everything else becomes a `Foreign` with its name. Time and memory
+are proportional to the pickle's length, even if its objects refer to each other.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 
 @dataclasses.dataclass(frozen=True)
 class Foreign:
-    """An object, class or function that is not looked at. `name`: of its class or function."""
+    """An object, class or function that is not evaluated. `name`: the name of its class or function."""
 
     name: str
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorRecord:
-    """A view of a storage, `(class' name, key, number of values)`, in values, not bytes."""
+    """A view of a storage (class name, key, number of values). Offset, size and stride count values, not bytes."""
 
     storage: tuple[str, str, int]
     offset: int
@@ -35,14 +35,14 @@ class TensorRecord:
 
 
 def read_pickle(file: IO[bytes]) -> Any:
-    """The object of the pickle that begins here. Raises: ValueError, IndexError, KeyError, TypeError for a bad one."""
+    """Reads the pickle at the file's position. Raises: ValueError, IndexError, KeyError, TypeError if it is invalid."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     argument: Any
     for count, (instruction, argument, _) in enumerate(pickletools.genops(file)):
         name = instruction.name
         if count > MAX_INSTRUCTIONS:
-            raise ValueError("a pickle of more instructions than any state_dict has")
+            raise ValueError("more pickle instructions than any state_dict has")
         if name == "STOP":
             return stack.pop()
         if name in ("PROTO", "FRAME"):
@@ -63,11 +63,11 @@ def read_pickle(file: IO[bytes]) -> Any:
             stack.append(argument)  # numbers and strings of every length
         else:
             raise ValueError(f"instruction {name}, which no state_dict has")
-    raise ValueError("a pickle without an end")
+    raise ValueError("a truncated pickle")
 
 
 def _marked(stack: list[Any]) -> list[Any]:
-    """What lies above the last mark; it is taken off with the mark."""
+    """Pops the items above the last mark, and the mark."""
     at = len(stack) - 1
     while stack[at] is not _MARK:
         at -= 1
@@ -81,7 +81,7 @@ def _marked(stack: list[Any]) -> list[Any]:
 def _store(stack: list[Any], pairs: list[Any]) -> None:
     if isinstance(stack[-1], dict):
         for key, value in zip(pairs[::2], pairs[1::2]):
-            # The hash of other keys, such as tuples of shared tuples, may take for ever.
+            # Hashing other keys, such as nested tuples, can take forever.
             stack[-1][key if isinstance(key, (str, int, float, type(None))) else Foreign(str(type(key)))] = value
 
 
@@ -111,7 +111,7 @@ def _result(function: str, arguments: Any) -> Any:
 
 
 def _persistent(stack: list[Any]) -> None:
-    """('storage', class, key, device, number of values[, view]) → (class' name, key, number of values)."""
+    """Replaces ('storage', class, key, device, number of values[, view]) by (class name, key, number of values)."""
     identity = stack.pop()
     if not isinstance(identity, tuple) or identity[0] != "storage":
         stack.append(identity[1] if isinstance(identity, tuple) and identity[0] == "module" else Foreign("?"))
@@ -171,6 +171,6 @@ _ACTIONS: dict[str, Callable[[list[Any]], Any]] = {
     "STACK_GLOBAL": _global,
     "REDUCE": _call,
     "NEWOBJ": _new_object,
-    "BUILD": lambda stack: stack.pop(),  # an object's attributes, an OrderedDict's _metadata
+    "BUILD": lambda stack: stack.pop(),  # drops an object's attributes, such as an OrderedDict's _metadata
     "BINPERSID": _persistent,
 }

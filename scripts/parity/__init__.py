@@ -1,13 +1,13 @@
-"""What parity_keras.py and parity_pytorch.py share: the checks that compare cifar_jax with a reference network.
+"""Checks shared by parity_keras.py and parity_pytorch.py, which compare cifar_jax with a reference network.
 
-reference.py      the other framework's network, as the checks see it
+reference.py      interface of the other framework's network
 ours.py           cifar_jax's networks, initial weights, logits and gradients
-check.py          a row of the table, and differences of tensors
+check.py          a row of the table, differences of tensors
 forward.py        logits, activations, loss and gradients of one batch
-training.py       the optimizer over given gradients, and free steps of a recipe
-distributions.py  initial tensors, drawn anew
-predictions.py    trained weights over the test set
+training.py       the optimizer over given gradients, free steps of a recipe
+distributions.py  distributions of initial tensors
+predictions.py    trained weights on the test set
 command.py        the command line
 
-Every check returns rows, see check.Check.
+Every check returns rows (check.Check).
 """

@@ -1,4 +1,4 @@
-"""A row of the parity table, and differences of tensors."""
+"""Rows of the parity table, and differences of tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WHY_FLOAT64 = "the same formula: float64 rounding alone"
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """A row of the table: `error` is the maximum absolute difference unless `name` says otherwise."""
+    """A row of the table. `error` is the maximum absolute difference unless `name` states another measure."""
 
     name: str
     error: float
@@ -25,19 +25,19 @@ class Check:
         return bool(self.error <= self.tolerance)  # a NaN fails
 
     def as_json(self) -> dict[str, Any]:
-        """Its fields and 'passed'; an error that is no number, which JSON has not, is None."""
+        """Returns the fields and 'passed'. An error that is not finite becomes None, which JSON can represent."""
         error = float(self.error) if np.isfinite(self.error) else None
         return dataclasses.asdict(self) | {"error": error, "tolerance": float(self.tolerance), "passed": self.passed}
 
 
 def difference(ours: Any, theirs: Any) -> float:
-    """The maximum absolute difference of two arrays or trees of one structure."""
+    """Returns the maximum absolute difference of two arrays, or of two trees with the same structure."""
     pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
     errors = [np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max() for a, b in pairs]
-    return float(np.max(errors))  # max() would pass over a NaN
+    return float(np.max(errors))  # max() would ignore a NaN
 
 
 def relative_difference(ours: Any, theirs: Any) -> float:
-    """The largest, over the tensors, of the maximum absolute difference by the largest value of theirs."""
+    """Returns the largest relative error of all tensors: maximum absolute difference / largest value of theirs."""
     tensors = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
     return float(np.max([difference(a, b) / np.abs(b).max() for a, b in tensors]))

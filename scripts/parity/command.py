@@ -1,4 +1,4 @@
-"""The command line of the parity scripts, and the checks that both make."""
+"""Command line of the parity scripts, and the checks that both run."""
 
 from __future__ import annotations
 
@@ -32,41 +32,41 @@ from parity.training import check_optimizer, check_trajectory
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Compares cifar_jax with the reference networks; exit status 1 if a check fails."""
+    """Compares cifar_jax with the reference networks. The exit status is 1 if a check fails."""
 
     layers: bool = False
-    """Compare every layer's activations as well."""
+    """Also compare every layer's activations."""
     json: bool = False
-    """Print JSON."""
+    """Print the result as JSON."""
     out: Path | None = None
-    """Write the JSON to this file, too."""
+    """File to which the JSON is written too."""
     dataset: DatasetName = ORIGINAL_DATASET
-    """The data, of 10 classes as the originals' are; digits is embedded."""
+    """Dataset with 10 classes, like the originals'. digits needs no download."""
     data_dir: str | None = None
-    """Where to look for the dataset first."""
+    """Folder of the dataset; None: the standard places (docs/data.md)."""
     weights: tuple[Path, ...] = ()
-    """Trained weights to compare predictions with; without: those in cifar_jax/pretrained."""
+    """Weight files for the comparison of predictions; none: those in cifar_jax/pretrained."""
     images: int = 256
-    """Test images for the logits."""
+    """Number of test images for logits."""
     steps: int = 20
-    """Free steps of the trajectories."""
+    """Number of free steps of the trajectories."""
     batch_size: int = 64
-    """Of gradients, and of the trajectory, where it is at most the recipe's."""
+    """Batch size of gradients and of trajectories (there at most the recipe's)."""
     seeds: int = 8
-    """Initialisations whose values are pooled."""
+    """Number of initialisations whose values are pooled."""
     test_images: int = 10_000
-    """Test images for the predictions."""
+    """Number of test images for predictions."""
 
 
 def common_checks(
     reference: type[Reference], config: Config, fed_optimizer: FedOptimizer, arguments: Arguments, dataset: Dataset
 ) -> list[Check]:
-    """All checks that both scripts make: on every network, and of the original's own recipe."""
+    """Runs the checks of both scripts: on every network, and on the original's recipe."""
     checks: list[Check] = []
     batch_size = min(arguments.batch_size, config.batch_size)
     start, count = (dataset.train_images, dataset.train_labels), arguments.steps * batch_size
     if count > len(dataset.train_labels):
-        raise UserError(f"--steps {arguments.steps}: {batch_size} images each are more than the training set has")
+        raise UserError(f"--steps {arguments.steps}: too few training images for batches of {batch_size}: lower it")
     images, labels = dataset.test_images, dataset.test_labels
     for model in reference.MODELS:
         checks += check_logits(reference, model, images[: arguments.images])
@@ -81,26 +81,26 @@ def common_checks(
 
 
 def check_arguments(arguments: Arguments) -> Arguments:
-    """The same, with the released weights where none are named. Raises: UserError for what can't be used."""
+    """Checks flags and fills in the released weights if none are named. Raises: UserError for invalid flags."""
     for name in ("images", "steps", "batch_size", "seeds", "test_images"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be 1 or more")
     out = arguments.out
     if out is not None and not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}")
+        raise UserError(f"--out {out}: the folder {out.parent} does not exist: create it")
     if out is not None and (out.is_dir() or not os.access(out.parent, os.W_OK)):
-        raise UserError(f"--out {out}: can't be written: name a file")
+        raise UserError(f"--out {out}: can't be written: name another file")
     classes, expected = (get_dataset(name).num_classes for name in (arguments.dataset, ORIGINAL_DATASET))
     if classes != expected:
-        raise UserError(f"--dataset {arguments.dataset}: has {classes} classes, and the originals {expected}")
+        raise UserError(f"--dataset {arguments.dataset}: has {classes} classes, but the originals have {expected}")
     weights = arguments.weights or tuple(map(pretrained_path, pretrained_names()))
     if not weights:
-        raise UserError("there are no weight files in cifar_jax/pretrained: name some with --weights")
+        raise UserError("no weight files in cifar_jax/pretrained: name some with --weights")
     return dataclasses.replace(arguments, weights=weights)
 
 
 def print_table(checks: Sequence[Check]) -> None:
-    """A line for each check, and the number of those that passed."""
+    """Prints a line for each check and the number of checks that passed."""
     width = max(len(check.name) for check in checks)
     print(f"{'check':{width}} {'error':>9} {'tolerance':>9}")
     for check in checks:
@@ -110,7 +110,7 @@ def print_table(checks: Sequence[Check]) -> None:
 
 
 def run(prog: str, packages: Sequence[str], checks_of: Callable[[Arguments, Dataset], list[Check]]) -> int:
-    """Parses the command line, makes the checks, prints the table; 0 if all passed, 1 if not, 2 for bad input."""
+    """Parses flags, runs the checks and prints the table. Returns: 0 if all passed, 1 if not, 2 for bad input."""
 
     @command
     def main() -> int:
@@ -118,11 +118,11 @@ def run(prog: str, packages: Sequence[str], checks_of: Callable[[Arguments, Data
         arguments = check_arguments(arguments)
         prepare_host()
         for path in arguments.weights:
-            classes = load_weights(path).num_classes  # a bad file is refused now and not after the other checks
+            classes = load_weights(path).num_classes  # fails now and not after the other checks
             if classes != get_dataset(arguments.dataset).num_classes:
-                raise UserError(f"--weights {path}: has {classes} classes, and {arguments.dataset} others")
+                raise UserError(f"--weights {path}: its {classes} classes are not those of {arguments.dataset}")
         dataset = load_dataset(arguments.dataset, arguments.data_dir)
-        with jax.default_matmul_precision("highest"):  # else TensorFloat-32 on NVIDIA's GPUs
+        with jax.default_matmul_precision("highest"):  # otherwise NVIDIA GPUs use TensorFloat-32
             checks = checks_of(arguments, dataset)
         passed = all(check.passed for check in checks)
         content = {
@@ -137,7 +137,7 @@ def run(prog: str, packages: Sequence[str], checks_of: Callable[[Arguments, Data
                 print(json.dumps(content, indent=2))
             else:
                 print_table(checks)
-        finally:  # whichever fails, the other is there
+        finally:  # written even if printing fails
             if arguments.out is not None:
                 write_json(arguments.out, content)
         return int(not passed)

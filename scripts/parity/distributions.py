@@ -1,4 +1,4 @@
-"""Checks of what is drawn at random: two samples of one distribution, and the initial tensors."""
+"""Checks of random draws: whether two samples have the same distribution, and initial tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ except ImportError as error:
 
 
 def distribution_checks(name: str, ours: np.ndarray, theirs: np.ndarray) -> list[Check]:
-    """Two samples of n values each: Kolmogorov–Smirnov distance, ratio of deviations, and the tails."""
+    """Compares two samples of n values each: Kolmogorov–Smirnov distance, ratio of deviations, tails."""
     if not ours.any() and not theirs.any():
         return [Check(f"{name}, zero in both", 0.0, 0.0, "exact")]
     n = len(ours)
@@ -27,17 +27,17 @@ def distribution_checks(name: str, ours: np.ndarray, theirs: np.ndarray) -> list
         Check(f"{name}, Kolmogorov–Smirnov of {n:,}", distance, critical, "chance exceeds it once in 1e5"),
         Check(f"{name}, ratio of deviations - 1", ratio, 5 / np.sqrt(n), "five deviations of a normal sample's"),
     ]
-    if scipy.stats.kurtosis(theirs) < -0.6:  # uniform: the largest value tells the bound, to about its n-th part
+    if scipy.stats.kurtosis(theirs) < -0.6:  # uniform: the largest value gives the bound to about 1/n
         error = abs(np.abs(ours).max() / np.abs(theirs).max() - 1)
         checks.append(Check(f"{name}, ratio of bounds - 1", error, 15 / n, "the largest of n uniform draws"))
-    else:  # normal: truncated at two deviations it would have no such share
+    else:  # normal: if it were truncated at two deviations, nothing would lie beyond
         share = abs((np.abs(ours) > 2 * ours.std()).mean() - (np.abs(theirs) > 2 * theirs.std()).mean())
         checks.append(Check(f"{name}, share beyond 2σ, difference", share, 1.5 / np.sqrt(n), "five deviations"))
     return checks
 
 
 def check_initial(reference: type[Reference], model: str, seeds: int) -> list[Check]:
-    """Every initial tensor's distribution, the values of all seeds together."""
+    """Compares the distribution of every initial tensor, with the values of all seeds pooled."""
     ours, theirs = [], []
     for seed in range(seeds):
         torch.manual_seed(seed)

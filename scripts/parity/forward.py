@@ -16,11 +16,11 @@ from parity.ours import as_dtype, initial_params, scaled
 from parity.reference import Reference, torch, torch_loss
 
 WHY_RELU = "near-ties of ReLU and max pool fall to either side in float32, float64 shows the semantics"
-# Of each network's gradients in float32: the tolerance, and the floor measured on CIFAR-10. A flip is as large between
+# Float32 gradients by network: (tolerance, floor measured on CIFAR-10). A flipped tie makes the same difference between
 # PyTorch's own float32 and float64 gradients.
 FLOAT32_GRADIENTS = {"all_cnn": (2e-2, "3e-3"), "lenet5": (1.5e-3, "6e-6, with a flip 1e-3")}
 NOT_MEASURED = (1.5e-3, "not measured")
-FLOAT64 = 1e-12  # the tolerance of losses and gradients
+FLOAT64 = 1e-12  # tolerance of losses and gradients
 
 
 def check_logits(reference: type[Reference], model: str, images: np.ndarray) -> list[Check]:
@@ -33,7 +33,7 @@ def check_logits(reference: type[Reference], model: str, images: np.ndarray) -> 
 
 
 def check_activations(reference: type[Reference], model: str, images: np.ndarray) -> list[Check]:
-    """Layer by layer, to find where a port goes wrong."""
+    """Compares activations layer by layer, to locate an error of a port."""
     params, inputs = initial_params(model), scaled(images, model)
     capture = lambda params: get_model(model)().apply({"params": params}, inputs, capture_intermediates=True)[1]
     layers = jax.jit(capture)(params)["intermediates"]
@@ -48,17 +48,17 @@ def check_activations(reference: type[Reference], model: str, images: np.ndarray
 
 
 def without_ties(images: np.ndarray) -> np.ndarray:
-    """uint8 images whose lowest three bits are noise.
+    """Replaces the lowest three bits of uint8 images by noise.
 
-    Where an image is flat, the values of a max pool's window are equal but for rounding, which then decides where the
-    gradient goes: in Winograd's form otherwise than in PyTorch's sums.
+    In flat parts of an image the values in a max pool's window differ only by rounding, which then decides where the
+    gradient goes. Winograd's form and PyTorch's sums round differently.
     """
     return images & 0xF8 | np.random.default_rng(0).integers(0, 8, images.shape, dtype=np.uint8)
 
 
 def check_gradients(reference: type[Reference], model: str, images: np.ndarray, labels: np.ndarray) -> list[Check]:
-    """Loss and gradients of a batch, float32 and float64, dropout off; and on the images as they are, without
-    Winograd's form, in float64."""
+    """Compares loss and gradients of a batch in float32 and float64, without dropout, and float64 gradients on the
+    unchanged images without Winograd's form."""
     checks, start = [], initial_params(model)
     tolerance32, floor = FLOAT32_GRADIENTS.get(model, NOT_MEASURED)
     tolerance = {"float32": tolerance32, "float64": FLOAT64}

@@ -16,7 +16,7 @@ from cifar_jax.parallel import dividing_count
 from cifar_jax.train_step import cross_entropy
 from cifar_jax.weights.params import Params
 
-ORIGINAL_DATASET = "cifar10"  # what the original programs train on
+ORIGINAL_DATASET = "cifar10"  # the original programs' dataset
 
 
 def as_dtype(tree: Any, dtype: str) -> Any:
@@ -30,13 +30,13 @@ def jitted_init(model: str) -> Callable[..., Any]:
 
 @functools.cache
 def initial_params(model: str, seed: int = 0) -> Params:
-    """What create_train_state makes of a seed, compiled once."""
+    """Returns the initial params of create_train_state for a seed, compiled once."""
     params_key, *_ = split_seed(seed)
     return as_dtype(jitted_init(model)(params_key, jnp.zeros((1, 32, 32, 3)))["params"], "float32")
 
 
 def scaled(images: np.ndarray, model: str, dtype: str = "float32") -> np.ndarray:
-    """uint8 images as the model's original program feeds them."""
+    """Scales uint8 images like the model's original program."""
     statistics = pixel_statistics(get_model(model).INPUT_SCALING, ORIGINAL_DATASET)
     return np.asarray(scale_images(jnp.asarray(images), *statistics), dtype)
 
@@ -48,13 +48,13 @@ def jitted_apply(model: str, dtype: np.dtype, final_relu: bool) -> Callable[...,
 
 
 def dividing_devices(count: int) -> list[jax.Device]:
-    """As many of the devices as `count` divides by."""
+    """Returns the largest number of devices that divides `count`."""
     devices = jax.local_devices()
     return devices[: dividing_count(count, len(devices))]
 
 
 def divided(images: np.ndarray) -> jax.Array:
-    """A batch over as many devices as it divides by, so that what is computed of it is, too."""
+    """Divides a batch over devices, so that computations on it are divided too."""
     mesh = jax.sharding.Mesh(np.array(dividing_devices(len(images))), ("batch",))
     return jax.device_put(images, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch")))
 

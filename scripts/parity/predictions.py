@@ -1,4 +1,4 @@
-"""Checks of trained weights over the test set: predictions, losses, and accuracy with dropout left on."""
+"""Checks of trained weights on the test set: predictions, losses, and accuracy with dropout on."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from parity.check import Check
 from parity.ours import divided, jax_logits
 from parity.reference import Reference, torch, torch_loss
 
-DRAWS = 5  # of the dropout masks at test
+DRAWS = 5  # draws of dropout masks in tests
 
 
 def scaled_for(config: Config, images: np.ndarray) -> np.ndarray:
-    """uint8 images as the weights of this config take them."""
+    """Scales uint8 images as this config requires."""
     statistics = pixel_statistics(config.input_scaling, config.dataset)
     return np.asarray(scale_images(jnp.asarray(images), *statistics))
 
 
 def check_predictions(reference: type[Reference], path: Path, images: np.ndarray, labels: np.ndarray) -> list[Check]:
-    """The same trained weights in both, over the test set: arg-max and mean loss, and the notebook's 4× smaller one."""
+    """Compares trained weights in both frameworks on the test set: arg-max, mean loss, the notebook's smaller loss."""
     weights = load_weights(path)
     config, _ = load_file(weights, "float32")
     network = reference(weights.model, weights.params, final_relu=weights.final_relu)
@@ -46,7 +46,7 @@ def check_predictions(reference: type[Reference], path: Path, images: np.ndarray
     ties = largest[:, -1] - largest[:, -2] < 1e-4
     our_losses = np.asarray(cross_entropy(jnp.asarray(our_logits), jnp.asarray(labels)), np.float64)
     their_loss = torch_loss(their_logits.double(), labels).item()
-    # The notebook adds the mean losses of batches of 4, and divides by the number of images.
+    # The notebook adds up the mean losses of batches of 4 and divides by the number of images.
     batches = [slice(i, i + 4) for i in range(0, len(labels), 4)]
     small = sum(our_losses[batch].mean() for batch in batches) / len(labels)
     their_small = sum(torch_loss(their_logits[batch], labels[batch]).item() for batch in batches) / len(labels)
@@ -64,7 +64,7 @@ def check_predictions(reference: type[Reference], path: Path, images: np.ndarray
 def check_dropout_at_test(
     reference: type[Reference], path: Path, images: np.ndarray, labels: np.ndarray
 ) -> list[Check]:
-    """Mean accuracy with dropout left on, as the notebook tests: each framework draws its masks, DRAWS times."""
+    """Compares mean accuracies with dropout on, as the notebook tests. Each framework draws its masks DRAWS times."""
     weights = load_weights(path)
     config, state = load_file(weights, "float32")
     evaluator = Evaluator(config, state, images, labels, jax.local_devices(), dropout=True)
@@ -82,7 +82,7 @@ def check_dropout_at_test(
             for _ in range(DRAWS)
         ]
     correct = np.stack([draw.argmax(-1).numpy() == labels for draw in logits])
-    rates = correct.mean(axis=0)  # of each image
+    rates = correct.mean(axis=0)  # per image
     deviation = np.sqrt(2 * (rates * (1 - rates)).sum() / (DRAWS - 1)) / len(labels)
     a, b = np.mean(ours), correct.mean()
     name = f"{path.stem}: mean accuracy of {DRAWS} draws with dropout on, ours {a:.2%}, theirs {b:.2%}"

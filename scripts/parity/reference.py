@@ -1,4 +1,4 @@
-"""The networks in the other framework, Keras (on its PyTorch backend) or PyTorch, as the checks see them."""
+"""Interface of the networks in the other framework: PyTorch, or Keras on its PyTorch backend."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ FedOptimizer = Callable[[Config, Params, Sequence[Params]], Params]
 
 
 class Reference(Protocol):
-    """One of the networks in another framework. Images are float NHWC arrays; params are Flax'.
+    """A network in another framework. Images are float NHWC arrays. Params have Flax's form.
 
-    MODELS: names of the networks that the framework has.
+    MODELS: names of the networks that exist in the framework.
     """
 
     MODELS: ClassVar[tuple[str, ...]]
@@ -37,22 +37,22 @@ class Reference(Protocol):
     def __init__(
         self, model: str, params: Params | None = None, dtype: str = "float32", final_relu: bool = False
     ) -> None:
-        """Without params: initialised by the framework, from torch.manual_seed's state. final_relu: see AllCNN."""
+        """Args: params: None: the framework initialises from torch.manual_seed's state; final_relu: see AllCNN."""
 
     def params(self) -> Params:
-        """Its weights."""
+        """Returns the weights."""
 
     def logits(self, images: np.ndarray, dropout: bool = False) -> torch.Tensor:
-        """[N, classes], differentiable."""
+        """Returns differentiable logits [N, num_classes]."""
 
     def gradients(self, loss: torch.Tensor) -> Params:
-        """Of a loss made from `logits`."""
+        """Returns the gradients of a loss computed from `logits`."""
 
     def activations(self, images: np.ndarray) -> list[np.ndarray]:
-        """The output of every layer with weights after its ReLU, in order, NHWC."""
+        """Returns the output of every layer with weights, after its ReLU, in order, NHWC."""
 
     def train(self, config: Config, batches: Sequence[tuple[np.ndarray, np.ndarray]]) -> Params:
-        """The weights after a step of the recipe's optimizer on every (images, labels), dropout off."""
+        """Trains a step of the recipe's optimizer on every (images, labels), without dropout. Returns: the weights."""
 
 
 def torch_loss(logits: torch.Tensor, labels: np.ndarray) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Checks of training: a recipe's optimizer over given gradients, and its free steps."""
+"""Checks of training: a recipe's optimizer over given gradients, and free steps of the recipe."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from parity.reference import FedOptimizer, Reference
 
 
 def jax_optimizer(config: Config, params: Params, gradients: Sequence[Params]) -> Params:
-    """The recipe's optimizer fed with these gradients."""
+    """Applies the recipe's optimizer to these gradients in turn. Returns: the params."""
     tx = create_tx(config, steps_per_epoch=782)
 
     def step(carry: tuple[Any, Any], gradient: Any) -> tuple[tuple[Any, Any], None]:
@@ -37,7 +37,7 @@ def jax_optimizer(config: Config, params: Params, gradients: Sequence[Params]) -
 
 
 def check_optimizer(config: Config, fed: FedOptimizer) -> list[Check]:
-    """`fed` is the other framework's optimizer over the same 100 gradients; a tensor of 1,000 values stands for all."""
+    """Compares the optimizers over the same 100 gradients of a tensor of 1,000 values. `fed`: the other framework's."""
     checks = []
     rng = np.random.default_rng(0)
     start = {"kernel": rng.normal(size=1000) * 0.05}
@@ -54,7 +54,7 @@ def check_optimizer(config: Config, fed: FedOptimizer) -> list[Check]:
 
 
 def without_randomness(config: Config) -> Config:
-    """The recipe without dropout and augmentation."""
+    """Returns the recipe without dropout and augmentation."""
     return dataclasses.replace(
         config, dropout_rates=(0.0,) * len(config.dropout_rates), rotation_degrees=0.0, shift_fraction=0.0,
         crop_padding=0, random_flip=False, alternating_flip=False, cutout_size=0,
@@ -64,9 +64,9 @@ def without_randomness(config: Config) -> Config:
 def jax_trajectories(
     config: Config, starts: Sequence[Params], images: np.ndarray, labels: np.ndarray, batch_size: int
 ) -> list[Params]:
-    """From each start, the weights after a training step of the recipe on every batch in turn, without randomness.
+    """Trains from each start on every batch in turn, without dropout and augmentation. Returns: the final weights.
 
-    The batches are divided over as many devices as they divide by. Args: images uint8 [N, 32, 32, 3]; labels int32 [N].
+    Args: starts: initial params; images: uint8 [N, 32, 32, 3]; labels: int32 [N].
     """
     config = dataclasses.replace(without_randomness(config), batch_size=batch_size, steps_per_call=1)
     devices, ends = dividing_devices(batch_size), []
@@ -74,7 +74,7 @@ def jax_trajectories(
     fresh, order = trainer.state, replicate(np.arange(len(labels), dtype=np.int32), devices)
     for params in starts:
         state = fresh.replace(params=params, opt_state=fresh.tx.init(params))
-        trainer.state = replicate(jax.tree.map(jnp.copy, state), devices)  # a step donates its state
+        trainer.state = replicate(jax.tree.map(jnp.copy, state), devices)  # a step donates its state's buffers
         for step in range(trainer.steps_per_epoch):
             trainer.run_steps(order, step, 1)
         ends.append(jax.device_get(trainer.state.params))
@@ -84,7 +84,7 @@ def jax_trajectories(
 def check_trajectory(
     reference: type[Reference], config: Config, images: np.ndarray, labels: np.ndarray, batch_size: int
 ) -> list[Check]:
-    """Free steps of the recipe on the same batches, dropout and augmentation off, beside a control moved by one ulp."""
+    """Compares free steps of the recipe on the same batches. A control starts from weights that are one ulp larger."""
     params = initial_params(config.model)
     moved = jax.tree.map(lambda leaf: np.nextafter(leaf, np.float32(np.inf), dtype=np.float32), params)
     ours, control = jax_trajectories(config, (params, moved), images, labels, batch_size)
