@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cifar_jax.compilation import use_compilation_cache
 from cifar_jax.errors import UserError
 from cifar_jax.models import get_model
 
@@ -79,6 +80,7 @@ def prepare_host() -> None:
     """
     use_cpu_cores()
     keep_memory()
+    use_compilation_cache()
     check_devices()
 
 

@@ -19,7 +19,7 @@ import tyro
 
 from cifar_jax.checkpoint import Progress
 from cifar_jax.cli import StopSignals, command, parse_arguments
-from cifar_jax.configs import DESCRIPTIONS, RECIPES
+from cifar_jax.configs import DESCRIPTIONS, FAULTY, RECIPES
 from cifar_jax.configs.base import Config
 from cifar_jax.console import say
 from cifar_jax.datasets import Dataset
@@ -60,9 +60,11 @@ def train_and_evaluate(
 
 
 def parse_config(arguments: list[str]) -> Config:
-    """Parses a recipe's name and flags to a Config. Raises: UserError for an unknown recipe or a bad flag."""
+    """Parses a recipe's name and flags to a Config. Raises: UserError for an unknown or faulty recipe or a bad flag."""
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = [DEFAULT_RECIPE, *arguments]
+    if arguments[0] in FAULTY:
+        raise UserError(FAULTY[arguments[0]])
     if not arguments[0].startswith("-") and arguments[0] not in RECIPES:
         close = difflib.get_close_matches(arguments[0], RECIPES, 1)
         guess = f"did you mean {close[0]}? " if close else ""

@@ -30,6 +30,7 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+import frameworks
 from weight_files import random_weights
 
 from cifar_jax import evaluate, plots, train_step, trainer, training
@@ -76,6 +77,15 @@ def _isolated(monkeypatch, tmp_path_factory):
     (home / "tfds").mkdir()
     monkeypatch.delenv("KERAS_HOME", raising=False)
     monkeypatch.chdir(home)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _skip_without_frameworks():
+    """A test for which the package imports PyTorch or Keras is skipped where they are not installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        if frameworks.ABSENT:
+            frameworks.skip_without_frameworks(patch)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 import scipy.stats
-import torch
+from frameworks import ABSENT, torch
 
 from benchmarks import ablation, accuracy, parity_training, pytorch_training, seeds, workloads
 from cifar_jax import trainer
@@ -24,6 +24,9 @@ pytestmark = pytest.mark.usefixtures("direct_convolutions", "no_figures")
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
     """On a busy machine PyTorch's threads spend most of their time waiting for each other."""
+    if ABSENT:
+        yield
+        return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -105,7 +108,7 @@ def test_parity_in_parts_and_together(quick_recipe, tiny_dataset, tmp_path, run_
     torch.save(checkpoint | {"recipe": "another"}, tmp_path / "parts" / "parity_lenet5/pytorch_seed0/checkpoint.pth")
     status, _, errors = run_command(accuracy.main, *parts, *flags)
     assert status == 2
-    assert "is of another recipe" in errors
+    assert "another recipe" in errors
     shorter = seeds.configure(seeds.Arguments(tmp_path, num_epochs=1, runs=tmp_path), "lenet5_reference", "", 0)
     shorter = dataclasses.replace(shorter, workdir=str(tmp_path / "whole" / "parity_lenet5" / "pytorch_seed0"))
     metrics = pytorch_training.train_in_pytorch(shorter, tiny_dataset, never)["metrics"]
@@ -161,7 +164,7 @@ def test_pytorch_trains_the_recipe(dropout, rate, quick_recipe, tiny_dataset, tm
     orders = iter(range(2))
     monkeypatch.setattr(pytorch_training.pytorch, "create_model", from_jax)
     in_order = lambda count: torch.tensor(np.array(epoch_order(config.seed, next(orders), count)))
-    monkeypatch.setattr(torch, "randperm", in_order)
+    monkeypatch.setattr("torch.randperm", in_order)
     config = dataclasses.replace(config, workdir=str(tmp_path / "pytorch"))
     theirs = pytorch_training.train_in_pytorch(config, tiny_dataset, never)
     for field in ("test_loss", "test_accuracy", *([] if dropout else ["train_loss"])):

@@ -3,17 +3,60 @@ import importlib
 
 import pytest
 
-from cifar_jax.configs import DESCRIPTIONS, RECIPES
+from cifar_jax import configs
+from cifar_jax.configs import DESCRIPTIONS, FAULTY, RECIPES
 from cifar_jax.errors import UserError
+from cifar_jax.train import parse_config
+
+RECIPE = """
+from cifar_jax.configs.base import Config
+
+CONFIG = Config(workdir="runs/x", model="lenet5", dropout_rates=(0.2, 0.2), input_scaling="unit", dataset="digits",
+                batch_size=32, num_epochs=1, {})
+"""
 
 
 def test_every_recipe_has_its_folder_file_and_description():
-    assert list(RECIPES) == ["all_cnn", "all_cnn_fast", "all_cnn_reference", "lenet5", "lenet5_reference", "quickstart"]
+    assert {"all_cnn", "all_cnn_fast", "all_cnn_reference", "lenet5", "lenet5_reference", "quickstart"} <= set(RECIPES)
+    assert list(RECIPES) == sorted(RECIPES)
     for name, config in RECIPES.items():
         assert config.workdir == f"runs/{name}"
         assert importlib.import_module(f"cifar_jax.configs.{name}").CONFIG is config
         assert f"python -m cifar_jax.train {name}" in importlib.import_module(f"cifar_jax.configs.{name}").__doc__
         assert DESCRIPTIONS[name]
+    assert FAULTY == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("bad_value", RECIPE.format("learning_rate=-1.0"), "--learning-rate -1.0: must be a number above 0"),
+        ("bad_field", RECIPE.format("learning_rat=0.1"), "'learning_rat'"),
+        ("bad_syntax", "CONFIG = (", "line 1"),
+        ("no_config", "", "CONFIG"),
+        ("no_recipe", "CONFIG = {}", "CONFIG is not a Config"),
+    ],
+)
+def test_a_faulty_recipe_is_refused_by_name_and_the_others_go_on(name, content, fault, tmp_path, monkeypatch):
+    (tmp_path / f"{name}.py").write_text(content)
+    monkeypatch.setattr(configs, "__path__", [*configs.__path__, str(tmp_path)])
+    monkeypatch.setitem(FAULTY, name, "")
+    configs.load_recipe(name)
+    with pytest.raises(UserError) as error:
+        parse_config([name])
+    assert str(error.value).startswith(f"cifar_jax/configs/{name}.py: ")
+    assert fault in str(error.value)
+    assert parse_config(["quickstart"]) == RECIPES["quickstart"]
+    assert name not in RECIPES
+
+
+def test_a_recipe_needs_no_docstring(tmp_path, monkeypatch):
+    (tmp_path / "no_docstring.py").write_text(RECIPE.format("learning_rate=0.1"))
+    monkeypatch.setattr(configs, "__path__", [*configs.__path__, str(tmp_path)])
+    for table in (RECIPES, DESCRIPTIONS):
+        monkeypatch.setitem(table, "no_docstring", None)
+    configs.load_recipe("no_docstring")
+    assert (parse_config(["no_docstring"]).learning_rate, DESCRIPTIONS["no_docstring"]) == (0.1, "")
 
 
 def test_the_reference_recipes_are_the_originals():

@@ -12,7 +12,7 @@ import pytest
 from cifar_files import OFFICIAL, assert_loads, official, write_binary, write_python
 
 from cifar_jax.datasets import DATASETS, get_dataset, hold_out, load_dataset
-from cifar_jax.datasets.cifar import CIFAR
+from cifar_jax.datasets.cifar import CIFAR, Cifar
 from cifar_jax.errors import UserError
 
 
@@ -28,7 +28,7 @@ print(sorted(DATASETS), sorted(heavy))
 """
     package = str(Path(__file__).resolve().parent.parent / "cifar_jax")
     result = subprocess.run([sys.executable, "-c", program, package], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "['cifar10', 'cifar100', 'digits'] []"
+    assert result.stdout.strip() == f"{sorted(DATASETS)} []"
 
 
 def test_every_entry_has_its_facts():
@@ -36,13 +36,13 @@ def test_every_entry_has_its_facts():
         assert info.name == name
         assert len(set(info.class_names)) == info.num_classes
         assert len(info.mean) == len(info.std) == 3
-    assert {name: info.num_classes for name, info in DATASETS.items()} == {"cifar10": 10, "cifar100": 100, "digits": 10}
+    assert [DATASETS[name].num_classes for name in ("cifar10", "cifar100", "digits")] == [10, 100, 10]
     assert DATASETS["cifar10"].mean == DATASETS["digits"].mean == (0.4914, 0.4822, 0.4465)
     assert DATASETS["cifar10"].std == DATASETS["digits"].std == (0.2470, 0.2435, 0.2616)
     assert DATASETS["cifar100"].mean == (0.5071, 0.4865, 0.4409)
     assert DATASETS["cifar100"].std == (0.2673, 0.2564, 0.2762)
-    for info in CIFAR.values():  # the official files have the classes in this order
-        assert list(info.class_names) == sorted(info.class_names)
+    for name in ("cifar10", "cifar100"):  # the official files have the classes in this order
+        assert list(DATASETS[name].class_names) == sorted(DATASETS[name].class_names)
 
 
 @pytest.mark.parametrize("function", [get_dataset, load_dataset])
@@ -63,6 +63,22 @@ def test_official_layouts(layout, name, small_cifar, tmp_path):
     assert_loads(small_cifar[name], path, name)  # data_dir names the folder or archive itself
     if path.is_file():
         assert_loads(small_cifar[name], path.rename(tmp_path / "any name"), name)
+
+
+def test_a_dataset_without_other_files_than_pickles(small_cifar, tmp_path, monkeypatch):
+    """What an entry leaves out is not looked for, and no message names it."""
+    names = ("name", "title", "class_names", "mean", "std", "train_size", "test_size", "python", "label_key", "url")
+    fields = {name: getattr(DATASETS["cifar100"], name) for name in names}
+    info = Cifar(**fields | {"name": "pickles"}, checksum="sha256:0")
+    monkeypatch.setitem(DATASETS, "pickles", info)
+    write_python(tmp_path / "data" / "cifar-100-python", small_cifar["cifar100"], name="pickles")
+    assert_loads(small_cifar["cifar100"], tmp_path / "data", "pickles")
+    (tmp_path / "other" / "cifar-100-binary").mkdir(parents=True)
+    with pytest.raises(UserError) as error:
+        load_dataset("pickles", tmp_path / "other")
+    wanted = str(error.value).partition("neither of ")[2].partition(":")[0]
+    images = "{train,test}-*.parquet, train/CLASS/*.png and test/CLASS/*.png"
+    assert wanted == f"cifar-100-python, cifar-100-python.tar.gz, pickles.npz, {images}"
 
 
 def test_an_archive_that_was_only_unzipped(small_batches, tmp_path):

@@ -35,7 +35,7 @@ def test_without_pytorch(run_command, tmp_path, monkeypatch):
     run_command(early_training.main, "--help")  # tyro imports torch at its first use
     monkeypatch.setitem(sys.modules, "torch", None)
     status, _, errors = run_command(early_training.main, "--dataset", "digits", "--out", tmp_path)
-    assert (status, errors) == (2, "error: PyTorch is not installed: pip install -e '.[parity]'\n")
+    assert (status, errors) == (2, "error: PyTorch is not installed: pip install 'cifar_jax[parity]'\n")
 
 
 def test_too_many_steps_are_refused(run_command, tmp_path):

@@ -57,7 +57,7 @@ def test_the_forms_differ(monkeypatch):
 
 
 def test_bad_input_is_one_line_and_status_2(tmp_path, run_command):
-    messages = {("--workloads", "resnet"): "resnet", ("--workloads",): "--workloads: name one or more"}
+    messages = {("--workloads", "resnet"): "resnet", ("--workloads",): "--workloads "}
     (tmp_path / "kernels.json").mkdir()
     for flags, message in (messages | {(): "kernels.json: name another --out"}).items():
         status, _, error = run_command(kernels.main, "--out", tmp_path, *flags)

@@ -1,3 +1,4 @@
+import math
 from functools import cache, partial
 from typing import Any
 
@@ -32,7 +33,7 @@ CONVOLUTIONS = [
     ((3, 6, 5, 6), (5, 5, 6, 2), "SAME"),
     ((2, 4, 3, 8), (1, 3, 8, 4), "VALID"),
 ]
-WINOGRAD = [c for c in CONVOLUTIONS if 1 < c[1][1] < 6 and c[1][2] > 4 and c[0][2] > 5]  # are taken in this form
+WINOGRAD = [c for c in CONVOLUTIONS if 1 < c[1][1] < 6 and c[1][2] > 4 and c[0][2] > 5]  # in this form
 DIRECT = [c for c in CONVOLUTIONS if c not in WINOGRAD]
 POOLS = [((4, 32, 32, 96), 3, 2), ((4, 13, 13, 192), 3, 2), ((4, 28, 28, 32), 2, 2), ((4, 10, 10, 64), 2, 2)]
 ODD_POOLS = [((1, 7, 5, 2), 3, 2), ((3, 9, 4, 1), 2, 3), ((2, 5, 6, 3), 4, 1)]
@@ -398,19 +399,31 @@ def test_a_program_for_any_batch_size():
 
 
 @pytest.mark.parametrize("probability", [0.5, 0.8, 1 - 2**-16])
-@pytest.mark.parametrize("shape", [(200_000,), (3, 5, 7, 1001)])  # an odd number as well
+@pytest.mark.parametrize("shape", [(200_000,), (3, 5, 7, 1001), (8, 14, 14, 128)])
 def test_bernoulli_mask(probability, shape):
     mask = np.asarray(ops.bernoulli_mask(jax.random.key(0), probability, shape))
     assert (mask.shape, mask.dtype) == (shape, bool)
     flat = mask.ravel()
     spread = 5 * np.sqrt(probability * (1 - probability) / flat.size)
-    assert abs(flat.mean() - probability) < spread + 2**-17
-    # Elements half the array apart share a word: they must not share their fate. Nor may neighbours or keys.
-    half = -(-flat.size // 2)
+    assert abs(flat.mean() - probability) < spread + 2**-32
+    # Neighbours along every axis, elements far apart and the masks of other keys are independent.
     other = np.asarray(ops.bernoulli_mask(jax.random.key(1), probability, shape)).ravel()
-    for left, right in ((flat[:-1], flat[1:]), (flat[: flat.size - half], flat[half:]), (flat, other)):
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    pairs = [(flat[:-stride], flat[stride:]) for stride in {*strides, 2, 2**10, 2**16, flat.size // 2}]
+    for left, right in [*pairs, (flat, other)]:
         expected = probability**2
         assert abs((left & right).mean() - expected) < 5 * np.sqrt(expected * (1 - expected) / left.size) + 2**-16
+
+
+def test_masks_of_many_keys_are_independent():
+    """Of each element over 4,000 keys, and of each pair of keys over 64 elements: the counts are binomial."""
+    keys = jax.random.split(jax.random.key(0), 4000)
+    masks = np.asarray(jax.jit(jax.vmap(lambda key: ops.bernoulli_mask(key, 0.5, (64,))))(keys))
+    by_element, by_key = masks.sum(0), masks.sum(1)
+    assert abs(by_element - 2000).max() < 5 * np.sqrt(1000)
+    assert 14 < by_key.var() < 18  # 64/4 = 16, with a standard error of 0.36
+    correlations = np.corrcoef(masks.T) - np.eye(64)
+    assert np.abs(correlations).max() < 5.5 / np.sqrt(4000)
 
 
 def test_a_certain_mask():

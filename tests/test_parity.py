@@ -10,9 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
+from frameworks import REASON
+
+pytest.importorskip("torch", reason=REASON)
+pytest.importorskip("keras", reason=REASON)
+
 import parity_keras
 import parity_pytorch
-import pytest
 import torch
 from parity import check, command, distributions, forward, ours, predictions, training
 
@@ -117,8 +122,8 @@ def failed(checks):
 
 @pytest.mark.parametrize("script", list(SCRIPTS))
 def test_the_script_passes(script, tmp_path, run_command, our_side):
-    files = [tmp_path / f"{model}.safetensors" for model in MODELS]
-    for model, path in zip(MODELS, files):
+    files = [tmp_path / f"{model}.safetensors" for model in pytorch_weights.TWINS]
+    for model, path in zip(pytorch_weights.TWINS, files):
         save_weights(path, Weights(model, ours.initial_params(model), "unit"))
     sizes = {"images": 8, "steps": 3, "batch-size": 2, "seeds": 2, "test-images": 20}
     flags = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
@@ -273,7 +278,7 @@ def test_a_wrong_layer_is_seen(monkeypatch, tmp_path, batch, model, reference, d
         assert part in names
 
 
-@pytest.mark.parametrize("model", list(MODELS))
+@pytest.mark.parametrize("model", list(pytorch_weights.TWINS))
 def test_a_lost_gradient_is_seen(monkeypatch, digits, model, our_side):
     """One tensor's gradient is zero, also in float32, where All-CNN's tolerance is widest."""
     compute = ours.jax_loss_and_gradients

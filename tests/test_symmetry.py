@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("direct_convolutions", "no_figures")
 SIDES = {"lenet5": 32, "all_cnn": 31}  # image sizes for which the pools skip no column
 
 
-@pytest.fixture(params=list(MODELS), scope="module")
+@pytest.fixture(params=list(SIDES), scope="module")
 def network(request):
     """Returns (apply, params, images, layers) with small random images and nonzero biases."""
     model, side = MODELS[request.param](), SIDES[request.param]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+from frameworks import torch
 
 from cifar_jax.errors import UserError
 from cifar_jax.models import MODELS
@@ -13,7 +13,7 @@ from cifar_jax.weights import pytorch as interop_pytorch
 from cifar_jax.weights.params import expected_shapes, layers_from_params
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+@pytest.fixture(scope="module", params=list(interop_pytorch.TWINS))
 def network(request):
     """Returns (model's name, params with nonzero biases, images, Flax logits)."""
     name = request.param
@@ -139,7 +139,7 @@ def test_layers_are_in_the_networks_order():
 def test_keras_with_a_backend_that_is_not_there(monkeypatch):
     monkeypatch.setitem(sys.modules, "keras", None)
     for backend, advice in (
-        ("torch", "pip install -e"),
+        ("torch", "pip install 'cifar_jax"),
         ("tensorflow", "KERAS_BACKEND is tensorflow: set it to torch"),
     ):
         monkeypatch.setenv("KERAS_BACKEND", backend)

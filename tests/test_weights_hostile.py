@@ -14,7 +14,7 @@ import h5py
 import jax
 import numpy as np
 import pytest
-import torch
+from frameworks import torch
 from weight_files import random_weights
 
 from cifar_jax.errors import UserError

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
+from frameworks import keras as api
+from frameworks import keras_layers as L
 from weight_files import random_weights
 
 from cifar_jax.batches import pixel_statistics, scale_images
@@ -27,8 +29,6 @@ from cifar_jax.weights.files import load_weights, save_weights
 
 FIXTURES = Path(__file__).parent / "fixtures"
 KINDS = ("keras", "weights.h5", "h5")
-api = keras.import_keras()
-L = api.layers
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
 
 
@@ -89,11 +89,11 @@ def test_files_saved_on_windows(tmp_path, all_cnn):
 # --- Fields of an architecture ---
 
 
-def lenet5_layers(pool=L.MaxPooling2D, flatten=L.Flatten, **conv):
+def lenet5_layers(flatten=None, **conv):
     data_format = {"data_format": conv["data_format"]} if "data_format" in conv else {}
     return [
-        *(L.Conv2D(32, 5, activation="relu", **conv), pool(2, **data_format)),
-        *(L.Conv2D(64, 5, activation="relu", **conv), pool(2, **data_format), flatten()),
+        *(L.Conv2D(32, 5, activation="relu", **conv), L.MaxPooling2D(2, **data_format)),
+        *(L.Conv2D(64, 5, activation="relu", **conv), L.MaxPooling2D(2, **data_format), flatten or L.Flatten()),
         *(L.Dense(200, "relu"), L.Dense(100, "relu"), L.Dense(10)),
     ]
 
@@ -104,7 +104,7 @@ def test_channels_first(tmp_path, lenet5, kind, flatten, capsys):
     """A plain Flatten keeps channels first. Flatten(channels_first) moves them last."""
     layers = lenet5_layers(
         data_format="channels_first",
-        flatten=L.Flatten if flatten == "plain" else lambda: L.Flatten(data_format="channels_first"),
+        flatten=None if flatten == "plain" else L.Flatten(data_format="channels_first"),
     )
     network = api.Sequential([L.Input((3, 32, 32)), *layers])
     tensors = keras.params_to_keras(lenet5.params)
@@ -261,18 +261,19 @@ def test_functional_networks(tmp_path, lenet5):
 MEAN, STD = np.array([0.4914, 0.4822, 0.4465]), np.array([0.2470, 0.2435, 0.2616])
 OTHER_MEAN, OTHER_STD = np.array([0.3, 0.4, 0.5]), np.array([0.2, 0.25, 0.3])
 SCALED = {  # layers, for pixels from 0 to 255 unless noted, and the expected reading
-    "to 1": ([L.Rescaling(1 / 255)], 255, "unit", True),
-    "to ±1": ([L.Rescaling(1 / 127.5, -1)], 255, "symmetric", True),
-    "rescaled and normalised": ([L.Rescaling(1 / 255), L.Normalization(mean=MEAN, variance=STD**2)], 255,
+    "to 1": (lambda: [L.Rescaling(1 / 255)], 255, "unit", True),
+    "to ±1": (lambda: [L.Rescaling(1 / 127.5, -1)], 255, "symmetric", True),
+    "rescaled and normalised": (lambda: [L.Rescaling(1 / 255), L.Normalization(mean=MEAN, variance=STD**2)], 255,
                                 "standardized", True),
-    "normalised from 255": ([L.Normalization(mean=255 * MEAN, variance=(255 * STD) ** 2)], 255, "standardized", True),
-    "normalised from 1": ([L.Normalization(mean=MEAN, variance=STD**2)], 1, "standardized", True),
-    "±1 from 1": ([L.Rescaling(2.0, -1)], 1, "symmetric", True),
-    "twice": ([L.Rescaling(1 / 255), L.Rescaling(2.0, -1)], 255, "symmetric", True),
-    "means only": ([L.Rescaling(1 / 255, offset=list(-MEAN))], 255, "standardized", False),
-    "half": ([L.Rescaling(0.5 / 255)], 255, "unit", False),
-    "other means": ([L.Rescaling(1 / 255), L.Normalization(mean=OTHER_MEAN, variance=OTHER_STD**2)], 255, "unit",
-                    False),
+    "normalised from 255": (lambda: [L.Normalization(mean=255 * MEAN, variance=(255 * STD) ** 2)], 255, "standardized",
+                            True),
+    "normalised from 1": (lambda: [L.Normalization(mean=MEAN, variance=STD**2)], 1, "standardized", True),
+    "±1 from 1": (lambda: [L.Rescaling(2.0, -1)], 1, "symmetric", True),
+    "twice": (lambda: [L.Rescaling(1 / 255), L.Rescaling(2.0, -1)], 255, "symmetric", True),
+    "means only": (lambda: [L.Rescaling(1 / 255, offset=list(-MEAN))], 255, "standardized", False),
+    "half": (lambda: [L.Rescaling(0.5 / 255)], 255, "unit", False),
+    "other means": (lambda: [L.Rescaling(1 / 255), L.Normalization(mean=OTHER_MEAN, variance=OTHER_STD**2)], 255,
+                    "unit", False),
 }  # fmt: skip
 
 
@@ -285,9 +286,7 @@ def test_layers_that_scale_pixels_are_read(tmp_path, case, model, capsys, reques
     layers, unit, scaling, unchanged = SCALED[case]
     weights = request.getfixturevalue(model)
     twin = keras.create_model(model)
-    network = api.Sequential(
-        [L.Input((32, 32, 3)), *[type(x).from_config(x.get_config()) for x in layers], *twin.layers]
-    )
+    network = api.Sequential([L.Input((32, 32, 3)), *layers(), *twin.layers])
     twin.set_weights(keras.params_to_keras(weights.params))
     network.save(tmp_path / "x.keras")
     if (model, case) == ("all_cnn", "other means"):
@@ -326,7 +325,7 @@ def test_an_adapted_normalization_in_every_file(tmp_path, lenet5):
 
 
 @pytest.mark.parametrize("kind", ["keras", "h5"])
-@pytest.mark.parametrize("model", list(MODELS))
+@pytest.mark.parametrize("model", list(keras.TWINS))
 def test_keras_opens_what_we_write(tmp_path, kind, model, request):
     """Keras 2.15 opens them too: fixtures/open_in_keras_2.py."""
     weights = request.getfixturevalue(model)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+from frameworks import keras as keras_api
+from frameworks import torch
 from weight_files import random_weights
 
 from cifar_jax.errors import UserError
@@ -77,10 +78,10 @@ def test_it_is_read_from_a_pytorch_module(tmp_path, eleven):
 
 def test_it_is_read_from_keras(tmp_path, eleven):
     assert_same(keras.params_from_keras(ordered(eleven.params)), eleven.params)
-    layers = keras.import_keras().layers
+    layers = keras_api.layers
     convolutions = [layers.Conv2D(8, 3, padding="same", activation="relu") for _ in range(10)]
     last = [layers.Conv2D(eleven.num_classes, 1), layers.GlobalAveragePooling2D()]
-    network = keras.import_keras().Sequential([layers.Input((32, 32, 3)), *convolutions, *last])
+    network = keras_api.Sequential([layers.Input((32, 32, 3)), *convolutions, *last])
     network.set_weights(ordered(eleven.params))
     network.save_weights(tmp_path / "x.weights.h5")
     network.save(tmp_path / "x.keras")
@@ -96,7 +97,7 @@ def test_without_a_twin_it_is_not_written_for_other_frameworks(tmp_path, eleven,
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pth", "h5", "weights.h5", "keras"])
-@pytest.mark.parametrize("model", list(MODELS))
+@pytest.mark.parametrize("model", list(pytorch.TWINS))
 def test_a_hundred_classes(tmp_path, kind, model):
     weights = random_weights(model, 100)
     save_weights(tmp_path / f"x.{kind}", weights)

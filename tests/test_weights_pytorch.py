@@ -3,18 +3,15 @@
 import jax
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
-from torch import nn
+from frameworks import torch
 from weight_files import random_weights
 
 from cifar_jax.errors import UserError
-from cifar_jax.models import MODELS
 from cifar_jax.weights import pytorch
 from cifar_jax.weights.files import load_weights, save_weights
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+@pytest.fixture(scope="module", params=list(pytorch.TWINS))
 def network(request):
     weights = random_weights(request.param)
     return weights, {k: torch.tensor(v) for k, v in pytorch.params_to_pytorch(weights.params).items()}
@@ -64,7 +61,7 @@ def numbered_backwards(state_dict):
         lambda d: {"weights of mine": d},
         lambda d: {"checkpoint": 1, "model": {"state_dict": d}},
         lambda d: {k: v.double() for k, v in d.items()},
-        lambda d: {k: nn.Parameter(v) for k, v in d.items()},
+        lambda d: {k: torch.nn.Parameter(v) for k, v in d.items()},
         lambda d: {k: torch.stack([v, v])[1] for k, v in d.items()},  # views of larger storages
         lambda d: {k: v.T.contiguous().T if v.ndim == 2 else v for k, v in d.items()},  # not contiguous
         lambda d: {k.replace("convLayer", "conv"): v for k, v in d.items()},  # names in an earlier version
@@ -139,33 +136,39 @@ def test_bfloat16_and_float16_files(tmp_path, network):
 
 def test_a_state_dict_in_safetensors(tmp_path, network):
     weights, state_dict = network
-    safetensors.torch.save_file(state_dict, tmp_path / "x.safetensors")
+    from safetensors.torch import save_file  # here: it imports torch
+
+    save_file(state_dict, tmp_path / "x.safetensors")
     assert_same(load_weights(tmp_path / "x.safetensors").params, weights.params)
 
 
-class Notebook(nn.Module):
-    """The names of the original notebook's class, `xav` among them."""
+def notebook():
+    """The original notebook's network, with the names of its class, `xav` among them."""
+    nn = torch.nn
 
-    def __init__(self):
-        super().__init__()
-        self.convLayer1 = nn.Conv2d(3, 32, 5)
-        self.convLayer2 = nn.Conv2d(32, 64, 5)
-        self.fullyc1 = nn.Linear(1600, 200)
-        self.xav = nn.init.xavier_normal_(self.fullyc1.weight)
-        self.fullyc2 = nn.Linear(200, 100)
-        self.fullyc3 = nn.Linear(100, 10)
+    class Notebook(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convLayer1 = nn.Conv2d(3, 32, 5)
+            self.convLayer2 = nn.Conv2d(32, 64, 5)
+            self.fullyc1 = nn.Linear(1600, 200)
+            self.xav = nn.init.xavier_normal_(self.fullyc1.weight)
+            self.fullyc2 = nn.Linear(200, 100)
+            self.fullyc3 = nn.Linear(100, 10)
 
-    def forward(self, x):
-        x = torch.max_pool2d(torch.relu(self.convLayer1(x)), 2)
-        x = torch.max_pool2d(torch.relu(self.convLayer2(x)), 2)
-        x = torch.relu(self.fullyc1(x.flatten(1)))
-        return self.fullyc3(torch.relu(self.fullyc2(x)))
+        def forward(self, x):
+            x = torch.max_pool2d(torch.relu(self.convLayer1(x)), 2)
+            x = torch.max_pool2d(torch.relu(self.convLayer2(x)), 2)
+            x = torch.relu(self.fullyc1(x.flatten(1)))
+            return self.fullyc3(torch.relu(self.fullyc2(x)))
+
+    return Notebook()
 
 
 def test_the_notebooks_own_class_takes_our_weights(tmp_path):
     weights = random_weights("lenet5")
     save_weights(tmp_path / "x.pth", weights)
-    network = Notebook().eval()
+    network = notebook().eval()
     assert next(iter(network.state_dict())) == "xav"
     network.load_state_dict(torch.load(tmp_path / "x.pth", weights_only=True), strict=True)
     images = np.random.default_rng(0).random((3, 32, 32, 3), np.float32)

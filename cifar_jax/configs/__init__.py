@@ -7,7 +7,24 @@ import pkgutil
 
 from cifar_jax.configs.base import Config
 
-_NAMES = [module.name for module in pkgutil.iter_modules(__path__) if module.name != "base"]
-_MODULES = {name: importlib.import_module(f"{__name__}.{name}") for name in _NAMES}
-RECIPES: dict[str, Config] = {name: module.CONFIG for name, module in _MODULES.items()}
-DESCRIPTIONS: dict[str, str] = {name: (module.__doc__ or "").splitlines()[0] for name, module in _MODULES.items()}
+RECIPES: dict[str, Config] = {}
+DESCRIPTIONS: dict[str, str] = {}
+FAULTY: dict[str, str] = {}  # recipes that can't be used: the name, and a line that says why
+
+
+def load_recipe(name: str) -> None:
+    """Puts a module of this folder into RECIPES, or into FAULTY."""
+    try:
+        module = importlib.import_module(f"{__name__}.{name}")
+        if not isinstance(module.CONFIG, Config):
+            raise TypeError("CONFIG is not a Config")
+    except Exception as error:  # whatever it is, the other recipes go on
+        FAULTY[name] = f"cifar_jax/configs/{name}.py: {error}"
+    else:
+        RECIPES[name] = module.CONFIG
+        DESCRIPTIONS[name] = (module.__doc__ or "").strip().partition("\n")[0]
+
+
+for _module in pkgutil.iter_modules(__path__):
+    if _module.name != "base":
+        load_recipe(_module.name)

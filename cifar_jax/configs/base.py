@@ -30,7 +30,7 @@ class Config:
     model: ModelName
     """Network."""
     dropout_rates: tuple[float, ...]
-    """Dropout rates. all_cnn: after the first convolution and both pools; lenet5: after both convolutions."""
+    """Dropout rates, one for each dropout layer of the network, from the first to the last."""
     input_scaling: InputScaling
     """Scaling of pixels: to [0, 1], to [-1, 1], or to zero mean and unit variance per channel (training set)."""
     batch_size: int
@@ -41,7 +41,7 @@ class Config:
     """Peak learning rate."""
 
     dataset: DatasetName = "cifar10"
-    """CIFAR-10, CIFAR-100 (fine labels), or scikit-learn's embedded handwritten digits, enlarged to 32×32×3."""
+    """Dataset. cifar100 has the fine labels; digits are scikit-learn's embedded handwritten digits."""
     data_dir: str | None = None
     """Folder of the dataset, or an empty folder to download it to; None: the standard places (docs/data.md)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -127,14 +127,14 @@ class Config:
     """Replace a rectangle of each image by another image of its batch. Beta(alpha, alpha) gives the area that stays
     (arXiv:1905.04899); 0: off."""
     image_sizes: tuple[tuple[int, int], ...] = ()
-    """Sides in pixels of the images in the first epochs: pairs of a side and a number of epochs. Only for all_cnn."""
+    """Sides in pixels of the images in the first epochs: pairs of a side and a number of epochs. Not for lenet5."""
 
     eval_batch_size: int = 500
     """Images per evaluation step, over all devices."""
     num_devices: int | None = None
     """Number of local devices; None: all, but no more CPU cores than can get 16 images each. It affects dropout."""
     steps_per_call: int | None = None
-    """Training steps per compiled call; None: on a CPU 1 for all_cnn and 16 for lenet5, elsewhere 1,000."""
+    """Training steps per compiled call; None: on a CPU the network's own number, elsewhere 1,000."""
 
     def __post_init__(self) -> None:
         def check(ok: bool, field: str, rule: str) -> None:

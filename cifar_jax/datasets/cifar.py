@@ -28,22 +28,30 @@ class OfficialFiles:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cifar(DatasetInfo):
-    """A dataset in CIFAR's formats, with its file names."""
+    """A dataset in CIFAR's formats, with its file names. A field that is left out means that there is no such format.
+
+    A .npz file and folders of PNG files are found by the names of the dataset and of its classes.
+    """
 
     train_size: int
     test_size: int
     python: OfficialFiles  # pickles of {'data': uint8 [N, 3072], label_key: N integers}
     label_key: str
-    binary: OfficialFiles  # records of label_bytes labels, the last of which counts, and the pixels
-    label_bytes: int
     url: str  # of the Python archive
     checksum: str
-    keras_archives: tuple[str, ...]  # Keras' names for the Python archive
-    keras_folder: str  # folder to which Keras unpacks it
-    tfds: str  # TensorFlow Datasets' name and version
-    tfds_label: str
-    hugging_face: str  # the folder of the parquet files
-    hugging_face_label: str
+    binary: OfficialFiles | None = None  # records of label_bytes labels, the last of which counts, and the pixels
+    label_bytes: int = 1
+    keras_archives: tuple[str, ...] = ()  # what Keras calls the Python archive
+    keras_folder: str = ""  # where Keras unpacks it
+    tfds: str = ""  # TensorFlow Datasets' name and version, as cifar10/3.0.2
+    tfds_label: str = "label"
+    hugging_face: str = ""  # the folder of the parquet files
+    hugging_face_label: str = "label"
+
+    @property
+    def official(self) -> tuple[OfficialFiles, ...]:
+        """The official files of either kind, Python's first."""
+        return (self.python,) if self.binary is None else (self.python, self.binary)
 
     def size(self, split: str) -> int:
         return {"train": self.train_size, "test": self.test_size}[split]

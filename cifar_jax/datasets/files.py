@@ -24,7 +24,7 @@ LAYOUTS = (tfds.LAYOUT, official.LAYOUT, npz.LAYOUT, parquet.LAYOUT, imagefolder
 def load_files(info: Cifar, data_dir: str | os.PathLike[str] | None) -> Dataset:
     """Finds, downloads if necessary, decodes and checks a dataset. Raises: UserError, naming the file."""
     layout, path = _locate(info, None if data_dir is None else _user_path(data_dir, "--data-dir"))
-    cache, files = _cache_folder(), layout.files(info, path)
+    cache, files = cache_folder(), layout.files(info, path)
 
     def decode() -> Arrays:
         print(f"decoding {path}", file=sys.stderr)
@@ -40,7 +40,7 @@ def _locate(info: Cifar, named: Path | None) -> tuple[Layout, Path]:
         if (found := _find(info, named, named=True)) is not None:
             return found
         if not _is_empty(named):
-            wanted = ", ".join(layout.wanted(info) for layout in LAYOUTS)
+            wanted = ", ".join(filter(None, (layout.wanted(info) for layout in LAYOUTS)))
             raise UserError(
                 f"--data-dir {named}: {info.title} not found (none of {wanted}): name its folder, or an empty folder "
                 "to download it to"
@@ -49,7 +49,7 @@ def _locate(info: Cifar, named: Path | None) -> tuple[Layout, Path]:
     for place in _places():
         if (found := _find(info, place, named=False)) is not None:
             return found
-    folder = _cache_folder()
+    folder = cache_folder()
     if folder is None:
         raise UserError(f"{info.title} not found, and no home folder to download it to: name a folder by --data-dir")
     return official.LAYOUT, download(info, folder)
@@ -97,7 +97,7 @@ def _places() -> Iterator[Path]:
         yield _user_path(named, "KERAS_HOME") / "datasets"
     elif home is not None:
         yield home / ".keras" / "datasets"
-    if (cache := _cache_folder()) is not None:
+    if (cache := cache_folder()) is not None:
         yield cache
 
 
@@ -117,7 +117,7 @@ def _home() -> Path | None:
     return home if home.is_absolute() else None
 
 
-def _cache_folder() -> Path | None:
+def cache_folder() -> Path | None:
     """Returns CIFAR_JAX_CACHE or the user's cache folder; None without a home folder."""
     if folder := os.environ.get("CIFAR_JAX_CACHE"):
         return _user_path(folder, "CIFAR_JAX_CACHE")

@@ -21,14 +21,14 @@ _BLOCK = 512  # bytes of a tar block
 
 def find(info: Cifar, folder: Path, named: bool) -> Path | None:
     """Returns the folder or archive to read. If the user named `folder`, it may also be one of them itself."""
-    kinds = info.python, info.binary
     if named and os.path.isfile(folder) and not any(starts_with(folder, magic) for magic in (b"PK\3\4", b"PAR1")):
         return folder
+    python, *binary = (kind.archive for kind in info.official)
     for place in (folder, folder / info.keras_folder):
-        for unpacked in [place / kind.folder for kind in kinds] + ([place] if named else []):
-            if any(os.path.isfile(unpacked / name) for kind in kinds for name in kind.names):
+        for unpacked in [place / kind.folder for kind in info.official] + ([place] if named else []):
+            if any(os.path.isfile(unpacked / name) for kind in info.official for name in kind.names):
                 return unpacked
-        archives = (info.python.archive, *info.keras_archives, info.binary.archive)
+        archives = (python, *info.keras_archives, *binary)
         if found := next((place / name for name in archives if os.path.isfile(place / name)), None):
             return found
     return None
@@ -41,7 +41,7 @@ def read(info: Cifar, path: Path) -> Arrays:
         present: Callable[[str], bool] = members.__contains__
     else:
         present = lambda name: os.path.isfile(path / name)
-    kind = next((kind for kind in (info.python, info.binary) if any(map(present, kind.names))), None)
+    kind = next((kind for kind in info.official if any(map(present, kind.names))), None)
     if kind is None:
         raise UserError(f"{path}: no file of {info.title} in it ({info.python.names[0]} …): name its archive or folder")
     if missing := [name for name in kind.names if not present(name)]:
@@ -61,13 +61,12 @@ def read(info: Cifar, path: Path) -> Arrays:
 
 
 def _files(info: Cifar, path: Path) -> list[Path]:
-    kinds = info.python, info.binary
-    inside = [path / name for kind in kinds for name in kind.names]
+    inside = [path / name for kind in info.official for name in kind.names]
     return [path] if os.path.isfile(path) else [file for file in inside if os.path.isfile(file)]
 
 
 def _wanted(info: Cifar) -> str:
-    return ", ".join(name for kind in (info.python, info.binary) for name in (kind.folder, kind.archive))
+    return ", ".join(name for kind in info.official for name in (kind.folder, kind.archive))
 
 
 LAYOUT = Layout(find, read, _files, _wanted)
@@ -98,7 +97,7 @@ def _size_limit(images: int) -> int:
 def _read_members(info: Cifar, path: Path) -> dict[str, memoryview]:
     """Returns {name: bytes} of CIFAR's files in an archive, in any folder of it. Nothing is unpacked to disk."""
     limit = _size_limit(info.train_size + info.test_size)
-    wanted = info.python.names + info.binary.names
+    wanted = {name for kind in info.official for name in kind.names}
     try:
         with path.open("rb") as file:
             is_gzip = file.read(2) == b"\x1f\x8b"

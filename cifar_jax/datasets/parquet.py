@@ -45,5 +45,5 @@ LAYOUT = Layout(
     find,
     read,
     lambda info, path: matching(path, "*.parquet"),
-    lambda info: f"{info.hugging_face}/{{train,test}}-*.parquet",
+    lambda info: str(Path(info.hugging_face, "{train,test}-*.parquet")),
 )

@@ -16,6 +16,8 @@ from cifar_jax.errors import UserError
 
 def find(info: Cifar, folder: Path, named: bool) -> Path | None:
     """Returns the folder NAME/VERSION: `folder` itself or below it."""
+    if not info.tfds:
+        return None
     name, version = info.tfds.split("/")
     for place in (folder, folder / version, folder / name / version):
         if os.path.isfile(place / "dataset_info.json") and place.absolute().parts[-2:] == (name, version):
@@ -58,4 +60,4 @@ def _files(info: Cifar, path: Path) -> list[Path]:
     return [path / "dataset_info.json", *matching(path, f"{info.tfds.partition('/')[0]}-*.array_record*")]
 
 
-LAYOUT = Layout(find, read, _files, lambda info: f"{info.tfds} of TFDS")
+LAYOUT = Layout(find, read, _files, lambda info: info.tfds and f"{info.tfds} of TFDS")

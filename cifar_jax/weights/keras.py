@@ -32,7 +32,9 @@ def import_keras() -> Any:
         import keras
     except (ImportError, ValueError) as error:  # ValueError: Keras does not know the KERAS_BACKEND
         backend = os.environ["KERAS_BACKEND"]
-        advice = "pip install -e '.[parity]'" if backend == "torch" else f"KERAS_BACKEND is {backend}: set it to torch"
+        advice = (
+            "pip install 'cifar_jax[parity]'" if backend == "torch" else f"KERAS_BACKEND is {backend}: set it to torch"
+        )
         raise UserError(f"Keras or its backend is not installed ({error}): {advice}") from error
     return keras
 

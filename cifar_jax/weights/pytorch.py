@@ -103,7 +103,7 @@ def import_torch() -> Any:
     try:
         import torch
     except ImportError as error:
-        raise UserError("PyTorch is not installed: pip install -e '.[parity]'") from error
+        raise UserError("PyTorch is not installed: pip install 'cifar_jax[parity]'") from error
     return torch
 
 
