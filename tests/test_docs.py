@@ -10,6 +10,7 @@ import importlib
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -19,12 +20,14 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+from small_runs import first_images
 
 from benchmarks.report.results import ROOT
+from cifar_jax import evaluate, plots, train
 from cifar_jax.configs import DESCRIPTIONS, RECIPES
 from cifar_jax.datasets import DATASETS, DatasetInfo
 from cifar_jax.errors import UserError
-from cifar_jax.pretrained import pretrained_path
+from cifar_jax.pretrained import pretrained_names, pretrained_path
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
@@ -53,7 +56,7 @@ class Elsewhere:
     text: str
 
 
-TINY = "--batch-size 30 --eval-batch-size 30 --num-epochs 1 --num-devices 1 --steps-per-call 1"
+TINY = "--batch-size 30 --eval-batch-size 10 --num-epochs 1 --num-devices 1 --steps-per-call 1"
 INSTALLED = Elsewhere(".ci/run", "-e '.[test]'")
 TESTED = Elsewhere(".ci/run", "\npytest\n")
 ACCURACY = Stops("--out photo.jpg", "tests/test_accuracy.py")
@@ -192,10 +195,49 @@ class TinyInfo(DatasetInfo):
         return dataclasses.replace(self.data, info=self)
 
 
+@pytest.fixture(scope="module")
+def done():
+    """The summary and the folder of each trained recipe, and the result of each evaluation, for all pages."""
+    return {}
+
+
 @pytest.fixture
-def reader(tmp_path, monkeypatch, tiny_dataset, direct_convolutions):
+def once(done, monkeypatch, tmp_path_factory):
+    """Trains each recipe once for all pages, without figures, and then copies its folder. Evaluates each released
+    network once. The folder, the seed and automatic restarts make no difference."""
+    train_and_evaluate, evaluate_source = train.train_and_evaluate, evaluate.evaluate
+
+    def train_once(config, *arguments, **options):
+        key, workdir = dataclasses.replace(config, workdir="run", seed=0, auto_restart=False), Path(config.workdir)
+        if workdir.exists():
+            return train_and_evaluate(config, *arguments, **options)
+        if key not in done:
+            with monkeypatch.context() as patch:
+                patch.setattr(plots, "plot_run", lambda workdir: None)
+                summary = train_and_evaluate(config, *arguments, **options)
+            done[key] = summary, shutil.copytree(workdir, tmp_path_factory.mktemp("done") / "run")
+        summary, run = done[key]
+        shutil.copytree(run, workdir, dirs_exist_ok=True)
+        return summary
+
+    def evaluate_once(source, *arguments):
+        if source.name not in pretrained_names():
+            return evaluate_source(source, *arguments)
+        key = (source.name, source.config.dtype, *arguments)
+        if key not in done:
+            done[key] = evaluate_source(source, *arguments)
+        return done[key]
+
+    monkeypatch.setattr(train, "train_and_evaluate", train_once)
+    monkeypatch.setattr(evaluate, "evaluate", evaluate_once)
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch, tiny_dataset, direct_convolutions, once):
     """Changes to a folder with a photo and uses tiny data, like a reader of the pages."""
-    monkeypatch.setattr(TinyInfo, "data", tiny_dataset, raising=False)
+    test = {"test_images": tiny_dataset.test_images[:10], "test_labels": tiny_dataset.test_labels[:10]}
+    data = dataclasses.replace(first_images(tiny_dataset, 60), **test)
+    monkeypatch.setattr(TinyInfo, "data", data, raising=False)
     for name in ("cifar10", "digits"):
         fields = {field.name: getattr(DATASETS[name], field.name) for field in dataclasses.fields(DatasetInfo)}
         monkeypatch.setitem(DATASETS, name, TinyInfo(**fields))

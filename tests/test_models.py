@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,11 @@ from cifar_jax.models import MODELS, AllCNN, LeNet5, unit_variance
 
 def init(model, seed=0):
     return jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 32, 32, 3)))
+
+
+def size_of(model):
+    """Of images that a test of it takes: small where it takes them."""
+    return (16, 16) if model.RESIZABLE else (32, 32)
 
 
 @pytest.mark.parametrize(("name", "count"), [("all_cnn", 1_369_738), ("lenet5", 395_006)])
@@ -77,7 +84,7 @@ def test_lenet5_initialisers_are_pytorch():
 @pytest.mark.parametrize("name", MODELS)
 def test_dropout_only_in_training(name):
     model = MODELS[name]()
-    variables, images = init(model), jax.random.uniform(jax.random.key(1), (2, 32, 32, 3))
+    variables, images = init(model), jax.random.uniform(jax.random.key(1), (2, *size_of(model), 3))
     run = jax.jit(lambda seed: model.apply(variables, images, train=True, rngs={"dropout": jax.random.key(seed)}))
     assert np.abs(run(0) - run(1)).max() > 1e-3
     np.testing.assert_array_equal(run(0), run(0))
@@ -85,9 +92,10 @@ def test_dropout_only_in_training(name):
     np.testing.assert_array_equal(*test())
 
 
+@pytest.mark.usefixtures("direct_convolutions")
 def test_final_relu_changes_logits_not_parameters():
     plain, published = AllCNN(), AllCNN(final_relu=True)
-    variables, images = init(plain), jax.random.uniform(jax.random.key(1), (4, 32, 32, 3))
+    variables, images = init(plain), jax.random.uniform(jax.random.key(1), (4, 16, 16, 3))
     assert jax.tree.structure(variables) == jax.tree.structure(init(published))
     assert jax.jit(plain.apply)(variables, images).min() < 0
     assert jax.jit(published.apply)(variables, images).min() >= 0
@@ -96,12 +104,13 @@ def test_final_relu_changes_logits_not_parameters():
 @pytest.mark.usefixtures("direct_convolutions")
 @pytest.mark.parametrize("name", MODELS)
 def test_lsuv_gives_every_layers_outputs_unit_variance(name):
-    model, images = MODELS[name](initializer="lsuv"), jax.random.normal(jax.random.key(1), (8, 32, 32, 3)) * 3 + 1
+    model = MODELS[name](initializer="lsuv")
+    images = jax.random.normal(jax.random.key(1), (4, *size_of(model), 3)) * 3 + 1
     params = init(model)["params"]
     kernel = np.asarray(params["Conv_1"]["kernel"]).reshape(-1, params["Conv_1"]["kernel"].shape[-1])
     np.testing.assert_allclose(kernel.T @ kernel, np.eye(kernel.shape[1]), atol=1e-5)
     scaled = unit_variance(model, params, images)
-    _, variables = model.apply({"params": scaled}, images, capture_intermediates=True)
+    _, variables = jax.jit(partial(model.apply, capture_intermediates=True))({"params": scaled}, images)
     outputs = {path[0]: value[0] for path, value in flatten_dict(variables["intermediates"]).items() if len(path) > 1}
     for layer in params:
         assert not scaled[layer]["bias"].any()

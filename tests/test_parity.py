@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import os
-import subprocess
+import runpy
 import sys
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -18,13 +16,14 @@ from frameworks import REASON
 pytest.importorskip("torch", reason=REASON)
 pytest.importorskip("keras", reason=REASON)
 
-import parity
 import parity_keras
 import parity_pytorch
+import torch
 from parity import check, command, distributions, forward, ours, predictions, training
 
 from cifar_jax import augment, ops
 from cifar_jax.configs import RECIPES
+from cifar_jax.datasets import load_dataset
 from cifar_jax.models import MODELS
 from cifar_jax.ops import winograd
 from cifar_jax.weights import pytorch as pytorch_weights
@@ -39,8 +38,22 @@ def batch():
     return rng.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, 12, dtype=np.int32)
 
 
-@pytest.fixture(autouse=True)
-def _compiled_anew():
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """On a busy machine PyTorch's threads spend most of their time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits")
+
+
+@pytest.fixture
+def initial_anew():
     """A program compiled by an earlier test must not hide a broken initializer, nor may the broken one remain."""
     caches = (ours.jitted_init, ours.initial_params)
     for cache in caches:
@@ -50,16 +63,69 @@ def _compiled_anew():
         cache.cache_clear()
 
 
+@pytest.fixture
+def direct(monkeypatch):
+    """Convolutions do not use Winograd's form, which compiles slowly."""
+    monkeypatch.setattr(winograd, "pays", lambda kernel, size, dtype: False)
+    ours.jitted_apply.cache_clear()
+    yield
+    ours.jitted_apply.cache_clear()
+
+
+REMEMBERED = {}
+
+
+def remembered(function):
+    """Keeps the function's results for other tests with the same arguments."""
+
+    def call(*arguments):
+        leaves = jax.tree.leaves(arguments)
+        values = [(leaf.dtype, leaf.tobytes()) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves]
+        form = winograd.pays((3, 3, 8, 8), 16, np.dtype(np.float32))
+        key = (function.__name__, form, *values)
+        if key not in REMEMBERED:
+            REMEMBERED[key] = function(*arguments)
+        return REMEMBERED[key]
+
+    return call
+
+
+def first_result(function):
+    """Makes the function return its first result every time."""
+    results = []
+
+    def call(*arguments, **options):
+        results[:] = results or [function(*arguments, **options)]
+        return results[0]
+
+    return call
+
+
+@pytest.fixture
+def our_side(monkeypatch):
+    """Computes JAX's gradients and trajectories once for all tests. The trajectories do not use Winograd's form: the
+    gradients test it."""
+    steps = training.jax_trajectories
+
+    def jax_trajectories(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(winograd, "pays", lambda kernel, size, dtype: False)
+            return steps(*arguments)
+
+    monkeypatch.setattr(training, "jax_trajectories", remembered(jax_trajectories))
+    monkeypatch.setattr(ours, "jax_loss_and_gradients", remembered(ours.jax_loss_and_gradients))
+
+
 def failed(checks):
     return [check.name for check in checks if not check.passed]
 
 
 @pytest.mark.parametrize("script", list(SCRIPTS))
-def test_the_script_passes(script, tmp_path, run_command):
+def test_the_script_passes(script, tmp_path, run_command, our_side):
     files = [tmp_path / f"{model}.safetensors" for model in pytorch_weights.TWINS]
     for model, path in zip(pytorch_weights.TWINS, files):
         save_weights(path, Weights(model, ours.initial_params(model), "unit"))
-    sizes = {"images": 40, "steps": 3, "batch-size": 4, "seeds": 2, "test-images": 40}
+    sizes = {"images": 8, "steps": 3, "batch-size": 2, "seeds": 2, "test-images": 20}
     flags = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
     flags += ["--dataset", "digits", "--layers", "--json", "--out", tmp_path / "out.json", "--weights", *files]
     main = lambda: command.run(f"scripts/{script}.py", ("torch",), SCRIPTS[script].checks)
@@ -71,7 +137,7 @@ def test_the_script_passes(script, tmp_path, run_command):
     assert content["passed"]
     names = " ".join(check["name"] for check in content["checks"])
     for expected in ("logits", "activations of Conv_8", "gradients, float64", "initial kernel 9", "100 fed gradients",
-                     "3 free steps", "differing arg-max of 40", "4× too small loss"):  # fmt: skip
+                     "3 free steps", "differing arg-max of 20", "4× too small loss"):  # fmt: skip
         assert expected in names
     assert ("with dropout on" in names) == (script == "parity_pytorch")
     assert ("width shift" in names) == (script == "parity_keras")
@@ -104,20 +170,14 @@ def test_bad_input_is_one_line(run_command, tmp_path):
 
 
 @pytest.mark.parametrize(("script", "package"), [("parity_pytorch", "torch"), ("parity_keras", "keras")])
-def test_a_framework_that_is_not_installed_is_one_line(script, package):
-    code = f"""if True:
-        import importlib.abc, runpy, sys
-        class Finder(importlib.abc.MetaPathFinder):
-            def find_spec(self, name, path, target=None):
-                if name == {package!r}:
-                    raise ModuleNotFoundError(name=name)
-        sys.meta_path.insert(0, Finder())
-        runpy.run_path({SCRIPTS[script].__file__!r})"""
-    path = os.pathsep.join(filter(None, [str(Path(parity.__file__).parent.parent), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 2
-    assert result.stderr == f"error: {package} is not installed: pip install -e '.[parity]'\n"
+def test_a_framework_that_is_not_installed_is_one_line(script, package, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "parity"]:
+        monkeypatch.delitem(sys.modules, name)  # imported again, as in a new process
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(SCRIPTS[script].__file__)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {package} is not installed: pip install -e '.[parity]'\n"
 
 
 def test_wrong_flatten_order_is_seen(monkeypatch, batch):
@@ -144,20 +204,25 @@ def test_the_rate_outside_keras_velocity_is_seen(monkeypatch):
     assert len(failed(training.check_optimizer(config, parity_keras.fed_optimizer))) == 2
 
 
-def test_wrong_momentum_is_seen(batch):
-    config = dataclasses.replace(RECIPES["lenet5_reference"], momentum=0.8)
-    theirs = lambda config, *args: parity_pytorch.fed_optimizer(RECIPES["lenet5_reference"], *args)
+def first_steps(dataset):
+    """The images, labels and batch size of the trajectories in test_the_script_passes."""
+    return dataset.train_images[:6], dataset.train_labels[:6], 2
+
+
+def test_wrong_momentum_is_seen(digits, our_side):
+    config = RECIPES["lenet5_reference"]
+    wrong = dataclasses.replace(config, momentum=0.8)
+    theirs = lambda config, *args: parity_pytorch.fed_optimizer(wrong, *args)
     assert len(failed(training.check_optimizer(config, theirs))) == 2
-    images, labels = batch
 
     class Other(parity_pytorch.PyTorchReference):
         def train(self, config, batches):
-            return super().train(RECIPES["lenet5_reference"], batches)
+            return super().train(wrong, batches)
 
-    assert failed(training.check_trajectory(Other, config, images, labels, 4))
+    assert failed(training.check_trajectory(Other, config, *first_steps(digits)))
 
 
-def test_truncated_initialisers_are_seen(monkeypatch):
+def test_truncated_initialisers_are_seen(monkeypatch, initial_anew):
     """JAX's glorot_normal and Flax' default, lecun_normal, are truncated."""
     scaling = nn.initializers.variance_scaling
 
@@ -195,17 +260,13 @@ REFERENCES = {"pytorch": parity_pytorch.PyTorchReference, "keras": parity_keras.
 
 
 @pytest.mark.parametrize(("model", "reference"), [("lenet5", "pytorch"), ("all_cnn", "keras")])
-def test_a_wrong_layer_is_seen(monkeypatch, tmp_path, batch, model, reference):
-    """The max pool's result is 0.1 % too large. All-CNN runs without Winograd's form, which compiles slowly."""
-    images, labels = batch[0][:4], batch[1][:4]
+def test_a_wrong_layer_is_seen(monkeypatch, tmp_path, batch, model, reference, direct):
+    """The max pool's result is 0.1 % too large."""
+    images, labels = batch[0][:2], batch[1][:2]
     path, other = tmp_path / "weights.safetensors", REFERENCES[reference]
     save_weights(path, Weights(model, ours.initial_params(model), "unit"))
-    if model == "all_cnn":
-        monkeypatch.setattr(winograd, "pays", lambda kernel, size, dtype: False)
     pool = ops.max_pool
     monkeypatch.setattr(ops, "max_pool", lambda x, **size: pool(x, **size) * jnp.asarray(1.001, x.dtype))
-    ours.jitted_apply.cache_clear()
-    jax.clear_caches()
     checks = forward.check_logits(other, model, images)
     checks += forward.check_gradients(other, model, images, labels)
     checks += predictions.check_predictions(other, path, images, labels)
@@ -215,13 +276,10 @@ def test_a_wrong_layer_is_seen(monkeypatch, tmp_path, batch, model, reference):
     expected += ["gradients, float32", "mean loss", "4× too small loss"] if model == "lenet5" else []
     for part in expected:
         assert part in names
-    monkeypatch.undo()
-    ours.jitted_apply.cache_clear()
-    jax.clear_caches()
 
 
 @pytest.mark.parametrize("model", list(pytorch_weights.TWINS))
-def test_a_lost_gradient_is_seen(monkeypatch, batch, model):
+def test_a_lost_gradient_is_seen(monkeypatch, digits, model, our_side):
     """One tensor's gradient is zero, also in float32, where All-CNN's tolerance is widest."""
     compute = ours.jax_loss_and_gradients
 
@@ -230,14 +288,15 @@ def test_a_lost_gradient_is_seen(monkeypatch, batch, model):
         return loss, gradients | {"Conv_0": gradients["Conv_0"] | {"bias": 0 * gradients["Conv_0"]["bias"]}}
 
     monkeypatch.setattr(ours, "jax_loss_and_gradients", lossy)
-    names = failed(forward.check_gradients(parity_pytorch.PyTorchReference, model, batch[0][:4], batch[1][:4]))
+    images, labels = digits.test_images[:2], digits.test_labels[:2]  # as in test_the_script_passes
+    names = failed(forward.check_gradients(parity_pytorch.PyTorchReference, model, images, labels))
     assert [name.split(",")[1] for name in names] == [" float32", " float64", " float64"]
 
 
-def test_a_trajectory_with_dropout_left_on_is_seen(monkeypatch, batch):
+def test_a_trajectory_with_dropout_left_on_is_seen(monkeypatch, digits, direct):
     monkeypatch.setattr(training, "without_randomness", lambda config: config)
     config = RECIPES["lenet5_reference"]
-    assert failed(training.check_trajectory(parity_pytorch.PyTorchReference, config, *batch, 4))
+    assert failed(training.check_trajectory(parity_pytorch.PyTorchReference, config, *first_steps(digits)))
 
 
 def test_another_arg_max_is_seen(tmp_path, batch):
@@ -253,14 +312,14 @@ def test_another_arg_max_is_seen(tmp_path, batch):
     assert any("differing arg-max" in name for name in names)
 
 
-def test_predictions_of_a_network_with_a_final_relu(tmp_path, batch):
+def test_predictions_of_a_network_with_a_final_relu(tmp_path, batch, direct):
     path = tmp_path / "all_cnn.safetensors"
     save_weights(path, Weights("all_cnn", ours.initial_params("all_cnn"), "unit", final_relu=True))
     for reference in REFERENCES.values():
-        assert failed(predictions.check_predictions(reference, path, batch[0][:4], batch[1][:4])) == []
+        assert failed(predictions.check_predictions(reference, path, batch[0][:2], batch[1][:2])) == []
 
 
-def test_other_biases_and_flips_are_seen(monkeypatch, batch):
+def test_other_biases_and_flips_are_seen(monkeypatch, batch, initial_anew):
     uniform = jax.random.uniform
     monkeypatch.setattr(jax.random, "uniform", lambda *args, **kwargs: 1.1 * uniform(*args, **kwargs))
     names = failed(distributions.check_initial(parity_pytorch.PyTorchReference, "lenet5", 4))
@@ -270,7 +329,7 @@ def test_other_biases_and_flips_are_seen(monkeypatch, batch):
     assert failed(parity_keras.check_augmentation(batch[0])) == ["augmentation: share of flips"]
 
 
-def test_dropout_at_test_is_seen_to_differ(tmp_path, batch):
+def test_dropout_at_test_is_seen_to_differ(tmp_path, batch, monkeypatch):
     """The reference tests without dropout, on weights for which dropout matters."""
 
     class NoDropout(parity_pytorch.PyTorchReference):
@@ -282,5 +341,7 @@ def test_dropout_at_test_is_seen_to_differ(tmp_path, batch):
     top = np.asarray(ours.jax_logits("lenet5", params, ours.scaled(images, "lenet5"))).argmax(-1).astype(np.int32)
     path = tmp_path / "lenet5.safetensors"
     save_weights(path, Weights("lenet5", params, "symmetric"))
+    for name in ("load_file", "Evaluator"):  # compiled once for both references
+        monkeypatch.setattr(predictions, name, first_result(getattr(predictions, name)))
     assert not failed(predictions.check_dropout_at_test(parity_pytorch.PyTorchReference, path, images, top))
     assert failed(predictions.check_dropout_at_test(NoDropout, path, images, top))

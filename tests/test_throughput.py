@@ -8,7 +8,6 @@ import select
 import shutil
 import signal
 import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from benchmarks.report.performance import throughput_table
 from benchmarks.report.results import ROOT
 from benchmarks.worker import Absent, Worker
 from benchmarks.workloads import PHASES, create_workload
-from cifar_jax import augment
+from cifar_jax import augment, evaluate, train
 from cifar_jax.batches import pixel_statistics, scale_images
 from cifar_jax.configs import RECIPES
 from cifar_jax.errors import UserError
@@ -116,14 +115,30 @@ def test_the_report_shows_them(tmp_path):
     assert (tmp_path / "chart.png").stat().st_size > 1000
 
 
+class JaxHere:
+    """The JAX backend in the tests' process, in place of a worker that imports JAX again."""
+
+    def __init__(self, _, workload, *__):
+        self._backend = JaxBackend(workload)
+
+    def call(self, method, *arguments):
+        return getattr(self._backend, method)(*arguments)
+
+    def close(self):
+        pass
+
+
 @needs_frameworks
 def test_a_tiny_run(tmp_path, run_command, monkeypatch):
     monkeypatch.setattr(throughput, "MATRIX_SIZES", {"cpu": (64, 128)})
+    monkeypatch.setattr(throughput, "Worker", lambda name, *task: (JaxHere if name == "jax" else Worker)(name, *task))
+    families = {"jax": ["jax"], "pytorch": ["pytorch channels_last"], "pytorch-cudagraphs": ["pytorch-cudagraphs"]}
+    monkeypatch.setattr(throughput, "FAMILIES", families)
     flags = ["--models", "lenet5", "--batch-sizes", 4, "--frameworks", "pytorch", "pytorch-cudagraphs"]
     flags += ["--phases", "training_augmented", "inference", "--rounds", 1, "--seconds-per-round", 0.001]
     status, output, error = run_command(throughput.main, *flags, "--out", tmp_path / "new", "--name", "tiny")
     assert status == 0
-    assert len(output.splitlines()) == 3
+    assert len(output.splitlines()) == 2
     content = json.loads((tmp_path / "new" / "tiny.json").read_text())
     assert {"command", "hardware", "versions", "date", "dtype", "rounds", "load_average_before"} <= set(content)
     assert {"jax", "torch", "keras"} <= set(content["versions"])
@@ -131,9 +146,8 @@ def test_a_tiny_run(tmp_path, run_command, monkeypatch):
     workload = content["workloads"]["lenet5_batch4"]
     assert workload["recipe"] == "lenet5_reference"
     assert (workload["config"]["crop_padding"], workload["config_augmented"]["crop_padding"]) == (0, 3)
-    assert list(workload["contenders"]) == ["jax", "pytorch", "pytorch channels_last"]
-    assert set(workload["absent"]) == {"pytorch-cudagraphs", "pytorch-cudagraphs channels_last"}
-    assert all(reason == "RuntimeError: CUDA graphs need a GPU" for reason in workload["absent"].values())
+    assert list(workload["contenders"]) == ["jax", "pytorch channels_last"]
+    assert workload["absent"] == {"pytorch-cudagraphs": "RuntimeError: CUDA graphs need a GPU"}
     assert "RuntimeError: CUDA graphs need a GPU" in error
     for backend in workload["contenders"].values():
         assert backend["peak_memory_bytes"] > 2**20
@@ -280,8 +294,10 @@ def test_pytorch_and_keras_see_the_same_images_and_compute_the_same_loss():
     assert not np.allclose(torch.cat([batch[0] for batch in seen[2:]]), inputs[rows])
 
 
-def test_backends_take_turns_forth_and_back(monkeypatch):
-    rounds = []
+@pytest.fixture
+def rounds(monkeypatch):
+    """Replaces the workers. Returns the (backend, phase) pairs that they are asked to time."""
+    asked = []
 
     class Stub:
         def __init__(self, backend, *_):
@@ -289,7 +305,7 @@ def test_backends_take_turns_forth_and_back(monkeypatch):
 
         def call(self, method, *arguments):
             if method == "run_round":
-                rounds.append((self._backend, *arguments))
+                asked.append((self._backend, *arguments))
                 return 1.0
             environment = {"threads": 1, "platform": "cpu", "environment": {}}
             return {"describe": environment, "warm_up": {}}.get(method, 1)
@@ -298,6 +314,10 @@ def test_backends_take_turns_forth_and_back(monkeypatch):
             pass
 
     monkeypatch.setattr(throughput, "Worker", Stub)
+    return asked
+
+
+def test_backends_take_turns_forth_and_back(rounds):
     arguments = throughput.Arguments(None, phases=("training", "inference"), rounds=2)
     throughput.measure(None, ["jax", "a", "b"], arguments)
     names = ["jax", "a", "b"]
@@ -380,24 +400,57 @@ needs_timeout = pytest.mark.skipif(shutil.which("timeout") is None, reason="the 
 
 
 @needs_timeout
-def test_the_gpu_campaign_on_a_cpu(tmp_path):
+@pytest.mark.usefixtures("direct_convolutions", "no_figures", "use_tiny_dataset")
+def test_the_gpu_campaign_on_a_cpu(tmp_path, run_command, rounds):
+    """A stub of Python records the script's commands and writes their results. Then the test runs these commands."""
+    python = tmp_path / "python"
+    python.write_text("""#!/bin/sh
+        echo "$@" >> $LOG
+        case "$*" in
+          *nonsense*) echo "unknown recipe" >&2; exit 2 ;;
+          *train*) for workdir; do :; done; mkdir "$workdir"; echo '"a summary"' > "$workdir/summary.json" ;;
+          *evaluate*) echo '"an evaluation"'; echo "a warning" >&2 ;;
+          *) echo "a line for each backend" ;;
+        esac
+        """)
+    python.chmod(0o755)
     environment = os.environ | {
-        "PYTHON": sys.executable,
-        "XLA_FLAGS": "--xla_backend_optimization_level=1",
+        "PYTHON": str(python),
+        "LOG": str(tmp_path / "log"),
         "CAMPAIGN_RUNS": "nonsense:1:100 quickstart:1:100",
         "CAMPAIGN_EVALUATION": "100",
-        "CAMPAIGN_THROUGHPUT": "lenet5:float32:4:jax:100",
+        "CAMPAIGN_THROUGHPUT": "lenet5:float32:4,8:jax,pytorch:100",
         "CAMPAIGN_FLAGS": "--phases inference --rounds 1 --seconds-per-round 0.001",
     }
-    script = ROOT / "benchmarks" / "gpu_campaign.sh"
-    result = subprocess.run([script, tmp_path / "out"], env=environment, capture_output=True, text=True, timeout=300)
+    script, out = ROOT / "benchmarks" / "gpu_campaign.sh", tmp_path / "out"
+    result = subprocess.run([script, out], env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1
     assert result.stderr.startswith("failed: nonsense")
     assert len(result.stderr.splitlines()) == 1
-    content = {path.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
-    assert set(content) == {"quickstart.json", "quickstart_evaluate.json", "throughput_lenet5_float32_jax.json"}
-    assert content["quickstart.json"]["epochs"] == content["quickstart_evaluate.json"]["epoch"] == 1
-    assert "error: unknown recipe 'nonsense'" in (tmp_path / "out" / "nonsense.log").read_text()
+    content = {path.name: json.loads(path.read_text()) for path in out.glob("*.json")}
+    assert content == {"quickstart.json": "a summary", "quickstart_evaluate.json": "an evaluation"}
+    assert (out / "nonsense.log").read_text() == "unknown recipe\n"
+    assert (out / "quickstart.log").read_text() == "a warning\n"
+    name = "throughput_lenet5_float32_jax_pytorch"
+    assert (out / f"{name}.log").read_text() == "a line for each backend\n"
+
+    nonsense, training, evaluation, timing = map(str.split, (tmp_path / "log").read_text().splitlines())
+    assert [words[:2] for words in (nonsense, training, evaluation, timing)] == [
+        *[["-m", "cifar_jax.train"]] * 2,
+        ["-m", "cifar_jax.evaluate"],
+        ["-m", "benchmarks.throughput"],
+    ]
+    workdir = tmp_path / "run"
+    in_its_place = lambda words: [workdir if word.endswith("/quickstart") else word for word in words[2:]]
+    assert run_command(train.main, *nonsense[2:])[0] == 2
+    assert run_command(train.main, *in_its_place(training))[0] == 0
+    status, output, _ = run_command(evaluate.main, *in_its_place(evaluation))
+    assert status == 0
+    assert json.loads((workdir / "summary.json").read_text())["epochs"] == json.loads(output)["epoch"] == 1
+    assert run_command(throughput.main, *timing[2:])[0] == 0
+    workloads = json.loads((out / f"{name}.json").read_text())["workloads"]
+    assert list(workloads) == ["lenet5_batch4", "lenet5_batch8"]
+    assert rounds == [(name, "inference") for name in ("jax", "pytorch", "pytorch channels_last")] * 2
 
 
 @needs_timeout

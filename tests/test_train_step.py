@@ -43,7 +43,7 @@ def first_step(config, dataset, logits, mask=None, image_size=32, epoch=0, index
     batch |= {"mask": np.ones(size, np.float32) if mask is None else mask, "epoch": np.int32(epoch)}
     batch |= {"index": np.arange(size, dtype=np.int32) if index is None else index}
     state = create_train_state(config, 1).replace(apply_fn=apply_fn, step=jnp.int32(epoch))
-    on_one_device = lambda step: jax.vmap(step, (None, 0), axis_name=parallel.AXIS)
+    on_one_device = lambda step: jax.jit(jax.vmap(step, (None, 0), axis_name=parallel.AXIS))
     batch = jax.tree.map(lambda x: x[None], batch)
     _, metrics = on_one_device(create_train_step(config, image_size))(state, batch)
     jax.effects_barrier()
