@@ -76,7 +76,7 @@ def test_a_dataset_without_other_files_than_pickles(small_cifar, tmp_path, monke
     (tmp_path / "other" / "cifar-100-binary").mkdir(parents=True)
     with pytest.raises(UserError) as error:
         load_dataset("pickles", tmp_path / "other")
-    wanted = str(error.value).partition("neither of ")[2].partition(":")[0]
+    wanted = str(error.value).partition("none of ")[2].partition("):")[0]
     images = "{train,test}-*.parquet, train/CLASS/*.png and test/CLASS/*.png"
     assert wanted == f"cifar-100-python, cifar-100-python.tar.gz, pickles.npz, {images}"
 
