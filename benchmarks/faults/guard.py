@@ -53,7 +53,9 @@ class _Watch:
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event in STARTS:
-            command = " ".join(map(str, arguments[1])) if event == "subprocess.Popen" else ""
+            # Since Python 3.13 Popen itself calls posix_spawn.
+            words = arguments[1] if event in ("subprocess.Popen", "os.posix_spawn") else ()
+            command = " ".join(map(os.fsdecode, words))
             if not command or not any(reader in command for reader in READERS):
                 self.seen.append(f"{event} {command}")
         elif victims.writes(event, arguments) and isinstance(arguments[0], (str, bytes)):
