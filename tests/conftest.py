@@ -208,6 +208,12 @@ def tiny_config(tmp_path):
 
 
 @pytest.fixture
+def plain_config(tiny_config):
+    """tiny_config without dropout and augmentation: its step compiles in half the time."""
+    return dataclasses.replace(tiny_config, dropout_rates=(0.0, 0.0), crop_padding=0, random_flip=False)
+
+
+@pytest.fixture
 def run_command(monkeypatch, capsys):
     """Runs a command's main in this process: (main, *arguments) → (exit status, stdout, stderr)."""
 

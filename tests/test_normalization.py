@@ -113,9 +113,9 @@ def test_merged_moments_are_those_of_all():
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])
-def test_a_trainer_folds_statistics_of_the_same_images(num_devices, tiny_config, tiny_dataset):
+def test_a_trainer_folds_statistics_of_the_same_images(num_devices, plain_config, tiny_dataset):
     """Statistics of the averaged parameters on the first 88 of 90 images, in parts of 8, divided over the devices."""
-    config = dataclasses.replace(tiny_config, normalization="batch", ema_decay=0.9, num_devices=num_devices)
+    config = dataclasses.replace(plain_config, normalization="batch", ema_decay=0.9, num_devices=num_devices)
     trainer = Trainer(config, tiny_dataset.train_images, tiny_dataset.train_labels, select_devices(config))
     averaged = jax.tree.map(lambda x: 1.25 * x, trainer.state.params)
     trainer.state = trainer.state.replace(ema_params=averaged)
@@ -144,10 +144,9 @@ def test_a_partial_batch_is_filled_with_other_images():
     np.testing.assert_array_equal(batch["index"], [order[16], *[order[17]] * 15])
 
 
-def test_the_loss_of_a_partial_batch(tiny_config, tiny_dataset):
+def test_the_loss_of_a_partial_batch(plain_config, tiny_dataset):
     """The loss is the mean over 2 images, normalised together with the order's first 14."""
-    plain = {"dropout_rates": (0.0, 0.0), "crop_padding": 0, "random_flip": False}
-    config = dataclasses.replace(tiny_config, normalization="batch", **plain)
+    config = dataclasses.replace(plain_config, normalization="batch")
     dataset = first_images(tiny_dataset, 18)
     trainer = Trainer(config, dataset.train_images, dataset.train_labels, select_devices(config))
     order = trainer.order(0)
@@ -161,7 +160,7 @@ def test_the_loss_of_a_partial_batch(tiny_config, tiny_dataset):
     assert loss == pytest.approx(float(losses[:2].mean()), rel=1e-4)
 
 
-def test_it_learns_where_it_is_asked_for_alone(tiny_config, tiny_dataset, monkeypatch):
+def test_it_learns_where_it_is_asked_for_alone(plain_config, tiny_dataset, monkeypatch):
     """Without normalisation neither the state nor the step has any part of it."""
 
     def trace(config):
@@ -172,21 +171,19 @@ def test_it_learns_where_it_is_asked_for_alone(tiny_config, tiny_dataset, monkey
         step = jax.vmap(create_train_step(config), (None, 0), axis_name=AXIS)
         return jax.tree_util.tree_leaves_with_path(state), str(jax.make_jaxpr(step)(state, batch))
 
-    leaves, jaxpr = trace(dataclasses.replace(tiny_config, normalization="batch"))
+    leaves, jaxpr = trace(dataclasses.replace(plain_config, normalization="batch"))
     assert sum("scale" in jax.tree_util.keystr(path) for path, _ in leaves) == 2 * 4  # scales and their momenta
     assert "rsqrt" in jaxpr
     monkeypatch.setattr(train_step, "apply_normalized", None)
     monkeypatch.setattr(train_step, "add_scales", None)
-    leaves, jaxpr = trace(tiny_config)
+    leaves, jaxpr = trace(plain_config)
     assert not any("scale" in jax.tree_util.keystr(path) for path, _ in leaves)
     assert not any("folded" in jax.tree_util.keystr(path) for path, _ in leaves)
     assert "rsqrt" not in jaxpr
 
 
-def test_a_symmetric_run_stays_so(tiny_config, tiny_dataset):
-    config = dataclasses.replace(
-        tiny_config, normalization="batch", mirror_symmetry=True, dropout_rates=(0.0, 0.0), num_epochs=1
-    )
+def test_a_symmetric_run_stays_so(plain_config, tiny_dataset):
+    config = dataclasses.replace(plain_config, normalization="batch", mirror_symmetry=True, num_epochs=1)
     trainer = Trainer(config, tiny_dataset.train_images, tiny_dataset.train_labels, select_devices(config))
     trainer.run_epoch(0, 0)
     trainer.fold()

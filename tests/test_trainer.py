@@ -17,20 +17,19 @@ from cifar_jax.trainer import Evaluator, Trainer
 pytestmark = pytest.mark.usefixtures("direct_convolutions", "compiled_once")
 
 
-def test_several_steps_in_one_call(tiny_dataset, tiny_config):
+def test_several_steps_in_one_call(tiny_dataset, plain_config):
     """6 steps in calls of 4 give the same result as 6 calls."""
     (one, history_one), (many, history_many) = (
-        train_epoch(dataclasses.replace(tiny_config, steps_per_call=count), tiny_dataset) for count in (1, 4)
+        train_epoch(dataclasses.replace(plain_config, steps_per_call=count), tiny_dataset) for count in (1, 4)
     )
     assert int(many.step) == 6
     assert_trees_close(many.params, one.params, 2e-5)
     assert_trees_close(history_many, history_one, 1e-5)
 
 
-def test_the_partial_batch_is_averaged_over_its_own_images(tiny_dataset, tiny_config):
+def test_the_partial_batch_is_averaged_over_its_own_images(tiny_dataset, plain_config):
     """With 18 images in batches of 16, the second step equals a step on a batch of the 2 remaining images."""
-    config = dataclasses.replace(tiny_config, dropout_rates=(0.0, 0.0), crop_padding=0, random_flip=False)
-    whole = first_images(tiny_dataset, 18)
+    config, whole = plain_config, first_images(tiny_dataset, 18)
     images, labels = whole.train_images, whole.train_labels
     state, history = train_epoch(config, whole)
     order = np.asarray(epoch_order(config.seed, 0, 18))
@@ -42,20 +41,17 @@ def test_the_partial_batch_is_averaged_over_its_own_images(tiny_dataset, tiny_co
     np.testing.assert_allclose(history["loss"][1], expected_history["loss"][0], rtol=1e-5)
 
 
-def test_the_partial_batch_is_mixed_with_its_own_images(tiny_dataset, tiny_config, monkeypatch):
+def test_the_partial_batch_is_mixed_with_its_own_images(tiny_dataset, plain_config, monkeypatch):
     """With shares of 0 each image becomes another of its batch, which only reorders the batch."""
     monkeypatch.setattr(augment, "mix", lambda key, images, others, *_: (others, jnp.zeros(len(images))))
-    config = dataclasses.replace(tiny_config, dropout_rates=(0.0, 0.0), crop_padding=0, random_flip=False)
     dataset = first_images(tiny_dataset, 18)
-    expected, _ = train_epoch(config, dataset)
-    mixed, _ = train_epoch(dataclasses.replace(config, mixup_alpha=0.2), dataset)
+    expected, _ = train_epoch(plain_config, dataset)
+    mixed, _ = train_epoch(dataclasses.replace(plain_config, mixup_alpha=0.2), dataset)
     assert_trees_close(mixed.params, expected.params, 2e-5)
 
 
-def test_a_batch_can_be_overfitted(tiny_dataset, tiny_config):
-    config = dataclasses.replace(
-        tiny_config, dropout_rates=(0.0, 0.0), crop_padding=0, random_flip=False, learning_rate=0.02
-    )
+def test_a_batch_can_be_overfitted(tiny_dataset, plain_config):
+    config = dataclasses.replace(plain_config, learning_rate=0.02)
     dataset = first_images(tiny_dataset, 16)
     dataset = dataclasses.replace(
         dataset,
@@ -67,9 +63,9 @@ def test_a_batch_can_be_overfitted(tiny_dataset, tiny_config):
     assert history["loss"][-1] < 0.1
 
 
-def test_seed_decides_everything(tiny_dataset, tiny_config):
+def test_seed_decides_everything(tiny_dataset, plain_config):
     losses = [
-        np.asarray(train_epoch(dataclasses.replace(tiny_config, seed=seed), tiny_dataset)[1]["loss"])
+        np.asarray(train_epoch(dataclasses.replace(plain_config, seed=seed), tiny_dataset)[1]["loss"])
         for seed in (0, 0, 1)
     ]
     np.testing.assert_array_equal(losses[0], losses[1])
@@ -99,16 +95,16 @@ def test_dropout_differs_by_device(tiny_dataset, tiny_config):
     assert abs(losses[0] - losses[1]) > 1e-5
 
 
-def test_bfloat16_trains_float32_parameters(tiny_dataset, tiny_config):
-    state, history = train_epoch(dataclasses.replace(tiny_config, dtype="bfloat16"), tiny_dataset)
+def test_bfloat16_trains_float32_parameters(tiny_dataset, plain_config):
+    state, history = train_epoch(dataclasses.replace(plain_config, dtype="bfloat16"), tiny_dataset)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
-    _, reference = train_epoch(tiny_config, tiny_dataset)
+    _, reference = train_epoch(plain_config, tiny_dataset)
     np.testing.assert_allclose(history["loss"], reference["loss"], rtol=0.05)
     assert np.abs(history["loss"] - reference["loss"]).max() > 0
 
 
-def test_the_average_follows_the_parameters_and_is_evaluated(tiny_dataset, tiny_config):
-    config = dataclasses.replace(tiny_config, ema_decay=0.5)
+def test_the_average_follows_the_parameters_and_is_evaluated(tiny_dataset, plain_config):
+    config = dataclasses.replace(plain_config, ema_decay=0.5)
     steps = [create_train_state(config, 6)]
     dataset = first_images(tiny_dataset, 16)
     for _ in range(3):
@@ -128,9 +124,9 @@ def test_the_average_follows_the_parameters_and_is_evaluated(tiny_dataset, tiny_
     assert evaluate(steps[-1])["loss"] != plain(last)["loss"]
 
 
-def test_the_average_and_the_ends_of_cycles_are_averaged(tiny_dataset, tiny_config):
+def test_the_average_and_the_ends_of_cycles_are_averaged(tiny_dataset, plain_config):
     """Cycles are epochs here: the mean is over the first epoch's moving average and the next two epochs' parameters."""
-    config = dataclasses.replace(tiny_config, ema_decay=0.5, swa_fraction=2 / 3, swa_cycles=2, swa_learning_rate=0.03)
+    config = dataclasses.replace(plain_config, ema_decay=0.5, swa_fraction=2 / 3, swa_cycles=2, swa_learning_rate=0.03)
     states = [create_train_state(config, 6)]
     for _ in range(3):
         states.append(train_epoch(config, tiny_dataset, state=jax.tree.map(jnp.copy, states[-1]))[0])
@@ -141,8 +137,8 @@ def test_the_average_and_the_ends_of_cycles_are_averaged(tiny_dataset, tiny_conf
 
 @pytest.mark.parametrize("num_devices", [1, 4])
 @pytest.mark.parametrize("eval_batch_size", [7, 30, 100])
-def test_every_example_is_evaluated_once(num_devices, eval_batch_size, tiny_dataset, tiny_config):
-    config = dataclasses.replace(tiny_config, num_devices=num_devices, eval_batch_size=eval_batch_size)
+def test_every_example_is_evaluated_once(num_devices, eval_batch_size, tiny_dataset, plain_config):
+    config = dataclasses.replace(plain_config, num_devices=num_devices, eval_batch_size=eval_batch_size)
     devices = select_devices(config)
     state = replicate(create_train_state(config, 6), devices)
     metrics = Evaluator(config, state, tiny_dataset.test_images, tiny_dataset.test_labels, devices)(state)
@@ -167,24 +163,21 @@ def test_evaluation_with_dropout(tiny_dataset, tiny_config):
     assert losses[1] == losses[2]
 
 
-def test_the_step_is_traced_once(tiny_dataset, tiny_config, monkeypatch):
+def test_the_step_is_traced_once(tiny_dataset, plain_config, monkeypatch):
     traces = []
     original = train_step.cross_entropy
     monkeypatch.setattr(train_step, "cross_entropy", lambda *args: traces.append(1) or original(*args))
-    train_epoch(dataclasses.replace(tiny_config, learning_rate=0.04), tiny_dataset)  # no other test's program
+    train_epoch(dataclasses.replace(plain_config, learning_rate=0.04), tiny_dataset)  # no other test's program
     assert len(traces) == 1
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])
-def test_sam_steps_by_the_gradient_up_the_slope(num_devices, tiny_dataset, tiny_config):
+def test_sam_steps_by_the_gradient_up_the_slope(num_devices, tiny_dataset, plain_config):
     """Compares one step on one batch with the formula of arXiv:2010.01412."""
     config = dataclasses.replace(
-        tiny_config,
+        plain_config,
         num_devices=num_devices,
         sam_rho=0.5,
-        dropout_rates=(0.0, 0.0),
-        crop_padding=0,
-        random_flip=False,
         nesterov=False,
         momentum=0.0,
     )
@@ -204,9 +197,9 @@ def test_sam_steps_by_the_gradient_up_the_slope(num_devices, tiny_dataset, tiny_
     assert max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(plain))) > 1e-3
 
 
-def test_trivial_augment_works_on_the_images_before_they_are_scaled(tiny_dataset, tiny_config, monkeypatch):
+def test_trivial_augment_works_on_the_images_before_they_are_scaled(tiny_dataset, plain_config, monkeypatch):
     """If the operation turns every image white, the loss is the loss of white images."""
-    config = dataclasses.replace(tiny_config, trivial_augment=True, dropout_rates=(0.0, 0.0), crop_padding=0)
+    config = dataclasses.replace(plain_config, trivial_augment=True)
     monkeypatch.setattr(augment, "trivial_augment", lambda key, image: jnp.full(image.shape, 255.0))
     losses = train_epoch(config, tiny_dataset)[1]["loss"]
     white = dataclasses.replace(tiny_dataset, train_images=np.full_like(tiny_dataset.train_images, 255))
@@ -216,20 +209,19 @@ def test_trivial_augment_works_on_the_images_before_they_are_scaled(tiny_dataset
     assert np.abs(losses - unchanged).max() > 1e-2
 
 
-def test_alternating_flip_goes_by_the_image_and_the_epoch(tiny_dataset, tiny_config, monkeypatch):
+def test_alternating_flip_goes_by_the_image_and_the_epoch(tiny_dataset, plain_config, monkeypatch):
     """If all images are mirrored in odd epochs, the losses are those of the unchanged or mirrored images."""
     monkeypatch.setattr(augment, "is_mirrored", lambda _, index, epoch: jnp.full(index.shape, epoch % 2 == 1))
-    plain = dataclasses.replace(tiny_config, random_flip=False, dropout_rates=(0.0, 0.0), crop_padding=0)
     turned = dataclasses.replace(tiny_dataset, train_images=tiny_dataset.train_images[:, :, ::-1])
-    steps = math.ceil(len(tiny_dataset.train_images) / plain.batch_size)
+    steps = math.ceil(len(tiny_dataset.train_images) / plain_config.batch_size)
 
     def losses(config, dataset, epoch):
         state = create_train_state(config, steps).replace(step=jnp.int32(epoch * steps))
         return np.asarray(train_epoch(config, dataset, state=state)[1]["loss"])
 
-    as_they_are, mirrored = losses(plain, tiny_dataset, 0), losses(plain, turned, 0)  # without randomness
+    as_they_are, mirrored = losses(plain_config, tiny_dataset, 0), losses(plain_config, turned, 0)  # without randomness
     for epoch, expected, other in [(0, as_they_are, mirrored), (1, mirrored, as_they_are), (2, as_they_are, mirrored)]:
-        result = losses(dataclasses.replace(plain, alternating_flip=True), tiny_dataset, epoch)
+        result = losses(dataclasses.replace(plain_config, alternating_flip=True), tiny_dataset, epoch)
         np.testing.assert_allclose(result, expected, rtol=1e-6)
         assert np.abs(result - other).max() > 1e-4
 
