@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": "measure loss and accuracy of a run, a weight file or a released network",
     "predict": "classify image files",
     "convert": "write weights in another framework's file format",
+    "export": "write a network as an ONNX or StableHLO file",
     "plots": "redraw a run's figures",
 }
 

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+from frameworks import ABSENT
 from small_runs import first_images
 
 from benchmarks.report.results import ROOT
@@ -60,6 +61,7 @@ TINY = "--batch-size 30 --eval-batch-size 10 --num-epochs 1 --num-devices 1 --st
 INSTALLED = Elsewhere(".ci/run", "-e '.[test]'")
 TESTED = Elsewhere(".ci/run", "\npytest\n")
 ACCURACY = Stops("--out photo.jpg", "tests/test_accuracy.py")
+EXPORT = Stops("--pretrained nothing", "tests/test_export.py")
 PARITY = Stops("--data-dir nowhere", "tests/test_parity.py")
 
 COMMANDS = {
@@ -67,6 +69,7 @@ COMMANDS = {
     "pip install -e '.[test]'": INSTALLED,
     "pip install -e '.[parity]'": INSTALLED,  # included in test
     "pip install -e '.[parquet]'": INSTALLED,  # included in test
+    "pip install -e '.[export]'": INSTALLED,  # included in test
     "pytest": TESTED,
     "pytest -m 'not slow'": TESTED,
     "pytest tests/test_extending.py": TESTED,
@@ -96,7 +99,6 @@ COMMANDS = {
     "python -m cifar_jax.evaluate --workdir runs/first --eval-dropout": Run(),
     "python -m cifar_jax.evaluate --workdir runs/lenet5_reference --eval-dropout --json": Run(),
     "python -m cifar_jax.evaluate --weights model.pth --input-scaling symmetric": Run(),
-    "python -m cifar_jax.evaluate --weights lenet5.pth --input-scaling standardized": Run(),
     "python -m cifar_jax.evaluate --weights released.pth --input-scaling standardized": Run(),
     "python -m cifar_jax.evaluate --pretrained lenet5": Run(),
     "python -m cifar_jax.evaluate --pretrained all_cnn --json": Run(),
@@ -111,6 +113,9 @@ COMMANDS = {
     "python -m cifar_jax.convert runs/mine lenet5.pth": Run(),
     "python -m cifar_jax.convert model.pth model.keras": Run(),
     "python -m cifar_jax.convert runs/first first.safetensors --checkpoint best": Run(),
+    "python -m cifar_jax.export all_cnn.onnx --pretrained all_cnn": EXPORT,
+    "python -m cifar_jax.export all_cnn.onnx --pretrained all_cnn --uint8": EXPORT,
+    "python -m cifar_jax.export lenet5.stablehlo --pretrained lenet5": EXPORT,
     "python -m benchmarks.accuracy --recipe all_cnn_fast --seeds 0 1 2 --out benchmarks/results --runs runs": ACCURACY,
     "python -m benchmarks.accuracy --recipe lenet5 --seeds 0 1 2 --out benchmarks/results --runs runs": ACCURACY,
     "python -m benchmarks.accuracy --ablation lenet5 --num-epochs 10 --seeds 0 --out benchmarks/results --runs runs": (
@@ -283,7 +288,9 @@ def test_the_commands_of_a_page_run(page, reader, execute, monkeypatch):
             assert how.text in (ROOT / how.file).read_text(), command
             continue
         status, output = execute(with_flags(words, how.flags))
-        if isinstance(how, Run):
+        if how is PARITY and ABSENT:
+            assert (status, "pip install -e '.[parity]'" in output) == (2, True), (command, output)
+        elif isinstance(how, Run):
             assert status == 0, (command, output)
         else:
             assert (status, output.count("error: ")) == (2, 1), (command, output)
@@ -301,6 +308,8 @@ SNIPPETS = [
 @pytest.mark.parametrize("page", SNIPPETS)
 def test_the_snippets_of_a_page_run(page, reader):
     for number, code in enumerate(blocks(page, "python")):
+        if "onnxruntime" in code:
+            pytest.importorskip("onnxruntime")
         if ">>>" in code:
             example = doctest.DocTestParser().get_doctest(code, {}, f"{page} {number}", page, 0)
             assert doctest.DocTestRunner().run(example).failed == 0, f"{page}: see the output above"

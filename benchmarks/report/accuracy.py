@@ -131,6 +131,17 @@ def pretrained(results: Results) -> str:
     return "\n\n".join([table(["network", *RELEASED.values()], rows), *sorted(measured)])
 
 
+def exports(results: Results) -> str:
+    rows, measured = [], set()
+    for name in results.names("export_"):
+        result = results.load(name)
+        images, share = f"{result['num_examples']:,}", f"{result['difference']:.1e}"
+        rows.append([f"`{result['weights']}`", result["format"], images, share if result["difference"] else "0"])
+        measured.add(environment(result))
+    columns = ["network", "format", "test images", "largest difference of logits / largest logit"]
+    return "\n\n".join([table(columns, rows), *sorted(measured)])
+
+
 def lenet5_reference(results: Results) -> str:
     result, dropout = results.load("lenet5_reference"), results.load("lenet5_reference_eval_dropout")
     parity = results.load("parity_lenet5")

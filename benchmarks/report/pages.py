@@ -35,6 +35,9 @@ PAGES: dict[str, dict[str, Section]] = {
         "throughput": performance.throughput,
         "kernels": performance.kernels,
     },
+    "docs/weights.md": {
+        "exports": accuracy.exports,
+    },
     "docs/reliability.md": {
         "reliability": reliability.reliability,
     },

@@ -1,0 +1,128 @@
+"""Exported files compute what the network computes, in their own runtimes."""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cifar_jax import export, load_pretrained
+from cifar_jax.errors import UserError
+from cifar_jax.models.all_cnn import AllCNN
+from cifar_jax.onnx_graph import to_onnx
+
+pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+pytestmark = pytest.mark.usefixtures("direct_convolutions")
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch, tiny_dataset):
+    monkeypatch.setattr(export, "load_dataset", lambda *_: tiny_dataset)
+
+
+def run_file(path, images):
+    """Returns the logits of a file in its own runtime, without this package."""
+    if path.suffix == ".onnx":
+        return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": images})[0]
+    return np.asarray(jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)(images))
+
+
+@pytest.mark.parametrize("name", ["net.onnx", "net.stablehlo"])
+def test_a_file_gives_the_networks_logits(name, tmp_path, tiny_dataset, run_command):
+    """For scaled pixels as for uint8 images, and for any number of them."""
+    model, variables, preprocess = load_pretrained("lenet5")
+    images = tiny_dataset.test_images[:7]
+    expected = np.asarray(model.apply(variables, preprocess(images)))
+    for flags, inputs in ((), np.asarray(preprocess(images))), (("--uint8",), images):
+        path = tmp_path / f"{len(flags)}-{name}"
+        status, output, _ = run_command(export.main, path, "--pretrained", "lenet5", *flags)
+        assert (status, str(path) in output) == (0, True)
+        assert ("0.2435" in output) == (not flags)
+        for count in (7, 1):
+            assert np.abs(run_file(path, inputs[:count]) - expected[:count]).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_an_onnx_file_describes_itself(tmp_path, run_command):
+    assert run_command(export.main, tmp_path / "net.onnx", "--pretrained", "lenet5_reference")[0] == 0
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["class_names"])[2:4] == ["bird", "cat"]
+    assert (json.loads(metadata["mean"]), json.loads(metadata["std"])) == ([0.5], [0.5])
+    assert (session.get_inputs()[0].shape, session.get_outputs()[0].shape) == (["N", 32, 32, 3], ["N", 10])
+
+
+@pytest.mark.parametrize("final_relu", [False, True])
+def test_the_all_cnn_as_onnx(final_relu):
+    """Padding, both pools' windows and the average are as in JAX."""
+    model, images = AllCNN(final_relu=final_relu), np.random.default_rng(0).normal(size=(3, 19, 18, 3))
+    params = jax.tree.map(
+        lambda leaf: np.random.default_rng(leaf.size).normal(0, 2 / np.sqrt(leaf.size), leaf.shape).astype(np.float32),
+        jax.eval_shape(model.init, jax.random.key(0), images.astype(np.float32))["params"],
+    )
+    function = lambda images: model.apply({"params": params}, images)
+    graph = to_onnx(function, jnp.float32, images.shape[1:])
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"images": images.astype(np.float32)})
+    expected = np.asarray(jax.jit(function)(images.astype(np.float32)))
+    assert np.abs(expected).max() > 1e-6
+    assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_an_operation_without_a_rule_is_named():
+    with pytest.raises(UserError, match="sin"):
+        to_onnx(lambda images: jnp.sin(images).sum((1, 2)), jnp.float32, (32, 32, 3))
+
+
+def test_a_file_with_other_logits_is_not_written(tmp_path, run_command, monkeypatch):
+    def other(network):
+        data, run = export.onnx_file(network)
+        return data, lambda images: run(images) + 0.1
+
+    monkeypatch.setitem(export.FORMATS, ".onnx", other)
+    status, _, error = run_command(export.main, tmp_path / "net.onnx", "--pretrained", "lenet5_reference")
+    assert (status, error.count("\n"), "not written" in error) == (2, 1, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "named"),
+    [
+        ("net.pth", None, "cifar_jax.convert"),
+        ("net", None, ".onnx or .stablehlo"),
+        ("there.onnx", None, "exists"),
+        ("nowhere/net.onnx", None, "nowhere"),
+        ("net.onnx", "onnx", "cifar_jax[export]"),
+        ("net.onnx", "onnxruntime", "cifar_jax[export]"),
+        ("net.stablehlo", "flatbuffers", "cifar_jax[export]"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(name, missing, named, tmp_path, run_command, monkeypatch):
+    (tmp_path / "there.onnx").write_text("mine")
+    if missing:
+        for module in [module for module in sys.modules if module.split(".")[0] == missing]:
+            monkeypatch.delitem(sys.modules, module)
+        for module in [module for module in sys.modules if module.startswith("jax._src.export.ser")]:
+            monkeypatch.delitem(sys.modules, module)
+        monkeypatch.setitem(sys.modules, missing, None)
+    status, output, error = run_command(export.main, tmp_path / name, "--pretrained", "lenet5_reference")
+    assert (status, output, error.count("\n")) == (2, "", 1)
+    assert named in error
+    assert (tmp_path / "there.onnx").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_run_is_exported_with_its_average(tmp_path, tiny_dataset):
+    """What is exported is what is evaluated."""
+    source = export.load_source(export.SourceFlags(pretrained="lenet5_reference"))
+    averaged = jax.tree.map(lambda leaf: 2 * leaf, source.state.params)
+    source = dataclasses.replace(source, state=source.state.replace(ema_params=averaged))
+    assert export.export(source, tmp_path / "net.onnx")["difference"] < 1e-4
+    images = np.asarray(tiny_dataset.test_images[:2] / np.float32(255) * 2 - 1, np.float32)
+    expected = np.asarray(source.state.apply_fn({"params": jax.device_get(averaged)}, images))
+    np.testing.assert_allclose(run_file(tmp_path / "net.onnx", images), expected, atol=1e-4 * np.abs(expected).max())
