@@ -41,14 +41,14 @@ def plot_run(workdir: Path) -> None:
         raise UserError(f"{workdir}: nothing to draw: metrics.csv is missing or has no epoch yet")
     epochs = [row.epoch for row in rows]
     for quantity in ("accuracy", "loss"):
-        with _figure(workdir / f"{quantity}.png", f"model {quantity}", "epoch", quantity) as axes:
+        with saved_figure(workdir / f"{quantity}.png", f"model {quantity}", "epoch", quantity) as axes:
             axes.plot(epochs, [getattr(row, f"train_{quantity}") for row in rows], ".-", label="train")
             axes.plot(epochs, [getattr(row, f"test_{quantity}") for row in rows], ".-", label=_tested_images(workdir))
             axes.legend(loc="upper left")
     losses = read_batch_loss(workdir)
     if losses.size:
         window = min(RUNNING_MEAN_STEPS, (losses.size + 1) // 2)
-        with _figure(workdir / "batch_loss.png", f"batch loss, mean of {window} steps", "step", "loss") as axes:
+        with saved_figure(workdir / "batch_loss.png", f"batch loss, mean of {window} steps", "step", "loss") as axes:
             means = running_mean(losses, window)
             axes.plot(np.arange(window, window + means.size), means)
 
@@ -62,7 +62,7 @@ def _tested_images(workdir: Path) -> str:
 
 
 @contextlib.contextmanager
-def _figure(path: Path, title: str, xlabel: str, ylabel: str) -> Iterator[Any]:
+def saved_figure(path: Path, title: str, xlabel: str, ylabel: str) -> Iterator[Any]:
     """Yields axes to draw on and saves them as PNG. The figure depends on neither a display nor the user's style."""
     backend = os.environ.pop("MPLBACKEND", None)  # a notebook sets a backend that may be missing here
     try:

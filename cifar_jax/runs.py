@@ -51,6 +51,13 @@ def resolve_workdir(name: str) -> str:
     return str(user_path(name, "--workdir"))
 
 
+def refuse_restarted(workdir: Path) -> None:
+    """Raises: UserError, naming the last restart's folder, if the run stalled or diverged and was restarted."""
+    restarts = sorted(workdir.glob("restart[0-9]"))
+    if restarts:
+        raise UserError(f"{workdir}: this run stalled or diverged and was restarted: name {restarts[-1]}")
+
+
 @contextlib.contextmanager
 def claim_workdir(workdir: Path, config: Config) -> Iterator[None]:
     """Creates the folder if needed and locks it for this process. A new folder that stays empty is removed again.

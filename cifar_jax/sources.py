@@ -19,7 +19,7 @@ from cifar_jax.errors import UserError
 from cifar_jax.models import get_model
 from cifar_jax.parallel import replicate
 from cifar_jax.pretrained import pretrained_path
-from cifar_jax.runs import read_config, resolve_workdir
+from cifar_jax.runs import read_config, refuse_restarted, resolve_workdir
 from cifar_jax.train_step import TrainState, create_train_state
 from cifar_jax.weights.files import Weights, load_weights
 
@@ -127,9 +127,7 @@ def load_run(
     """
     workdir = Path(resolve_workdir(str(workdir)))
     config = read_config(workdir)
-    restarts = sorted(workdir.glob("restart[0-9]"))
-    if restarts:
-        raise UserError(f"{workdir}: this run stalled or diverged and was restarted: name {restarts[-1]}")
+    refuse_restarted(workdir)
     config = dataclasses.replace(config, dtype=dtype or config.dtype)
     state = replicate(create_train_state(config, steps_per_epoch=1), jax.local_devices())
     state, progress = Checkpoints(workdir).restore_state(checkpoint, state)
