@@ -1,4 +1,7 @@
-"""Classifies image files: python -m cifar_jax.predict IMAGE … [--pretrained NAME | --workdir RUN | --weights FILE]"""
+"""Classifies image files: python -m cifar_jax.predict IMAGE … [--pretrained NAME | --workdir RUN | --weights FILE]
+
+IMAGE is a file, a folder, a pattern such as 'photos/*.jpg', or - for one image on standard input.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,25 @@ if __name__ == "__main__":
 
     exit_on_interrupt()
 
+import csv
 import dataclasses
+import glob
+import io
+import itertools
 import json
+import os
 import sys
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import tyro
+from tqdm import tqdm
 
 from cifar_jax.batches import pixel_statistics, scale_images
 from cifar_jax.cli import command, parse_arguments
@@ -29,21 +39,45 @@ from cifar_jax.sources import Source, SourceFlags, load_source
 
 DEFAULT = "all_cnn"  # the most accurate released network
 BATCH_SIZE = 256
+STDIN = Path("-")
+
+Classify = Callable[[np.ndarray], np.ndarray]  # uint8 [N, 32, 32, 3] → probabilities, float32 [N, num_classes]
+
+
+def find_images(names: Iterable[Path]) -> list[Path]:
+    """Returns the files that the command's arguments name, in their order, and those of a folder in alphabetical order.
+
+    Raises: UserError if a folder, with its subfolders, or a pattern has no image file.
+    """
+    PIL.Image.init()
+    found: list[Path] = []
+    for name in names:
+        path = user_path(name)
+        if path.is_dir():
+            below = [Path(folder) / file for folder, _, files in os.walk(path) for file in files]
+            matches = sorted(file for file in below if file.suffix.lower() in PIL.Image.EXTENSION)
+        elif not path.exists() and glob.has_magic(str(path)):
+            matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+        else:
+            matches = [path]
+        if not matches:
+            raise UserError(f"{path}: no image file there")
+        found += matches
+    return found
 
 
 def load_image(path: Path) -> np.ndarray:
-    """Reads an image file for the networks: uint8 [32, 32, 3].
+    """Reads an image file for the networks: uint8 [32, 32, 3]. The path - is standard input.
 
     EXIF rotation is applied, transparency becomes white, and the central square is resized to 32×32 pixels.
     Raises: UserError if Pillow can't read the file; PermissionError.
     """
     path = user_path(path)
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder: name the image files in it")
-    if not path.is_file():
+    if path != STDIN and not path.is_file():
         raise UserError(f"{path}: no such file")
+    content: Any = io.BytesIO(sys.stdin.buffer.read()) if path == STDIN else path
     try:
-        with warnings.catch_warnings(action="ignore"), PIL.Image.open(path) as image:  # Pillow warns of large images
+        with warnings.catch_warnings(action="ignore"), PIL.Image.open(content) as image:  # Pillow warns of large images
             if image.mode.startswith(("I", "F")):  # convert would clip them at 255
                 raise ValueError("more than 8 bits per channel")
             upright = PIL.ImageOps.exif_transpose(image).convert("RGBA")
@@ -59,15 +93,41 @@ def load_image(path: Path) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Classifies image files by their central square, at 32×32 pixels. The probabilities are not calibrated."""
+    """Classifies image files by their central square, at 32×32 pixels. The probabilities are not calibrated.
+
+    Files that can't be read are listed at the end. The exit status is then 1, or 2 if no file could be read.
+    """
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE …")]
-    """Image files in any format that Pillow reads."""
+    """Image files in any format that Pillow reads, folders of such files, patterns, or - for standard input."""
     source: tyro.conf.OmitArgPrefixes[SourceFlags] = dataclasses.field(default_factory=SourceFlags)
     top: int = 3
     """Number of most probable classes to print for each image."""
     json: bool = False
     """Print the result as JSON."""
+    csv: bool = False
+    """Print the result as CSV: image, then class and probability of the most probable, the second, …"""
+
+
+def create_classifier(source: Source) -> Classify:
+    """Returns classify(images) → class probabilities: uint8 [N, 32, 32, 3] → float32 [N, num_classes].
+
+    classify raises UserError if they are not finite.
+    """
+    state, statistics = source.state, pixel_statistics(source.config.input_scaling, source.config.dataset)
+
+    @jax.jit
+    def probabilities(images: jax.Array) -> jax.Array:
+        return jax.nn.softmax(state.apply_fn({"params": state.eval_params}, scale_images(images, *statistics)))
+
+    def classify(images: np.ndarray) -> np.ndarray:
+        parts = [probabilities(images[start : start + BATCH_SIZE]) for start in range(0, len(images), BATCH_SIZE)]
+        result = np.concatenate(parts)
+        if not np.isfinite(result).all():
+            raise UserError(f"{source.name}: some probabilities are not finite: the weights are too large")
+        return result
+
+    return classify
 
 
 def predict(source: Source, images: np.ndarray) -> np.ndarray:
@@ -75,17 +135,25 @@ def predict(source: Source, images: np.ndarray) -> np.ndarray:
 
     Raises: UserError if they are not finite.
     """
-    state, statistics = source.state, pixel_statistics(source.config.input_scaling, source.config.dataset)
+    return create_classifier(source)(images)
 
-    @jax.jit
-    def classify(images: jax.Array) -> jax.Array:
-        return jax.nn.softmax(state.apply_fn({"params": state.eval_params}, scale_images(images, *statistics)))
 
-    parts = [classify(images[start : start + BATCH_SIZE]) for start in range(0, len(images), BATCH_SIZE)]
-    probabilities = np.concatenate(parts)
-    if not np.isfinite(probabilities).all():
-        raise UserError(f"{source.name}: some probabilities are not finite: the weights are too large")
-    return probabilities
+def classify_files(paths: list[Path], classify: Classify, failures: list[str]) -> Iterator[tuple[Path, list[float]]]:
+    """Yields (file, class probabilities) batch by batch. Appends a line to `failures` for each unreadable file."""
+    with tqdm(total=len(paths), unit="image", leave=False, disable=None if len(paths) > BATCH_SIZE else True) as bar:
+        for start in range(0, len(paths), BATCH_SIZE):
+            batch, read, images = paths[start : start + BATCH_SIZE], [], []
+            for path in batch:
+                try:
+                    images.append(load_image(path))
+                    read.append(path)
+                except UserError as error:
+                    failures.append(str(error))
+                except PermissionError as error:
+                    failures.append(f"{path}: {error.strerror}")
+            if images:
+                yield from zip(read, classify(np.stack(images)).tolist())
+            bar.update(len(batch))
 
 
 @command
@@ -97,19 +165,28 @@ def main() -> int:
         raise UserError("no image given: name one or more image files")
     if arguments.top < 1:
         raise UserError(f"--top {arguments.top}: must be 1 or more")
-    images = np.stack([load_image(path) for path in arguments.images])
+    if arguments.json and arguments.csv:
+        raise UserError("--csv: can't be combined with --json")
+    paths = find_images(arguments.images)
     source = load_source(arguments.source, default=DEFAULT)
-    names, results = source.class_names, []
+    names = source.class_names
     if arguments.top > len(names):
         raise UserError(f"--top {arguments.top}: there are only {len(names)} classes")
-    for path, row in zip(arguments.images, predict(source, images).tolist()):
+    failures: list[str] = []
+    results, table = [], csv.writer(sys.stdout, lineterminator="\n")
+    for path, row in classify_files(paths, create_classifier(source), failures):
         ranked = sorted(zip(names, row), key=lambda pair: -pair[1])[: arguments.top]
-        results.append({"image": str(path), "probabilities": dict(ranked)})
-        if not arguments.json:
-            print(f"{path}: {', '.join(f'{name} {probability:.1%}' for name, probability in ranked)}")
-    if arguments.json:
+        if arguments.json:
+            results.append({"image": str(path), "probabilities": dict(ranked)})
+        elif arguments.csv:
+            table.writerow([path, *itertools.chain(*((name, f"{share:.6f}") for name, share in ranked))])
+        else:
+            print(f"{path}: {', '.join(f'{name} {share:.1%}' for name, share in ranked)}")
+    if arguments.json and len(failures) < len(paths):
         print(json.dumps(results, indent=2))
-    return 0
+    for line in failures:
+        print(f"error: {' '.join(line.split())}", file=sys.stderr)
+    return (2 if len(failures) == len(paths) else 1) if failures else 0
 
 
 if __name__ == "__main__":

@@ -112,6 +112,7 @@ COMMANDS = {
     "python -m cifar_jax.predict photo.jpg --pretrained all_cnn": Run(),
     "python -m cifar_jax.predict photo.jpg --pretrained lenet5 --top 5 --json": Run(),
     "python -m cifar_jax.predict photo.jpg --workdir runs/first": Run(),
+    "python -m cifar_jax.predict photos 'more/*.png' --csv": Run(),
     "python -m cifar_jax.convert runs/mine lenet5.pth": Run(),
     "python -m cifar_jax.convert model.pth model.keras": Run(),
     "python -m cifar_jax.convert runs/first first.safetensors --checkpoint best": Run(),
@@ -251,7 +252,9 @@ def reader(tmp_path, monkeypatch, tiny_dataset, direct_convolutions, once):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-    PIL.Image.fromarray(image).save("photo.jpg")
+    for name in ("photo.jpg", "photos/a.jpg", "more/b.png"):
+        Path(name).parent.mkdir(exist_ok=True)
+        PIL.Image.fromarray(image).save(name)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # JAX's defaults
         yield
 

@@ -1,5 +1,7 @@
 import dataclasses
+import io
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -96,7 +98,10 @@ def test_transparent_pixels_are_white(tmp_path):
     assert (image[16:] == 255).all()
 
 
-def test_bad_input_is_one_line_and_status_2(files, tmp_path, run_command):
+def test_bad_input_is_one_line_and_status_2(files, tmp_path, run_command, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"no image")))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("no image")
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "cut.png").write_bytes(files[0].read_bytes()[:-30])
     weights = load_weights(pretrained_path("lenet5"))
@@ -106,9 +111,12 @@ def test_bad_input_is_one_line_and_status_2(files, tmp_path, run_command):
     for arguments, text in {
         (): "image file",
         (tmp_path / "none.png",): "none.png: ",
-        (tmp_path,): f"{tmp_path}: is a folder",
+        (tmp_path / "folder",): "folder: no image",
+        (tmp_path / "*.tiff",): "*.tiff: no image",
         ("~/none.png",): f"{Path.home()}/none.png: ",
-        (files[0], tmp_path / "text.png"): "text.png: ",
+        (tmp_path / "text.png",): "text.png: ",
+        ("-",): "-: not an image",
+        (files[0], "--json", "--csv"): "--csv",
         (tmp_path / "cut.png",): "cut.png: ",
         (tmp_path / "deep.png",): "deep.png: ",
         (files[0], "--weights", tmp_path / "large.safetensors"): "not finite",
@@ -122,3 +130,44 @@ def test_bad_input_is_one_line_and_status_2(files, tmp_path, run_command):
         status, output, error = run_command(predict.main, *arguments)
         assert (status, output, error.count("\n")) == (2, "", 1), arguments
         assert text in error
+
+
+def test_folders_patterns_and_standard_input(files, run_command, monkeypatch):
+    """A folder's files come in alphabetical order, with those of its subfolders. Each image is classified once."""
+    folder = files[0].parent / "photos"
+    (folder / "more").mkdir(parents=True)
+    for name, file in zip(("b.PNG", "a.png", "more/c.png"), files):
+        file.rename(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    read = lambda *arguments: [row["image"] for row in json.loads(predict_json(*arguments))]
+    predict_json = lambda *arguments: run_command(predict.main, "--pretrained", "lenet5", "--json", *arguments)[1]
+    names = [str(folder / name) for name in ("a.png", "b.PNG", "more/c.png")]
+    assert read(folder) == names
+    assert read(f"{folder}/**/*.png") == [names[0], names[2]]
+    assert read(names[2], names[0], names[2]) == [names[2], names[0], names[2]]
+    expected = json.loads(predict_json(names[0]))[0]["probabilities"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(Path(names[0]).read_bytes())))
+    (row,) = json.loads(predict_json("-"))
+    assert (row["image"], row["probabilities"]) == ("-", pytest.approx(expected))
+
+
+@pytest.mark.parametrize("form", ["text", "json", "csv"])
+def test_files_that_cant_be_read_come_at_the_end(form, files, run_command, monkeypatch):
+    """The others are classified, in batches of any size."""
+    monkeypatch.setattr(predict, "BATCH_SIZE", 2)
+    files[1].write_text("no image")
+    files[3].write_bytes(files[3].read_bytes()[:-30])
+    flags = () if form == "text" else (f"--{form}",)
+    status, output, error = run_command(predict.main, "--pretrained", "lenet5", "--top", 2, *flags, *files, "none.png")
+    assert status == 1
+    failed = [files[1], files[3], Path("none.png")]
+    assert [str(path) in line for path, line in zip(failed, error.splitlines(), strict=True)] == [True] * 3
+    if form == "json":
+        read = [row["image"] for row in json.loads(output)]
+    else:
+        read = [line.partition("," if form == "csv" else ": ")[0] for line in output.splitlines()]
+    assert read == [str(files[number]) for number in (0, 2, 4)]
+    if form == "csv":
+        _, best, share, second, rest = output.splitlines()[0].split(",")
+        assert best != second
+        assert 0 <= float(rest) <= float(share) <= 1
