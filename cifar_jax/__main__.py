@@ -15,6 +15,7 @@ COMMANDS = {
     "convert": "write weights in another framework's file format",
     "export": "write a network as an ONNX or StableHLO file",
     "plots": "redraw a run's figures",
+    "report": "write a page about a network: accuracy, mistakes, calibration, robustness",
     "compare": "compare the results, settings and curves of runs",
 }
 

@@ -11,6 +11,7 @@ if __name__ == "__main__":
     exit_on_interrupt()
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -62,26 +63,41 @@ def _tested_images(workdir: Path) -> str:
 
 
 @contextlib.contextmanager
-def saved_figure(path: Path, title: str, xlabel: str, ylabel: str) -> Iterator[Any]:
-    """Yields axes to draw on and saves them as PNG. The figure depends on neither a display nor the user's style."""
+def drawn(size: tuple[float, float], rows: int = 1, columns: int = 1) -> Iterator[tuple[Any, Any]]:
+    """Yields (figure, its axes) of `size` inches. It depends on neither a display nor the user's style."""
     backend = os.environ.pop("MPLBACKEND", None)  # a notebook sets a backend that may be missing here
     try:
         import matplotlib.style
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     finally:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
     with matplotlib.style.context("default"):
-        figure = Figure(figsize=(6.4, 4.8), dpi=120, layout="constrained")
-        axes = figure.subplots()
+        figure = Figure(figsize=size, dpi=120, layout="constrained")
+        yield figure, figure.subplots(rows, columns)
+
+
+def png(figure: Any) -> bytes:
+    """Returns a figure as a PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    file = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(file)
+    return file.getvalue()
+
+
+@contextlib.contextmanager
+def saved_figure(path: Path, title: str, xlabel: str, ylabel: str) -> Iterator[Any]:
+    """Yields axes to draw on and saves them as PNG. Raises: UserError if the file can't be written."""
+    with drawn((6.4, 4.8)) as (figure, axes):
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axes.grid(alpha=0.3)
         yield axes
-        try:
-            FigureCanvasAgg(figure).print_png(path)
-        except OSError as error:
-            raise UserError(f"can't write {path}: {error.strerror}") from error
+        content = png(figure)
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror}") from error
 
 
 @command

@@ -48,7 +48,8 @@ TFDS_DATA_DIR = os.environ.get("TFDS_DATA_DIR", "")
 
 # Modules whose tests train, compile whole networks or start commands: `pytest -m "not slow"` leaves them out.
 SLOW_MODULES = {
-    *("accuracy", "augment", "early_training", "extending", "faults", "kernels_benchmark", "normalization", "parity"),
+    *("accuracy", "augment", "early_training", "export", "extending", "faults"),
+    *("kernels_benchmark", "network_report", "normalization", "parity"),
     *("pretrained", "symmetry", "throughput", "train", "trainer", "training"),
     *("weights_files", "weights_hostile", "weights_keras"),
 }

@@ -113,6 +113,7 @@ COMMANDS = {
     "python -m cifar_jax.predict photo.jpg --pretrained lenet5 --top 5 --json": Run(),
     "python -m cifar_jax.predict photo.jpg --workdir runs/first": Run(),
     "python -m cifar_jax.predict photos 'more/*.png' --csv": Run(),
+    "python -m cifar_jax.report --out report --pretrained lenet5": Run("--disturbed-images 0"),
     "python -m cifar_jax.convert runs/mine lenet5.pth": Run(),
     "python -m cifar_jax.convert model.pth model.keras": Run(),
     "python -m cifar_jax.convert runs/first first.safetensors --checkpoint best": Run(),
