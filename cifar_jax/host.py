@@ -63,12 +63,17 @@ def _largest_activation(model: str) -> int:
     return max((x.shape[1] + 2) * (x.shape[2] + 4) * x.shape[3] * 4 if x.ndim == 4 else x.size * 4 for x in layers)
 
 
-def compiler_options(model: str, batch_size: int, devices: Sequence[jax.Device]) -> dict[str, Any]:
+def compiler_options(
+    model: str, batch_size: int, devices: Sequence[jax.Device], steps_per_call: int = 1
+) -> dict[str, Any]:
     """Returns XLA's options for a step. On a CPU they limit blocks of temporary arrays to what `keep_memory` keeps.
 
-    The limit is left out if a single array exceeds it, because XLA prints a warning for each one.
+    The limit makes All-CNN's step 12 to 20 % faster. It is left out for several steps a call, which allocate only once
+    and without it can be stored in the compilation cache (XLA can't store a program with several blocks), and if a
+    single array exceeds it, because XLA prints a warning for each one.
     """
-    if devices[0].platform != "cpu" or batch_size // len(devices) * _largest_activation(model) > _HEAP_BYTES:
+    too_large = batch_size // len(devices) * _largest_activation(model) > _HEAP_BYTES
+    if devices[0].platform != "cpu" or steps_per_call > 1 or too_large:
         return {}
     return {"xla_multiheap_size_constraint_per_heap": _HEAP_BYTES}
 

@@ -19,10 +19,11 @@ def test_freed_memory_is_kept_where_the_library_can(monkeypatch):
 
 @pytest.mark.parametrize(("batch_size", "num_devices", "limited"), [(256, 1, True), (520, 1, False), (520, 2, True)])
 def test_temporary_arrays_come_in_blocks_that_are_kept(batch_size, num_devices, limited):
-    """The option is set only on a CPU, and only if no array exceeds it, because XLA would print a warning."""
+    """The option is set only on a CPU, for single steps, and if no array exceeds it, as XLA would print a warning."""
     options = host.compiler_options("lenet5", batch_size, jax.local_devices()[:num_devices])
     assert options == ({"xla_multiheap_size_constraint_per_heap": 60 * 2**20} if limited else {})
     assert not host.compiler_options("lenet5", batch_size, [types.SimpleNamespace(platform="gpu")] * num_devices)
+    assert not host.compiler_options("lenet5", batch_size, jax.local_devices()[:num_devices], steps_per_call=16)
 
 
 def test_every_core_becomes_a_device_unless_the_user_says_otherwise(monkeypatch):
