@@ -87,7 +87,7 @@ def create_network(source: Source, uint8: bool) -> Network:
 
 
 def onnx_file(network: Network) -> tuple[bytes, Run]:
-    """Returns the ONNX file and what ONNX Runtime makes of it. Raises: UserError without onnx or onnxruntime."""
+    """Returns the ONNX file and a function that runs it in ONNX Runtime. Raises: UserError if a package is missing."""
     onnx = import_onnx()
     try:
         import onnxruntime
@@ -101,7 +101,7 @@ def onnx_file(network: Network) -> tuple[bytes, Run]:
 
 
 def stablehlo_file(network: Network) -> tuple[bytes, Run]:
-    """Returns the file of jax.export, for CPU, GPU and TPU, and what JAX makes of it. Raises: UserError."""
+    """Returns jax.export's file for CPU, GPU and TPU, and a function that runs it. Raises: UserError if a package is missing."""
     (count,) = jax.export.symbolic_shape("n")
     images = jax.ShapeDtypeStruct((count, *SIZE), network.dtype)
     exported = jax.export.export(jax.jit(network.function), platforms=PLATFORMS)(images)

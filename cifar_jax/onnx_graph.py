@@ -1,7 +1,7 @@
 """Translates a traced function into an ONNX graph, with one rule for each JAX primitive that inference uses.
 
-Images are NHWC in JAX and NCHW in ONNX, so convolutions and pools stand between two transpositions, which runtimes
-remove where they meet. The libraries that translate any JAX program need another version of Orbax than this package.
+Images are NHWC in JAX and NCHW in ONNX, so each convolution and pool is put between two transpositions. Runtimes remove
+those that cancel. jax2onnx translates any JAX program, but version 0.17.1 needs an older Orbax than this package.
 """
 
 from __future__ import annotations
