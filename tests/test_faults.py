@@ -188,8 +188,8 @@ def test_mutations_change_bytes():
 
 
 def test_crafted_files_are_small():
-    files = [*weight_files.crafted_files().values()]
-    files += [content for folder in data_files.crafted_folders().values() for content in folder.values()]
-    assert max(map(len, files)) < 10**7
-    assert len(weight_files.crafted_files()) == by_name("crafted weight files").count
-    assert len(data_files.crafted_folders()) == by_name("crafted data files").count
+    weights, folders = weight_files.crafted_files(), data_files.crafted_folders()
+    contents = [*weights.values(), *(content for folder in folders.values() for content in folder.values())]
+    assert max(map(len, contents)) < 10**7
+    assert len(weights) == by_name("crafted weight files").count
+    assert len(folders) == by_name("crafted data files").count

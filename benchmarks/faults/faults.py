@@ -36,9 +36,9 @@ FAULTS = (
     Fault(
         "SIGKILL",
         "chains of up to 4 starts of a training, each killed at a random step or file event, or up to 0.2 s later",
-        stops.sigkill, IDENTICALLY, 40, 1,
+        stops.sigkill, IDENTICALLY, 40, 0,
     ),
-    Fault("SIGTERM", "the same, by SIGTERM", stops.sigterm, IDENTICALLY, 40, 1),
+    Fault("SIGTERM", "the same, by SIGTERM", stops.sigterm, IDENTICALLY, 40, 0),
     Fault(
         "SIGTERM during start-up",
         "SIGTERM 0.3 to 4 s after the start of `python -m cifar_jax.train`",
@@ -52,7 +52,7 @@ FAULTS = (
     Fault(
         "crash between two file events",
         "SIGKILL as a training is about to open a file for writing, or to rename, make or remove one",
-        stops.file_events, IDENTICALLY, 24, 1,
+        stops.file_events, IDENTICALLY, 24, 0,
     ),
     Fault(
         "damaged checkpoint",
@@ -76,7 +76,7 @@ FAULTS = (
     ),
     Fault(
         "limit of a file's size", "the same, with a limit of 4 KiB to 2 MiB for each file",
-        disks.small_files, (IDENTICAL, RESUMED), 12, 1,
+        disks.small_files, (IDENTICAL, RESUMED), 12, 0,
     ),
     Fault(
         "read-only folder", "a new or a half finished training on a file system that is read-only, and then writable",
