@@ -101,7 +101,7 @@ def onnx_file(network: Network) -> tuple[bytes, Run]:
 
 
 def stablehlo_file(network: Network) -> tuple[bytes, Run]:
-    """Returns jax.export's file for CPU, GPU and TPU, and a function that runs it. Raises: UserError if a package is missing."""
+    """Returns jax.export's file for all PLATFORMS and a function to run it. Raises: UserError without flatbuffers."""
     (count,) = jax.export.symbolic_shape("n")
     images = jax.ShapeDtypeStruct((count, *SIZE), network.dtype)
     exported = jax.export.export(jax.jit(network.function), platforms=PLATFORMS)(images)

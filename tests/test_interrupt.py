@@ -56,12 +56,13 @@ def test_it_stays_ignored_where_it_was(start):
         signal.signal(signal.SIGINT, handler)
 
 
-def test_the_package_still_offers_the_released_networks():
+def test_the_package_still_offers_its_names():
     import cifar_jax
 
     assert cifar_jax.pretrained_names() == cifar_jax.pretrained.pretrained_names()
     assert cifar_jax.load_pretrained is cifar_jax.pretrained.load_pretrained
     assert {"load_pretrained", "pretrained_names", "__version__"} <= set(dir(cifar_jax))
+    assert all(getattr(cifar_jax, name) for name in cifar_jax.__all__)
     with pytest.raises(AttributeError, match="nothing_such"):
         cifar_jax.nothing_such  # noqa: B018
 
