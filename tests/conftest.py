@@ -48,8 +48,8 @@ TFDS_DATA_DIR = os.environ.get("TFDS_DATA_DIR", "")
 
 # Modules whose tests train, compile whole networks or start commands: `pytest -m "not slow"` leaves them out.
 SLOW_MODULES = {
-    *("accuracy", "augment", "early_training", "export", "extending", "faults"),
-    *("kernels_benchmark", "network_report", "normalization", "parity"),
+    *("accuracy", "augment", "checkpoint", "console", "early_training", "evaluate", "export", "extending", "faults"),
+    *("kernels_benchmark", "models", "network_report", "normalization", "ops", "parallel", "parity", "predict"),
     *("pretrained", "symmetry", "throughput", "train", "trainer", "training"),
     *("weights_files", "weights_hostile", "weights_keras"),
 }

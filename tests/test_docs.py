@@ -352,6 +352,7 @@ def test_the_readme_fits_its_page():
     assert any("| All-CNN | 1,369,738 |" in line for line in lines[:20])  # results on the first screen
 
 
+@pytest.mark.slow
 def test_the_links_of_the_pages_hold(tmp_path):
     pytest.importorskip("mkdocs")
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
