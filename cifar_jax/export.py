@@ -45,11 +45,10 @@ Run = Callable[[np.ndarray], np.ndarray]  # images → logits
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Exports a network for any number of images as ONNX or StableHLO. Its output are logits."""
+    """Exports a network as an ONNX or StableHLO file that returns logits for any number of images."""
 
     output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """File to write: .onnx (ONNX Runtime and others) or .stablehlo (jax.export on CPU, GPU or TPU). It must not
-    exist."""
+    """New file to write: .onnx (ONNX Runtime and others) or .stablehlo (jax.export on CPU, GPU or TPU)."""
     source: tyro.conf.OmitArgPrefixes[SourceFlags] = dataclasses.field(default_factory=SourceFlags)
     uint8: bool = False
     """Take uint8 images and scale their pixels in the network. Otherwise the input is scaled pixels, float32."""
