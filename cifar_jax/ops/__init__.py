@@ -1,8 +1,8 @@
-"""Convolution and max pool in the form that is fastest on the platform for which a program is lowered; dropout.
+"""Convolution and max pool, in the fastest form for the platform of a lowered program, and dropout.
 
-reference.py   lax's forms: what these operations are on every platform but the CPU
+reference.py   the operations by lax: the form of all platforms except the CPU
 primitives.py  the convolution, its derivatives, and the choice of its form
-cpu.py         the CPU's forms: winograd.py needs about half of the products, direct.py is for the other convolutions
+cpu.py         the CPU's forms: winograd.py needs about half of the products, direct.py computes the other convolutions
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def max_pool(images: jax.Array, window: int, stride: int) -> jax.Array:
 def global_average_pool(images: jax.Array) -> jax.Array:
     """Means over [N, H, W, C], in float32 (float64 for such images): [N, C]."""
     if images.dtype == jnp.bfloat16:
-        # XLA:CPU of jaxlib 0.11.2 fuses up to three convolutions with a mean of theirs, and then it can be NaN.
+        # XLA:CPU of jaxlib 0.11.2 fuses up to three convolutions with the mean of their outputs, which can make it NaN.
         images = lax.platform_dependent(images, cpu=lax.optimization_barrier, default=lambda images: images)
     return images.astype(np.promote_types(images.dtype, np.float32)).mean(axis=(1, 2))
 
 
 class Conv(nn.Module):
-    """flax.linen.Conv of stride 1 in the form that is fastest on the platform.
+    """flax.linen.Conv with stride 1, in the fastest form for the platform.
 
-    In bfloat16 its bias's gradient is summed in float32: summed in bfloat16, as Flax does, it is wrong by up to 40 %.
+    In bfloat16 the gradient of its bias is summed in float32. Flax sums it in bfloat16, with errors of up to 40 %.
     """
 
     features: int

@@ -1,4 +1,4 @@
-"""The CPU's forms: a convolution in Winograd's form where that pays, else the direct one; a max pool by slices."""
+"""Forms for the CPU: convolutions in Winograd's or the direct form, whichever is faster; max pool by slices."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def kernel_gradient(images: jax.Array, gradient: jax.Array, pads: Pads) -> jax.A
 
 
 def max_pool(images: jax.Array, window: int, stride: int) -> jax.Array:
-    """`lax_max_pool` as the maximum of window² strided slices, for finite values: its gradient is many times as fast.
+    """`lax_max_pool` for finite values, as the maximum of window² strided slices, whose gradient is fast.
 
-    Of equals the first gets the gradient, as there and as in PyTorch; jnp.maximum would split it.
+    If several values are the maximum, the first gets the gradient, as in `lax_max_pool` and PyTorch. jnp.maximum would
+    divide it among them.
     """
     rows, columns = ((size - window) // stride * stride + 1 for size in images.shape[1:3])
     parts = (images[:, i : i + rows : stride, j : j + columns : stride] for i in range(window) for j in range(window))

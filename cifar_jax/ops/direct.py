@@ -1,11 +1,11 @@
-"""Convolutions of stride 1 as XLA:CPU computes them fastest without Winograd's form, and their two gradients.
+"""Direct forms of convolutions of stride 1 and of their two gradients that are fast on XLA:CPU.
 
-XLA is slow on the CPU at the gradient of a convolution's kernel, and at convolutions without padding or of few input
-channels. As matrix products and convolutions of other shapes they are up to several times faster.
+XLA is slow on a CPU at kernel gradients, at convolutions without padding and at convolutions of few input channels.
+Here these are matrix products, or convolutions of other shapes, which are up to several times as fast.
 
-Each function takes and returns tuples, for several convolutions of the same shapes: images [N, H, W, I], kernels
-[h, w, I, O], gradients (of the outputs) [N, H', W', O]; `pads` are ((top, bottom), (left, right)). They have JAX's own
-derivatives, but none needs them: see primitives.py.
+Each function takes and returns tuples, for several convolutions of the same shapes. Images are [N, H, W, I], kernels
+[h, w, I, O], gradients of the outputs [N, H', W', O]. `pads` are ((top, bottom), (left, right)). primitives.py defines
+the derivatives.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from jax import lax
 
 from cifar_jax.ops.reference import Pads, gradient_pads, lax_convolution
 
-BLOCK = 4  # images whose products are one summand of a kernel's gradient: small enough for the cache
-CHANNELS = 4  # XLA:CPU is 4 times slower where the number of channels is no multiple
-LARGE_KERNEL = 5  # from this width on, the kernel gradient pays as a convolution
+BLOCK = 4  # images in each term of a kernel gradient's sum: few enough for the processor's cache
+CHANNELS = 4  # XLA:CPU is 4 times slower if the number of channels is not a multiple of this
+LARGE_KERNEL = 5  # from this width on, the kernel gradient is faster as a convolution
 
 Arrays = tuple[jax.Array, ...]
 
 
 def unpadded_convolution(images: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The convolution without padding, as one with a row of padding whose result is dropped.
+    """The convolution without padding. It is computed with a row of padding, and the additional output is dropped.
 
-    Without any padding XLA:CPU takes another way, at some sizes 4 times slower (15×15, 192→192; jaxlib 0.10).
+    XLA:CPU has another algorithm for no padding, which is 4 times slower at some sizes (15×15, 192→192; jaxlib 0.10).
     """
     return lax_convolution(images, kernel, ((0, 1), (0, 0)))[:, :-1]
 
 
 def convolutions(images: Arrays, kernels: Arrays, pads: Pads) -> Arrays:
-    """The convolution of each pair."""
+    """Convolves each array of images with its kernel."""
     return tuple(_convolution(x, kernel, pads) for x, kernel in zip(images, kernels))
 
 
@@ -44,15 +44,15 @@ def _convolution(images: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     if fill[1]:
         images = jnp.pad(images, ((0, 0), (0, 0), (0, 0), fill))
         kernel = jnp.pad(kernel, ((0, 0), (0, 0), fill, (0, 0)))
-    if kernel.shape[:2] != (1, 1) and pads == ((0, 0), (0, 0)):  # 1×1 has no slow way
+    if kernel.shape[:2] != (1, 1) and pads == ((0, 0), (0, 0)):  # 1×1 is never slow
         return unpadded_convolution(images, kernel)
     return lax_convolution(images, kernel, pads)
 
 
 def image_gradients(gradients: Arrays, kernels: Arrays, pads: Pads) -> Arrays:
-    """Convolutions of the gradients by the turned kernels.
+    """Convolves the gradients with the rotated kernels.
 
-    lax's own, the same with other names of the axes, was slower on the CPU in a loop of steps (docs/log.md).
+    `lax_image_gradient` computes the same with other dimension numbers. It was slower in a loop of steps (docs/log.md).
     """
     turned = (kernel[::-1, ::-1].transpose(0, 1, 3, 2) for kernel in kernels)
     pads = gradient_pads(kernels[0], pads)
@@ -60,11 +60,11 @@ def image_gradients(gradients: Arrays, kernels: Arrays, pads: Pads) -> Arrays:
 
 
 def kernel_gradients(images: Arrays, gradients: Arrays, pads: Pads) -> Arrays:
-    """Summed over blocks of images in one loop, in the form that copies least.
+    """Sums the kernel gradients over blocks of images in one loop.
 
-    Of a wide kernel: a convolution of the images by the gradient, with channels in place of images and images in place
-    of channels. Else a product for each row of the kernel, of its columns of the images (im2col) and the gradient.
-    Sums are in float32 (in float64 for such arguments) whatever the type of the computation.
+    A wide kernel's gradient is a convolution of the images with the gradient, where channels and images change places.
+    A narrow kernel's gradient is one matrix product for each of its rows: the image columns under the row (im2col) by
+    the gradient. The sums are float32, or float64 for arguments of that type.
     """
     padded = tuple(jnp.pad(x, ((0, 0), *pads, (0, 0))) for x in images)
     batch_size, *sizes, channels = padded[0].shape
@@ -72,7 +72,7 @@ def kernel_gradients(images: Arrays, gradients: Arrays, pads: Pads) -> Arrays:
     shape = (height, width, channels, gradients[0].shape[3])
     dtype = images[0].dtype
     total_dtype = np.promote_types(dtype, np.float32)
-    block = math.gcd(batch_size, BLOCK) if isinstance(batch_size, int) else batch_size  # not of a symbolic one
+    block = math.gcd(batch_size, BLOCK) if isinstance(batch_size, int) else batch_size  # a symbolic size is not divided
     form = _as_convolution if width >= LARGE_KERNEL else _as_products
 
     def add(totals: Arrays, block: tuple[Arrays, Arrays]) -> tuple[Arrays, None]:
@@ -88,14 +88,14 @@ def kernel_gradients(images: Arrays, gradients: Arrays, pads: Pads) -> Arrays:
 
 
 def _as_convolution(images: jax.Array, gradient: jax.Array, like: jax.Array) -> jax.Array:
-    """A block's kernel gradient, of the shape and type of `like`."""
+    """Returns a block's kernel gradient, of the shape and type of `like`."""
     images, gradient = images.astype(like.dtype), gradient.astype(like.dtype)
     by_channel = unpadded_convolution(images.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3))
     return by_channel.transpose(1, 2, 0, 3)
 
 
 def _as_products(images: jax.Array, gradient: jax.Array, like: jax.Array) -> jax.Array:
-    """A block's kernel gradient, of the shape and type of `like`."""
+    """Returns a block's kernel gradient, of the shape and type of `like`."""
     height, width, _, features = like.shape
     size = gradient.shape[2]
     columns = jnp.concatenate([images[:, :, i : i + size] for i in range(width)], axis=-1)

@@ -1,15 +1,15 @@
-"""Convolution with a form for each platform, chosen when a program is lowered for it, and derivatives of every kind.
+"""Convolution with derivatives of every kind, and with a form for each platform, chosen when a program is lowered.
 
-A convolution is linear in the images and in the kernel, and so are its two gradients in theirs. The three are closed
-under differentiation: each derivative of one of them, forward or backward, is a sum of others.
+A convolution and its two gradients are each linear in both of their arguments. Together they are closed under
+differentiation: each derivative of one of them, forward or backward, is a sum of the others.
 
                              by the first argument     by the second argument
     images ∗ kernel          image_gradient            kernel_gradient
     image_gradient(g, k)     convolution               kernel_gradient
     kernel_gradient(x, g)    image_gradient            convolution
 
-Each is a primitive of JAX: an operation that a traced program keeps as it is until it is lowered. Without that, the
-derivatives of a fast form would be what JAX makes of that form, which is slow, or a custom rule that has no others.
+Each is a JAX primitive, which a traced program keeps until it is lowered. Otherwise JAX would differentiate the fast
+form itself, which is slow, or need a custom rule, which has no forward mode.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def convolution(images: jax.Array, kernel: jax.Array, padding: Any) -> jax.Array
 
 
 def _bind(primitive: Primitive, first: jax.Array, second: jax.Array, pads: Pads) -> jax.Array:
-    """The primitive's value. Under shard_map both arguments vary over the axes over which one of them does."""
+    """Binds the primitive. Under shard_map an argument is first made to vary over the mesh axes of the other."""
     varying = [jax.typeof(x).manual_axis_type.varying for x in (first, second)]
     missing = [tuple((varying[0] | varying[1]) - axes) for axes in varying]
     first, second = (lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip((first, second), missing))
@@ -48,9 +48,9 @@ def _bind(primitive: Primitive, first: jax.Array, second: jax.Array, pads: Pads)
 
 
 def _lowering(form: Form) -> Callable[..., Any]:
-    """The rule that lowers a primitive to this form.
+    """Returns the rule that lowers a primitive to this form.
 
-    The form sees shapes and types alone: over which devices arrays vary was settled with the primitive.
+    The form sees only shapes and types: the primitive has already determined over which devices the result varies.
     """
     lower = mlir.lower_fun(form, multiple_results=False)
 
@@ -62,16 +62,16 @@ def _lowering(form: Form) -> Callable[..., Any]:
 
 
 def _primitive(name: str, default: Form, on_cpu: Form, folds: bool) -> Primitive:
-    """A primitive that is lowered to `default`, for the CPU to `on_cpu`.
+    """Creates a primitive that is lowered to `on_cpu` for the CPU and to `default` for other platforms.
 
-    Where it `folds`, it does the same with each image, so a batch of first arguments is one argument of more images.
+    Args: folds: whether images are independent of each other, so that a vmap over them is one call with more images.
     """
     primitive = Primitive(name)
     primitive.def_impl(jax.jit(primitive.bind, static_argnames="pads"))
 
     @primitive.def_abstract_eval
     def shape_and_type(first: Any, second: Any, pads: Pads) -> Any:
-        if not folds:  # a sum over the images, which may be sharded: like the kernel, it is not
+        if not folds:  # a sum over images: it is not sharded, even if they are
             whole = lambda aval: NamedSharding(aval.sharding.mesh, PartitionSpec(*[None] * aval.ndim))
             first, second = (aval.update(sharding=whole(aval)) for aval in (first, second))
         return jax.make_jaxpr(partial(default, pads=pads))(first, second).out_avals[0]
@@ -97,8 +97,8 @@ _convolution = _primitive("convolution", lax_convolution, cpu.convolution, folds
 _image_gradient = _primitive("convolution_image_gradient", lax_image_gradient, cpu.image_gradient, folds=True)
 _kernel_gradient = _primitive("convolution_kernel_gradient", lax_kernel_gradient, cpu.kernel_gradient, folds=False)
 
-# The transposes by the first and by the second argument: (cotangent, arguments, pads) → cotangent of the argument. Of
-# the two arguments that are given, one is unknown.
+# Transposes with respect to the first and the second argument: (cotangent, arguments, pads) → the argument's cotangent.
+# Of the two arguments, this one has no value.
 ad.defbilinear(
     _convolution,
     lambda g, images, kernel, pads: _bind(_image_gradient, g, kernel, pads),

@@ -1,11 +1,11 @@
-"""Winograd's form of a convolution along its rows: half of the products for a kernel's width of 3, 0.4 for 5.
+"""Winograd's form of a convolution along the rows: 0.5 of the products for kernels of width 3, 0.4 for width 5.
 
-y = A·(G·g ∘ B·d): the images and the kernel are transformed, the products of each of a tile's points are a convolution
-with a kernel of one column, and their results are transformed. Along the columns nothing is saved, but transforms in
-one direction are cheap. The gradients are the same with the transforms transposed.
+y = A·(G·g ∘ B·d). Images d and kernel g are transformed. For each point of a tile, the products are a convolution with
+a kernel of one column. Their results are transformed back. The columns are not transformed: transforms in one direction
+are cheap. The gradients use the transposed transforms.
 
-In float32 the error is 2 to 3 times that of the plain sum. Where an image is flat its outputs are equal but for
-rounding, so a max pool's gradient goes to any of them.
+The float32 error is 2 to 3 times that of the direct form. Where an image is constant, outputs that would be equal
+differ by rounding, so a max pool's gradient goes to any of them.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ import numpy as np
 from cifar_jax.ops import direct
 from cifar_jax.ops.reference import Pads, image_shape, kernel_shape
 
-TILE = 4  # outputs of a tile: more save more products, and cost accuracy
-# A form takes the first of these and infinity: the sets that arXiv:1803.10986 found to have small errors.
+TILE = 4  # outputs of a tile: a larger tile saves more products and is less accurate
+# A transform uses the first of these points, and infinity. arXiv:1803.10986 found that these sets have small errors.
 POINTS = (0.0, 1.0, -1.0, 0.5, -2.0, -0.5, 2.0)
 
 
 def pays(kernel: tuple[int, ...], size: int, dtype: np.dtype) -> bool:
-    """Whether a convolution with rows of `size` outputs needs at most three quarters of the products in this form.
+    """Tells whether this form needs at most three quarters of the products for rows of `size` outputs.
 
-    Not for few channels: then the transforms are all the work; nor in bfloat16, which has too few digits for it.
-    Args: kernel: its shape.
+    It is False for few channels, where the transforms are most of the work, and for bfloat16, which is too inaccurate.
+    Args: kernel: the kernel's shape.
     """
     _, width, channels, _ = kernel
     products = (TILE + width - 1) * -(-size // TILE)
@@ -39,11 +39,11 @@ def pays(kernel: tuple[int, ...], size: int, dtype: np.dtype) -> bool:
 
 
 def toom_cook(outputs: int, taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Matrices A [outputs, n], G [n, taps], B [n, n], float64, of n = outputs + taps - 1 points, for which
-    y = A·(G·g ∘ B·d) is the correlation y_i = Σ_k g_k·d_{i+k}: n products in place of outputs·taps.
+    """Returns matrices A [outputs, n], G [n, taps], B [n, n], float64, for n = outputs + taps - 1 points.
 
-    Winograd's F(outputs, taps) (arXiv:1509.09308): polynomials are multiplied by their values at n - 1 points and
-    infinity; the correlation is the transpose of that.
+    y = A·(G·g ∘ B·d) is the correlation y_i = Σ_k g_k·d_{i+k} with n products instead of outputs·taps. This is
+    Winograd's F(outputs, taps) (arXiv:1509.09308): polynomials are multiplied through their values at n - 1 points and
+    infinity, and a correlation is the transpose of such a product.
     """
     points, count = np.array(POINTS[: outputs + taps - 2]), outputs + taps - 1
     a, g, b = np.zeros((outputs, count)), np.zeros((count, taps)), np.zeros((count, count))
@@ -84,23 +84,23 @@ def kernel_gradient(images: jax.Array, gradient: jax.Array, pads: Pads) -> jax.A
 
 
 def _like(array: jax.Array, shape: tuple[int, ...]) -> Any:
-    """What is known of an array when a program is traced, of one with another shape."""
+    """Returns what tracing needs to know of an array (type, devices), with another shape."""
     return jax.typeof(array).update(shape=shape)
 
 
 def _combine(weights: np.ndarray, arrays: Sequence[jax.Array]) -> jax.Array:
-    """The weighted sum of arrays."""
+    """Returns the weighted sum of arrays."""
     terms = [x if w == 1 else x * jnp.asarray(w, x.dtype) for w, x in zip(weights, arrays) if w != 0]
     return functools.reduce(jnp.add, terms)
 
 
 def _transform_images(images: jax.Array, width: int, pads: Pads) -> direct.Arrays:
-    """B·d: for each point [N, H, tiles, I]."""
+    """Returns B·d: for each point [N, H, tiles, I]."""
     left, right = pads[1]
     _, _, b = toom_cook(TILE, width)
     count = len(b)
     tiles = -(-(images.shape[2] + left + right - width + 1) // TILE)
-    blocks = tiles + -(-count // TILE) - 1  # of TILE columns, which tiles begin with and reach into
+    blocks = tiles + -(-count // TILE) - 1  # each of TILE columns: a tile begins with one and extends into the next
     images = jnp.pad(images, ((0, 0), (0, 0), (left, blocks * TILE - left - images.shape[2]), (0, 0)))
     images = images.reshape(*images.shape[:2], blocks, TILE, images.shape[3])
     columns = [images[:, :, i // TILE : i // TILE + tiles, i % TILE] for i in range(count)]  # of all tiles
@@ -108,7 +108,7 @@ def _transform_images(images: jax.Array, width: int, pads: Pads) -> direct.Array
 
 
 def _transform_kernel(kernel: jax.Array) -> direct.Arrays:
-    """G·g: for each point [h, 1, I, O]."""
+    """Returns G·g: for each point [h, 1, I, O]."""
     width = kernel.shape[1]
     _, g, _ = toom_cook(TILE, width)
     columns = [kernel[:, i : i + 1] for i in range(width)]
@@ -116,7 +116,7 @@ def _transform_kernel(kernel: jax.Array) -> direct.Arrays:
 
 
 def _transform_products(products: direct.Arrays, width: int, size: int) -> jax.Array:
-    """A·products, of each point [N, H', tiles, O]: the outputs [N, H', size, O]."""
+    """Returns A·products, the outputs [N, H', size, O]. Args: products: for each point [N, H', tiles, O]."""
     a, _, _ = toom_cook(TILE, width)
     outputs = jnp.stack([_combine(weights, products) for weights in a], axis=3)
     *leading, tiles, _, features = outputs.shape
@@ -124,7 +124,7 @@ def _transform_products(products: direct.Arrays, width: int, size: int) -> jax.A
 
 
 def _transposed_products(gradient: jax.Array, width: int) -> direct.Arrays:
-    """Aᵀ·gradient, [N, H', W', O]: for each point [N, H', tiles, O]."""
+    """Returns Aᵀ·gradient: for each point [N, H', tiles, O]. Args: gradient: [N, H', W', O]."""
     batch_size, height, size, features = gradient.shape
     shape = (batch_size, height, -(-size // TILE), features)
     products = (_like(gradient, shape),) * (TILE + width - 1)
