@@ -31,14 +31,13 @@ from cifar_jax.environment import describe_environment
 from cifar_jax.errors import UserError
 from cifar_jax.host import prepare_host
 from cifar_jax.io import write_atomically
-from cifar_jax.onnx_graph import import_onnx, to_onnx
+from cifar_jax.onnx_graph import NOT_INSTALLED, import_onnx, to_onnx
 from cifar_jax.sources import Source, SourceFlags, load_source
 from cifar_jax.weights.scaling import describe_scaling
 
 SIZE = (32, 32, 3)
 PLATFORMS = ("cpu", "cuda", "tpu")
 DIFFERENCE = 1e-3  # largest accepted difference of logits, relative to the largest: float32 in another order
-NOT_INSTALLED = "export needs more packages: pip install 'cifar_jax[export]'"
 
 Run = Callable[[np.ndarray], np.ndarray]  # images → logits
 
@@ -69,20 +68,14 @@ class Network:
 
 def create_network(source: Source, uint8: bool) -> Network:
     """Returns a source's network in float32. Args: uint8: the function scales uint8 images itself."""
-    config, params = source.config, jax.device_get(source.state.eval_params)
-    mean, std = pixel_statistics(config.input_scaling, config.dataset)
-
-    def function(images: jax.Array) -> jax.Array:
-        images = scale_images(images, mean, std) if uint8 else images
-        return source.state.apply_fn({"params": params}, images)
-
+    mean, std = pixel_statistics(source.config.input_scaling, source.config.dataset)
     metadata = {
         "class_names": json.dumps(source.class_names),
         "input": "uint8 [N, 32, 32, 3]" if uint8 else "(pixel / 255 - mean) / std, float32 [N, 32, 32, 3]",
         "mean": json.dumps(list(mean)),
         "std": json.dumps(list(std)),
     }
-    return Network(function, jnp.uint8 if uint8 else jnp.float32, metadata)
+    return Network(source.logits, jnp.uint8, metadata) if uint8 else Network(source.apply, jnp.float32, metadata)
 
 
 def onnx_file(network: Network) -> tuple[bytes, Run]:

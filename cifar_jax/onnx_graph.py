@@ -15,6 +15,7 @@ from jax.extend.core import ClosedJaxpr, Literal
 
 from cifar_jax.errors import UserError
 
+NOT_INSTALLED = "export needs more packages: pip install 'cifar_jax[export]'"
 OPSET, IR_VERSION = 17, 8  # of 2022: read by every runtime in use
 TO_NCHW, TO_NHWC, TO_OIHW = (0, 3, 1, 2), (0, 2, 3, 1), (3, 2, 0, 1)
 ELEMENTWISE = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max"}
@@ -25,7 +26,7 @@ def import_onnx() -> Any:
     try:
         import onnx
     except ImportError as error:
-        raise UserError("ONNX files need more packages: pip install 'cifar_jax[export]'") from error
+        raise UserError(NOT_INSTALLED) from error
     return onnx
 
 

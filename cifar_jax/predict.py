@@ -30,7 +30,6 @@ import PIL.ImageOps
 import tyro
 from tqdm import tqdm
 
-from cifar_jax.batches import pixel_statistics, scale_images
 from cifar_jax.cli import command, parse_arguments
 from cifar_jax.errors import UserError
 from cifar_jax.host import prepare_host
@@ -114,11 +113,7 @@ def create_classifier(source: Source) -> Classify:
 
     classify raises UserError if they are not finite.
     """
-    state, statistics = source.state, pixel_statistics(source.config.input_scaling, source.config.dataset)
-
-    @jax.jit
-    def probabilities(images: jax.Array) -> jax.Array:
-        return jax.nn.softmax(state.apply_fn({"params": state.eval_params}, scale_images(images, *statistics)))
+    probabilities = jax.jit(lambda images: jax.nn.softmax(source.logits(images)))
 
     def classify(images: np.ndarray) -> np.ndarray:
         parts = [probabilities(images[start : start + BATCH_SIZE]) for start in range(0, len(images), BATCH_SIZE)]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 import tyro
 
-from cifar_jax.batches import split_seed
+from cifar_jax.batches import pixel_statistics, scale_images, split_seed
 from cifar_jax.checkpoint import Checkpoints, Progress
 from cifar_jax.configs.base import Config, DatasetName, InputScaling, ModelName
 from cifar_jax.datasets import DATASETS
@@ -80,6 +80,14 @@ class Source:
     name: str
     class_names: tuple[str, ...]
     origin: dict[str, Any]
+
+    def apply(self, images: jax.Array) -> jax.Array:
+        """Returns logits, float32 [N, classes], of scaled images, float [N, 32, 32, 3]."""
+        return self.state.apply_fn({"params": jax.device_get(self.state.eval_params)}, images)
+
+    def logits(self, images: jax.Array) -> jax.Array:
+        """Returns logits, float32 [N, classes], of images with pixels from 0 to 255, [N, 32, 32, 3]."""
+        return self.apply(scale_images(images, *pixel_statistics(self.config.input_scaling, self.config.dataset)))
 
 
 def load_source(flags: SourceFlags, dtype: Dtype | None = None, default: str | None = None) -> Source:

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from cifar_jax.batches import pixel_statistics, scale_images
 from cifar_jax.cli import command, parse_arguments
 from cifar_jax.datasets import get_dataset, hold_out, load_dataset
 from cifar_jax.environment import describe_environment
@@ -52,10 +51,7 @@ def create_functions(source: Source) -> tuple[Logits, Callable[[np.ndarray], np.
     arXiv:1706.03825): the gradient of the largest logit by the pixels is averaged over noisy copies of the image. Its
     absolute values are summed over the channels.
     """
-    state, statistics = source.state, pixel_statistics(source.config.input_scaling, source.config.dataset)
-    params = jax.device_get(state.eval_params)
-    apply = lambda pixels: state.apply_fn({"params": params}, scale_images(pixels, *statistics))
-    run, gradient = jax.jit(apply), jax.jit(jax.grad(lambda pixels: apply(pixels).max(-1).sum()))
+    run, gradient = jax.jit(source.logits), jax.jit(jax.grad(lambda pixels: source.logits(pixels).max(-1).sum()))
 
     def logits(images: np.ndarray) -> np.ndarray:
         parts = [run(images[start : start + BATCH_SIZE]) for start in range(0, len(images), BATCH_SIZE)]
