@@ -135,27 +135,27 @@ def trivial_augment(key: jax.Array, image: jax.Array) -> jax.Array:
 
 
 def mix(
-    key: jax.Array, images: jax.Array, others: jax.Array, mixup_alpha: float, cutmix_alpha: float
+    keys: jax.Array, images: jax.Array, others: jax.Array, mixup_alpha: float, cutmix_alpha: float
 ) -> tuple[jax.Array, jax.Array]:
     """Mixes each image with another by mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899).
 
-    Args: images, others: float [N, H, W, C]; mixup_alpha, cutmix_alpha: exactly one is above 0.
+    Args: keys [N]; images, others: float [N, H, W, C]; mixup_alpha, cutmix_alpha: exactly one is above 0.
     Returns: (mixed images [N, H, W, C], weight of each image's own label, float32 [N]).
     """
-    size, height, width, _ = images.shape
-    share_key, y_key, x_key = jax.random.split(key, 3)
+    _, height, width, _ = images.shape
+    share_keys, y_keys, x_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
     alpha = mixup_alpha or cutmix_alpha
-    share = jax.random.beta(share_key, alpha, alpha, (size,))
+    share = jax.vmap(lambda key: jax.random.beta(key, alpha, alpha))(share_keys)
     if mixup_alpha:
         weight = share.reshape(-1, 1, 1, 1).astype(images.dtype)
         return weight * images + (1 - weight) * others, share
 
-    def inside(key: jax.Array, length: int) -> jax.Array:
-        centre = jax.random.uniform(key, (size, 1)) * length
+    def inside(keys: jax.Array, length: int) -> jax.Array:
+        centre = jax.vmap(lambda key: jax.random.uniform(key, (1,)))(keys) * length
         half = length * jnp.sqrt(1 - share)[:, None] / 2
         return jnp.abs(jnp.arange(0.5, length)[None, :] - centre) < half
 
-    box = inside(y_key, height)[:, :, None] & inside(x_key, width)[:, None, :]  # clipped at the edges: count pixels
+    box = inside(y_keys, height)[:, :, None] & inside(x_keys, width)[:, None, :]  # clipped at the edges: count pixels
     return jnp.where(box[..., None], others, images), 1 - box.mean((1, 2))
 
 
@@ -178,7 +178,7 @@ def create_augment(config: Config) -> Callable[[jax.Array, jax.Array], jax.Array
 
 
 def step_keys(rng: jax.Array, step: jax.Array | int) -> jax.Array:
-    """Returns a training step's two keys: the first for augmentation, the second for dropout and mixing."""
+    """Returns a training step's two keys: the first for augmentation and mixing, the second for dropout."""
     return jax.random.split(jax.random.fold_in(rng, step))
 
 
@@ -222,11 +222,11 @@ def create_input_transform(config: Config, image_size: int) -> Callable[..., tup
             images = jax.image.resize(images, (size, image_size, image_size, 3), "linear")  # antialiased
         if not config.mixes:
             return images, None
-        _, dropout_rng = step_keys(rng, step)
-        mix_rng = jax.random.fold_in(jax.random.fold_in(dropout_rng, device), 1)
         place, real = jnp.arange(size), batch["mask"].sum().astype(jnp.int32)
-        partner = jnp.where(place < real, real - 1 - place, place)  # the batch in reverse; padding stays in place
-        images, share = mix(mix_rng, images, images[partner], config.mixup_alpha, config.cutmix_alpha)
+        neighbour = place ^ 1
+        partner = jnp.where(neighbour < real, neighbour, place)  # no padding
+        mix_keys = jax.vmap(lambda key: jax.random.fold_in(key, 5))(keys)
+        images, share = mix(mix_keys, images, images[partner], config.mixup_alpha, config.cutmix_alpha)
         return images, Mixture(partner, share)
 
     return transform

@@ -12,6 +12,7 @@ import optax
 from flax.training import train_state
 from jax import lax
 
+from cifar_jax import ops
 from cifar_jax.augment import create_input_transform, step_keys
 from cifar_jax.batches import pixel_statistics, scale_images, split_seed
 from cifar_jax.configs.base import Config
@@ -133,13 +134,12 @@ def create_train_step(
         count = lax.psum(batch["mask"].sum(), AXIS)
 
         def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
-            rngs = {"dropout": jax.random.fold_in(dropout_rng, device)}
-            if normalized:
-                logits, _ = apply_normalized(
-                    model, params, images, symmetric=config.mirror_symmetry, train=True, rngs=rngs
-                )
-            else:
-                logits = state.apply_fn({"params": params}, images, train=True, rngs=rngs)
+            options: dict[str, Any] = {"train": True, "rngs": {"dropout": jax.random.fold_in(dropout_rng, 0)}}
+            with ops.number_images(device * images.shape[0]):
+                if normalized:
+                    logits, _ = apply_normalized(model, params, images, symmetric=config.mirror_symmetry, **options)
+                else:
+                    logits = state.apply_fn({"params": params}, images, **options)
             losses = cross_entropy(logits, batch["label"], config.label_smoothing)
             if mixture is not None:
                 others = cross_entropy(logits, batch["label"][mixture.partner], config.label_smoothing)

@@ -125,10 +125,10 @@ class Run:
             began = read_config(self.workdir).num_devices
             check_same_data(self.workdir, self.dataset, resumes)
             say(f"resuming after {epoch} epochs and {step}/{self.steps_per_epoch} steps")
-            if began != config.num_devices and (config.mixes or any(config.dropout_rates)):
+            if began != config.num_devices and config.normalization == "batch":
                 say(
-                    f"warning: --num-devices changed from {began} to {config.num_devices}: dropout and mixing are "
-                    "drawn per device, so they will differ from an uninterrupted run",
+                    f"warning: --num-devices changed from {began} to {config.num_devices}: each device normalises its "
+                    "part of a batch, so the run will differ from an uninterrupted one",
                     error=True,
                 )
         else:
@@ -226,6 +226,6 @@ def _check_fit(config: Config, num_images: int, num_devices: int) -> int:
         raise UserError(f"--num-epochs {config.num_epochs}: too many: the limit is {2**31 - 1:,} steps")
     if config.swa_fraction and swa_steps(config, steps_per_epoch)[1] == 0:
         say(f"warning: --swa-fraction is too small for {config.swa_cycles} cycles: it has no effect", error=True)
-    if config.mixes and config.batch_size // num_devices < 2:
-        raise UserError("mixing needs 2 or more images per device: use a larger --batch-size or --num-devices 1")
+    if config.mixes and config.batch_size // num_devices % 2:
+        raise UserError("mixing needs an even number of images per device: use another --batch-size or --num-devices")
     return steps_per_epoch

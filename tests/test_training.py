@@ -201,10 +201,10 @@ def test_a_changed_config_is_refused(copied, tiny_dataset, capsys):
 
 
 def test_other_devices_are_said_where_they_matter(tiny_dataset, tiny_config, no_steps, capsys):
-    """Each device draws its own dropout."""
-    for rates, said in ((0.2, True), (0.0, False)):
-        workdir = f"{tiny_config.workdir}-{rates}"
-        config = dataclasses.replace(tiny_config, workdir=workdir, dropout_rates=(rates, rates), num_epochs=1)
+    """Each device normalises its own part of a batch."""
+    for normalization, said in (("batch", True), ("none", False)):
+        workdir = f"{tiny_config.workdir}-{normalization}"
+        config = dataclasses.replace(tiny_config, workdir=workdir, normalization=normalization, num_epochs=1)
         with pytest.raises(Interrupted):
             train_and_evaluate(config, tiny_dataset, stop_at(BEFORE + 3))
         capsys.readouterr()
@@ -233,7 +233,7 @@ def test_a_run_without_a_step_may_change(tiny_config, tiny_dataset, no_steps):
 def test_settings_that_the_number_of_steps_forbids(tiny_config, tiny_dataset, capsys):
     for changes, named in (
         ({"num_epochs": 999_999_999}, "--num-epochs 999999999: .* 2,147,483,647"),
-        ({"batch_size": 4, "num_devices": 4, "mixup_alpha": 0.2}, "--batch-size .*--num-devices 1"),
+        ({"batch_size": 12, "num_devices": 4, "mixup_alpha": 0.2}, "an even number .* --batch-size or --num-devices"),
         ({"batch_size": 91}, "--batch-size 91: .* 90 training images"),
         ({"holdout": 90}, "--holdout 90: .* 90 training images"),
     ):

@@ -132,7 +132,7 @@ class Config:
     eval_batch_size: int = 500
     """Images per evaluation step, over all devices."""
     num_devices: int | None = None
-    """Number of local devices; None: all, but no more CPU cores than can get 16 images each. It affects dropout."""
+    """Number of local devices; None: all, but no more CPU cores than can get 16 images each."""
     steps_per_call: int | None = None
     """Training steps per compiled call; None: on a CPU the network's own number, elsewhere 1,000."""
 
@@ -204,5 +204,5 @@ class Config:
 
 
 # Fields that may change when a run is resumed: places of files, division of the work, and restarts of stalled runs.
-# The division of the work changes rounding. The number of devices also changes dropout masks and mixing.
+# The division of the work changes rounding. The number of devices also changes what `normalization` normalises.
 EXECUTION_FIELDS = ("workdir", "data_dir", "auto_restart", "eval_batch_size", "num_devices", "steps_per_call")

@@ -61,9 +61,10 @@ class Conv(nn.Module):
         return outputs + jnp.broadcast_to(bias, outputs.shape).astype(self.dtype)  # in this order: see above
 
 
-def bernoulli_mask(key: jax.Array, probability: float, shape: Sequence[int]) -> jax.Array:
-    """True with this probability, to 2⁻³³: bool [*shape].
+def bernoulli_mask(key: jax.Array, probability: float, shape: Sequence[int], first: jax.Array | int = 0) -> jax.Array:
+    """True with this probability, to 2⁻³³: bool [*shape]. `first`: number of the first row, int32 scalar.
 
+    The rows 0 … n - 1 and the rows n … 2n - 1 are together the mask of 2n rows.
     `jax.random.bernoulli` hashes every element by threefry: a fifth of LeNet-5's step on a CPU. Here threefry draws a
     sequence start + step·i, and a cheap hash of its i-th integer decides on the i-th element. The index is
     summed over the axes, because XLA:CPU is several times faster with it than with a reshaped array.
@@ -71,6 +72,7 @@ def bernoulli_mask(key: jax.Array, probability: float, shape: Sequence[int]) -> 
     start, step = jax.random.bits(key, (2,), jnp.uint32)
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     indices = [lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(s) for axis, s in enumerate(strides)]
+    start += jnp.asarray(first, jnp.uint32) * jnp.uint32(strides[0]) * (step | jnp.uint32(1))
     words = _hash(start + functools.reduce(jnp.add, indices) * (step | jnp.uint32(1)))
     threshold = round(probability * 2**32)  # of the 2³² words; it may be all of them, which uint32 can't hold
     return words <= jnp.uint32(threshold - 1) if threshold else jnp.zeros(shape, bool)
@@ -89,9 +91,25 @@ class Dropout(nn.Module):
     rate: float
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Where `train`, each value is 0 with probability `rate`, else divided by 1 - rate; key: rngs 'dropout'."""
+    def __call__(self, x: jax.Array, *, train: bool, first: jax.Array | int = 0) -> jax.Array:
+        """Where `train`, each value is 0 with probability `rate`, else divided by 1 - rate; key: rngs 'dropout'.
+
+        Args: first: number of the first image in the global batch, see `number_images`.
+        """
         if not train or self.rate == 0.0:
             return x
-        mask = bernoulli_mask(self.make_rng("dropout"), 1 - self.rate, x.shape)
+        mask = bernoulli_mask(self.make_rng("dropout"), 1 - self.rate, x.shape, first)
         return jnp.where(mask, x / jnp.asarray(1 - self.rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+def number_images(first: jax.Array) -> Any:
+    """Context in which all Dropout layers number the images first, first + 1, … (int32 scalar).
+
+    Devices that hold parts of a global batch then draw the masks that one device would draw.
+    """
+
+    def numbered(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        is_dropout = isinstance(context.module, Dropout) and context.method_name == "__call__"
+        return next_call(*args, **kwargs, **({"first": first} if is_dropout else {}))
+
+    return nn.intercept_methods(numbered)
