@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
+from cifar_jax.cluster import silence_xla
 from cifar_jax.errors import UserError
 from cifar_jax.interrupt import exit_on_interrupt
 
@@ -29,6 +30,7 @@ def describe() -> str:
 
 def main() -> int:
     exit_on_interrupt()
+    silence_xla(sys.argv)
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
         sys.argv = [f"{sys.argv[0]} {name}", *arguments]

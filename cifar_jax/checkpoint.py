@@ -6,10 +6,8 @@ import contextlib
 import dataclasses
 import errno
 import itertools
-import logging
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,7 +19,9 @@ import orbax.checkpoint as ocp
 from cifar_jax.checksums import find_damage, write_checksums
 from cifar_jax.console import say
 from cifar_jax.errors import UserError
+from cifar_jax.keys import plain, with_keys
 from cifar_jax.metrics import EpochMetrics, RunLog
+from cifar_jax.orbax_io import alone, quiet
 from cifar_jax.preservation import LatestTwoAndBest
 from cifar_jax.train_step import Metrics, TrainState
 
@@ -60,20 +60,6 @@ def _padded(losses: np.ndarray) -> np.ndarray:
     return np.append(losses, np.float32(0))
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides failures that Orbax' threads print, now or later. The same failure is raised as an exception."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
-    sys.unraisablehook = lambda _: None
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
-    yield
-    sys.unraisablehook = hook
-    for logger, level in zip(loggers, levels):
-        logger.setLevel(level)
-
-
 class Checkpoints:
     """The checkpoints in WORKDIR/checkpoints, numbered in order of saving. Raises: UserError if listing them fails."""
 
@@ -97,6 +83,7 @@ class Checkpoints:
             enable_async_checkpointing=False,
             create=False,
             lightweight_initialize=True,  # otherwise damaged metadata of one checkpoint hide the others
+            multiprocessing_options=alone(),
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=_ITEMS)
         self._numbers = sorted(self._manager.all_steps())
@@ -123,8 +110,8 @@ class Checkpoints:
         rows = [dataclasses.asdict(row) for row in log.rows]
         described = {"test_accuracy": test_accuracy, "rows": rows, "num_losses": len(log.batch_loss)}
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            history=ocp.args.StandardSave(history),
+            state=ocp.args.StandardSave(plain(state)),
+            history=ocp.args.StandardSave(plain(history)),
             batch_loss=ocp.args.StandardSave({"batch_loss": _padded(log.batch_loss)}),
             progress=ocp.args.JsonSave({**progress._asdict(), **described}),
         )
@@ -134,7 +121,7 @@ class Checkpoints:
             needed = _MARGIN * sum(leaf.nbytes for leaf in jax.tree.leaves((state, history, log.batch_loss)))
             if shutil.disk_usage(self.directory).free < needed:
                 raise OSError(errno.ENOSPC, f"it needs {needed / 2**20:.0f} MiB of free space")
-            with _quiet():
+            with quiet():
                 self._kept.add(number, test_accuracy)
                 self._manager.save(number, args=items)
                 write_checksums(folder)
@@ -183,14 +170,14 @@ class Checkpoints:
         batch_loss = {"batch_loss": _padded(np.zeros(log["num_losses"], np.float32))}
         items = self._restore(
             number,
-            state=ocp.args.StandardRestore(state),
-            history=ocp.args.StandardRestore(history),
+            state=ocp.args.StandardRestore(plain(state)),
+            history=ocp.args.StandardRestore(plain(history)),
             batch_loss=ocp.args.StandardRestore(batch_loss),
         )
         rows = [EpochMetrics(**row) for row in log["rows"]]
         sum(map(sum, map(dataclasses.astuple, rows)))  # raises TypeError if one is no number
         losses = np.asarray(items.batch_loss["batch_loss"])[:-1]
-        return Restored(items.state, items.history, _progress(log), RunLog(rows, losses))
+        return Restored(with_keys(items.state, state), items.history, _progress(log), RunLog(rows, losses))
 
     def restore_state(self, which: Literal["best", "latest"], state: TrainState) -> tuple[TrainState, Progress]:
         """Returns the best or latest checkpoint's (state, progress). The disk is not changed.
@@ -204,8 +191,8 @@ class Checkpoints:
             try:
                 with self._reading(number):
                     log = self._restore(number, progress=ocp.args.JsonRestore()).progress
-                    items = self._restore(number, state=ocp.args.StandardRestore(state))
-                    restored = items.state, _progress(log)
+                    items = self._restore(number, state=ocp.args.StandardRestore(plain(state)))
+                    restored = with_keys(items.state, state), _progress(log)
             except DamagedCheckpoint as error:
                 failures.append(error)
                 continue
@@ -229,7 +216,7 @@ class Checkpoints:
         try:
             if (damaged := find_damage(folder)) is not None:  # Orbax misses some changed bytes
                 raise DamagedCheckpoint(f"{damaged}: damaged or missing")
-            with _quiet():
+            with quiet():
                 yield
         except Exception as error:  # Orbax and TensorStore raise many types
             if not folder.exists():

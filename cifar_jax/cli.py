@@ -92,7 +92,7 @@ def command(main: Callable[[], int]) -> Callable[[], int]:
         if interrupts.received is None:
             return status
         if interrupts.received == signal.SIGINT:
-            say("interrupted", error=True)
+            say("interrupted", error=True, everywhere=True)
         return 128 + interrupts.received
 
     return wrapped
@@ -104,7 +104,7 @@ def _say_failure(error: Exception) -> int:
     if line is None and status is None:
         raise error
     if line:
-        say(f"error: {' '.join(line.split())}", error=True)
+        say(f"error: {' '.join(line.split())}", error=True, everywhere=True)
     return status or 2
 
 

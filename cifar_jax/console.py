@@ -6,23 +6,26 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
+import jax
 from tqdm import tqdm
 
 from cifar_jax.metrics import EpochMetrics
-
-if TYPE_CHECKING:
-    import jax
 
 # The terminal or the reader of a pipe is gone; the stream is closed; tqdm meets a bar that is being deleted.
 FAILURES = (OSError, ValueError, RuntimeError)
 
 
-def say(text: str, *, error: bool = False) -> None:
-    """Prints a line on stdout or stderr, above any progress bar."""
+def is_main() -> bool:
+    """Tells whether this is process 0 of several, or the only process. It creates no devices."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def say(text: str, *, error: bool = False, everywhere: bool = False) -> None:
+    """Prints a line on stdout or stderr, above any progress bar, in process 0 alone unless `everywhere`."""
     stream = sys.stderr if error else sys.stdout
-    if stream is None:  # closed before Python started
+    if stream is None or not (everywhere or is_main()):  # None: closed before Python started
         return
     written = False
     try:
@@ -61,7 +64,8 @@ class ProgressBar:
     def __init__(self, description: str, total: int, start: int) -> None:
         options = {"total": total, "initial": start, "desc": description, "unit": "step", "leave": False}
         try:
-            self._bar = tqdm(**options, disable=None if sys.stderr else True)  # None: disabled without a terminal
+            shown = sys.stderr and is_main()
+            self._bar = tqdm(**options, disable=None if shown else True)  # None: disabled without a terminal
         except FAILURES:
             silence(sys.stderr)
             self._bar = tqdm(disable=True)

@@ -1,7 +1,7 @@
 """Selects devices and runs steps on them. This is the only module that calls pmap.
 
-A step is a pure function of (state, batch) on one device. `parallelize` runs it on all local devices: the state and
-the dataset are replicated, each device takes its slice of every global batch, and pmean averages the gradients.
+A step is a pure function of (state, batch) on one device. `parallelize` runs it on all devices of all processes: state
+and dataset are replicated, each device takes its slice of every global batch, and pmean averages the gradients.
 pmap is in maintenance mode (JAX runs it as jit + shard_map), and replacing it changes only this file. Two caveats:
 shard_map returns gradients of replicated parameters already summed, and pmap does not report a forgotten pmean.
 """
@@ -12,51 +12,92 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from cifar_jax.configs.base import Config
 from cifar_jax.errors import UserError
+from cifar_jax.keys import plain, with_keys
 from cifar_jax.models import get_model
+from cifar_jax.processes import broadcast
 
 AXIS = "devices"
 MIN_BATCH_OF_A_CORE = 16  # with fewer images, communication between cores costs more than the second core gains
 ACCELERATOR_STEPS_PER_CALL = 1000  # enough to hide the dispatch time
 
 
-def dividing_count(batch_size: int, at_most: int) -> int:
-    """Returns the largest number of devices, up to `at_most`, that divides the batch evenly."""
-    return max(n for n in range(1, at_most + 1) if batch_size % n == 0)
+def dividing_count(batch_size: int, at_most: int, multiple_of: int = 1) -> int:
+    """Returns the largest number of devices, up to `at_most`, that divides the batch evenly; 0 if none does."""
+    counts = range(multiple_of, at_most + 1, multiple_of)
+    return max((n for n in counts if batch_size % n == 0), default=0)
 
 
 def select_devices(config: Config) -> list[jax.Device]:
-    """Returns a run's local devices: config.num_devices of them, else all; on a CPU no more than the batch can feed.
+    """Returns a run's devices: config.num_devices of them, else all; on a CPU no more than the batch can feed.
 
-    Each CPU core gets at least MIN_BATCH_OF_A_CORE images.
-    Raises: UserError if there are too few devices, the batch does not divide, or there are several processes.
+    Each CPU core gets at least MIN_BATCH_OF_A_CORE images. Several processes give the same number of devices each, and
+    their devices come one process after another.
+    Raises: UserError if there are too few devices, they can't share the batch evenly, or processes are not connected.
     """
-    if jax.process_count() > 1:
-        raise UserError(f"training with {jax.process_count()} processes is not supported: start a single process")
-    devices = jax.local_devices()
-    count = config.num_devices or len(devices)
-    if config.num_devices is None and devices[0].platform == "cpu":
-        most = max(1, config.batch_size // MIN_BATCH_OF_A_CORE)
-        count = dividing_count(config.batch_size, min(count, most))
-    if count > len(devices):
-        raise UserError(f"--num-devices {count}: this machine has only {len(devices)}")
-    if config.batch_size % count:
+    processes = jax.process_count()
+    if processes > 1 and not jax.distributed.is_initialized():
+        raise UserError(f"this is one of {processes} processes: connect them with --coordinator auto")
+    devices = jax.local_devices() if processes == 1 else jax.devices()
+    most = len(devices)
+    if devices[0].platform == "cpu":
+        most = max(processes, min(most, config.batch_size // MIN_BATCH_OF_A_CORE))
+        default = dividing_count(config.batch_size, most, processes)
+    else:
+        default = most
+    total = config.num_devices or default or processes
+    if total > len(devices):
+        raise UserError(f"--num-devices {total}: this machine has only {len(devices)}")
+    if total % processes:
+        raise UserError(f"--num-devices {total}: must be a multiple of {processes}, the number of processes")
+    if config.batch_size % total:
+        fewer = dividing_count(config.batch_size, total - 1, processes)
+        advice = f", or --num-devices {fewer}" if fewer else ""
         raise UserError(
-            f"--batch-size {config.batch_size} can't be divided evenly over {count} devices: "
-            f"use a multiple of {count}, or --num-devices {dividing_count(config.batch_size, count - 1)}"
+            f"--batch-size {config.batch_size} can't be divided evenly over {total} devices: use a multiple of {total}"
+            + advice
         )
-    return devices[:count]
+    if processes == 1:
+        return devices[:total]
+    by_process: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        by_process.setdefault(device.process_index, []).append(device)
+    return [device for number in sorted(by_process) for device in by_process[number][: total // processes]]
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """Copies every array of the tree to every device."""
-    mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
-    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    """Copies every array of the tree to every device. Several processes must hold the same arrays."""
+    sharding = _sharding(devices, jax.sharding.PartitionSpec())
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    mine = [device for device in devices if device.process_index == jax.process_index()]
+
+    def copied(array: Any) -> jax.Array:
+        copies = [jax.device_put(array, device) for device in mine]
+        return jax.make_array_from_single_device_arrays(copies[0].shape, sharding, copies)
+
+    return jax.tree.map(copied, tree)
+
+
+def local(tree: Any) -> Any:
+    """Returns the arrays of a replicated tree as arrays of this process alone, on its first device."""
+    alone = lambda array: array if array.is_fully_addressable else array.addressable_data(0)
+    return jax.tree.map(alone, tree)
+
+
+def share(tree: Any, devices: Sequence[jax.Device]) -> Any:
+    """Gives all processes the arrays of process 0. Args: tree: in each process, arrays of the same shapes and types."""
+    if jax.process_count() == 1:
+        return tree
+    return replicate(with_keys(broadcast(plain(tree)), tree), devices)
+
+
+def _sharding(devices: Sequence[jax.Device], spec: jax.sharding.PartitionSpec) -> jax.sharding.NamedSharding:
+    return jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(devices), (AXIS,)), spec)
 
 
 def default_steps_per_call(model: str, devices: Sequence[jax.Device]) -> int:
@@ -72,7 +113,9 @@ def parallelize(
     Args: donate: positions of arguments whose buffers are reused; options: XLA's compiler options.
     Returns: compile_for(*example arguments) → the compiled function, which can't be recompiled by accident.
     """
-    index = jnp.arange(len(devices), dtype=jnp.int32)
+    numbers = np.arange(len(devices), dtype=np.int32)
+    each = _sharding(devices, jax.sharding.PartitionSpec(AXIS))  # across processes, pmap takes and returns whole arrays
+    index = jax.make_array_from_callback(numbers.shape, each, lambda part: numbers[part])
 
     def compile_for(*args: Any) -> Callable[..., Any]:
         in_axes = (None,) * len(args) + (0,)

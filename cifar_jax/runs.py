@@ -25,6 +25,7 @@ from cifar_jax.environment import describe_environment
 from cifar_jax.errors import UserError
 from cifar_jax.io import made_folder, read_json, user_path, write_json
 from cifar_jax.metrics import EpochMetrics
+from cifar_jax.orbax_io import alone
 
 MAX_RESTARTS = 3
 RESULTS = ("metrics.csv", "batch_loss.npy", "summary.json", "accuracy.png", "loss.png", "batch_loss.png")
@@ -93,7 +94,7 @@ def probe_workdir(workdir: Path) -> None:
     """Saves a small checkpoint and reads it back before training starts. Raises: UserError if that fails."""
     folder = workdir / f"probe-{uuid.uuid4()}"
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.StandardCheckpointer(multiprocessing_options=alone()) as checkpointer:
             checkpointer.save(folder.absolute(), {"probe": np.arange(3)})
             checkpointer.wait_until_finished()
             restored = checkpointer.restore(folder.absolute(), {"probe": np.zeros(3, np.int64)})
@@ -147,13 +148,18 @@ def _read_identity(workdir: Path) -> dict[str, Any] | None:
     return content if {"source", "train_labels_sha256"} <= set(content) else {}
 
 
+def labels_checksum(dataset: Dataset) -> str:
+    """Returns the SHA-256 of the training labels, which also identifies the order of the images."""
+    return hashlib.sha256(dataset.train_labels.tobytes()).hexdigest()
+
+
 def check_same_data(workdir: Path, dataset: Dataset, resumes: bool) -> None:
     """Checks that a resumed run sees the same training data, and records the data's identity in dataset.json.
 
     Batches, flips and held-out images depend on the order of the images, and copies of CIFAR-10 differ in it.
     Raises: UserError if the run began with other training labels or another order of them.
     """
-    checksum = hashlib.sha256(dataset.train_labels.tobytes()).hexdigest()
+    checksum = labels_checksum(dataset)
     saved = _read_identity(workdir)
     if resumes and saved and saved["train_labels_sha256"] != checksum:
         raise UserError(

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import sys
+
 if __name__ == "__main__":
+    from cifar_jax.cluster import silence_xla
     from cifar_jax.interrupt import exit_on_interrupt
 
     exit_on_interrupt()
+    silence_xla(sys.argv)
 
+import contextlib
 import dataclasses
 import difflib
 import shlex
-import sys
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import tyro
 
+import cifar_jax
 from cifar_jax.checkpoint import Progress
 from cifar_jax.cli import StopSignals, command, parse_arguments
+from cifar_jax.cluster import Processes
 from cifar_jax.configs import DESCRIPTIONS, FAULTY, RECIPES
 from cifar_jax.configs.base import Config
 from cifar_jax.console import say
@@ -26,6 +34,7 @@ from cifar_jax.datasets import Dataset
 from cifar_jax.errors import UserError
 from cifar_jax.host import prepare_host
 from cifar_jax.parallel import select_devices
+from cifar_jax.processes import any_of, check_same, connected, on_main
 from cifar_jax.runs import attempts, claim_workdir, resolve_workdir
 from cifar_jax.training import FailedTraining, Interrupted, Run
 
@@ -42,25 +51,42 @@ def train_and_evaluate(
     of the start and after each call of steps.
     Raises: UserError for errors that the user can fix; Interrupted if `stop` ended the run before its last epoch's end.
     """
-    if stop():
+    config = dataclasses.replace(config, workdir=resolve_workdir(config.workdir))
+    check_same("recipe or version", _facts(config))
+    if any_of(stop()):
         raise Interrupted(Progress(), 0)
     devices = select_devices(config)
-    config = dataclasses.replace(config, num_devices=len(devices), workdir=resolve_workdir(config.workdir))
-    *earlier, last = attempts(config)
+    config = dataclasses.replace(config, num_devices=len(devices))
+    *earlier, last = on_main(lambda: attempts(config))
     following = [*earlier[1:], last] if earlier else []
     for attempt, restart in zip(earlier, following):
         try:
-            with claim_workdir(Path(attempt.workdir), attempt):
+            with _claimed(attempt):
                 return Run(attempt, devices, dataset, stop).train()
         except FailedTraining as error:
             settings = f"rate {restart.learning_rate:g}, seed {restart.seed}"
             say(f"{error.what}\nstarting again in {restart.workdir}: {settings}", error=True)
-    with claim_workdir(Path(last.workdir), last):
+    with _claimed(last):
         return Run(last, devices, dataset, stop).train()
 
 
-def parse_config(arguments: list[str]) -> Config:
-    """Parses a recipe's name and flags to a Config. Raises: UserError for an unknown or faulty recipe or a bad flag."""
+def _facts(config: Config) -> dict[str, Any]:
+    """Returns what all processes of a run must have in common. Only process 0 uses its workdir."""
+    fields = dataclasses.asdict(config)
+    versions = {"cifar_jax": cifar_jax.__version__, "jax": jax.__version__}
+    return versions | {name: value for name, value in fields.items() if name not in ("workdir", "data_dir")}
+
+
+@contextlib.contextmanager
+def _claimed(config: Config) -> Iterator[None]:
+    """Claims the run's folder in process 0."""
+    with contextlib.ExitStack() as stack:
+        on_main(lambda: stack.enter_context(claim_workdir(Path(config.workdir), config)))
+        yield
+
+
+def parse_command(arguments: list[str]) -> tuple[Config, Processes]:
+    """Parses a recipe's name and flags. Raises: UserError for an unknown or faulty recipe or a bad flag."""
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = [DEFAULT_RECIPE, *arguments]
     if arguments[0] in FAULTY:
@@ -69,12 +95,14 @@ def parse_config(arguments: list[str]) -> Config:
         close = difflib.get_close_matches(arguments[0], RECIPES, 1)
         guess = f"did you mean {close[0]}? " if close else ""
         raise UserError(f"unknown recipe {arguments[0]!r}: {guess}choose one of {', '.join(RECIPES)}")
+    recipe = tyro.extras.subcommand_type_from_defaults(RECIPES, DESCRIPTIONS, prefix_names=False)
+    unprefixed = tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[recipe]]  # type: ignore[valid-type]
     return parse_arguments(
-        tyro.extras.subcommand_type_from_defaults(RECIPES, DESCRIPTIONS, prefix_names=False),
+        tuple[unprefixed, tyro.conf.OmitArgPrefixes[Processes]],
         prog="python -m cifar_jax.train",
         description=f"Trains a recipe. Without a name: {DEFAULT_RECIPE}. RECIPE --help lists its flags.",
-        default=RECIPES[DEFAULT_RECIPE],
         args=arguments,
+        config=(tyro.conf.CascadeSubcommandArgs,),
     )
 
 
@@ -82,14 +110,15 @@ def parse_config(arguments: list[str]) -> Config:
 def main() -> int:
     with StopSignals() as stop:
         arguments = sys.argv[1:]
-        config = parse_config(arguments)
-        prepare_host()
-        try:
-            train_and_evaluate(config, stop=stop)
-        except Interrupted as interrupted:
-            again = shlex.join(["python", "-m", "cifar_jax.train", *arguments])
-            say(f"{interrupted}. To resume: {again}", error=True)
-            return 128 + (stop.received or 0)
+        config, processes = parse_command(arguments)
+        with connected(processes):
+            prepare_host()
+            try:
+                train_and_evaluate(config, stop=stop)
+            except Interrupted as interrupted:
+                again = shlex.join(["python", "-m", "cifar_jax.train", *arguments])
+                say(f"{interrupted}. To resume: {again}", error=True)
+                return 128 + (stop.received or signal.SIGTERM)  # perhaps only another process received a signal
     return 0
 
 

@@ -19,8 +19,11 @@ from cifar_jax.datasets import Dataset, hold_out, load_dataset
 from cifar_jax.errors import UserError
 from cifar_jax.io import write_json
 from cifar_jax.metrics import EpochMetrics, RunLog, is_stalled
-from cifar_jax.optimizer import create_schedule, swa_steps
-from cifar_jax.runs import check_same_data, probe_workdir, read_config, read_summary, summarize
+from cifar_jax.optimizer import create_schedule
+from cifar_jax.parallel import local, share
+from cifar_jax.processes import agree, any_of, check_same, on_main
+from cifar_jax.runs import check_same_data, labels_checksum, probe_workdir, read_config, read_summary, summarize
+from cifar_jax.steps import count_steps_per_epoch
 from cifar_jax.trainer import Evaluator, Trainer
 
 
@@ -47,15 +50,18 @@ class Run:
     def __init__(
         self, config: Config, devices: list[jax.Device], dataset: Dataset | None, stop: Callable[[], bool]
     ) -> None:
-        self.config, self.devices, self.stop = config, devices, stop
+        self.config, self.devices = config, devices
+        self.stop = lambda: any_of(stop())
         self.workdir = Path(config.workdir)
-        self.dataset = hold_out(dataset or load_dataset(config.dataset, config.data_dir), config.holdout)
-        if stop():
+        load = lambda: hold_out(dataset or load_dataset(config.dataset, config.data_dir), config.holdout)
+        self.dataset = agree(load)
+        check_same("dataset", {"training labels' SHA-256": labels_checksum(self.dataset), "data": self.dataset.source})
+        if self.stop():
             raise Interrupted(Progress(), 0)
         self.num_classes = self.dataset.info.num_classes
         self.tested = "held-out" if config.holdout else "test"
-        self.steps_per_epoch = _check_fit(config, len(self.dataset.train_labels), len(devices))
-        self.checkpoints = Checkpoints(self.workdir)
+        self.steps_per_epoch = count_steps_per_epoch(config, len(self.dataset.train_labels), len(devices))
+        on_main(self._open_checkpoints)
         self.trainer = Trainer(config, self.dataset.train_images, self.dataset.train_labels, devices)
         self.num_parameters = sum(leaf.size for leaf in jax.tree.leaves(self.trainer.state.eval_params))
         self.progress, self.log = Progress(), RunLog()
@@ -67,16 +73,12 @@ class Run:
         self._introduce()
         if config.auto_restart and is_stalled(self.log.batch_loss, self.num_classes):
             raise self._stalled(self.progress.epoch)  # earlier calls without --auto-restart trained on after it stalled
-        if (summary := self._complete(resumes)) is not None:
+        if (summary := on_main(lambda: self._complete(resumes))) is not None:
             return summary
-        self._prepare(resumes)
+        on_main(lambda: self._prepare(resumes))
         if not self.stop():
             self._train_epochs()
-        rows = self.log.rows
-        summary = summarize(config, rows, self.num_parameters, self.devices, self.dataset.source)
-        if rows:
-            self._draw()
-            write_json(self.workdir / "summary.json", summary)  # last: its presence means that the run is complete
+        summary = on_main(self._finish)
         if self.progress.epoch < config.num_epochs:
             raise Interrupted(self.progress, self.steps_per_epoch)
         say(
@@ -85,13 +87,26 @@ class Run:
         )
         return summary
 
+    def _open_checkpoints(self) -> None:
+        self.checkpoints = Checkpoints(self.workdir)
+
     def _restore(self) -> bool:
         """Restores the latest checkpoint. Returns: whether there was one."""
-        restored = self.checkpoints.restore_run(self.trainer.state, self.trainer.history)
-        if restored is None:
-            return False
-        self.trainer.state, self.trainer.history, self.progress, self.log = restored
-        return True
+        trainer = self.trainer
+        arrays = local((trainer.state, trainer.history))
+
+        def read() -> tuple[Progress, RunLog] | None:
+            nonlocal arrays
+            if (restored := self.checkpoints.restore_run(*arrays)) is None:
+                return None
+            arrays = restored.state, restored.history
+            return restored.progress, restored.log
+
+        found = on_main(read)
+        trainer.state, trainer.history = share(arrays, self.devices)
+        if found is not None:
+            self.progress, self.log = found
+        return found is not None
 
     def _introduce(self) -> None:
         config, devices = self.config, self.devices
@@ -161,7 +176,7 @@ class Run:
         seconds = earlier_seconds + time.perf_counter() - started
         self.trainer.fold()
         test = evaluator(self.trainer.state, self.stop) if step == self.steps_per_epoch else None
-        state, trained = self.trainer.state, self.trainer.epoch_metrics()
+        trained = self.trainer.epoch_metrics()
         tested_loss = test["loss"] if test else 0.0
         if step and not math.isfinite(trained["loss"] + tested_loss):
             losses_are = f"train loss {trained['loss']}, {self.tested} loss {tested_loss}"
@@ -170,7 +185,7 @@ class Run:
             if step == start:
                 return False  # no new step to save
             self.progress = Progress(epoch, step, seconds)
-            self.checkpoints.save(state, self.trainer.history, self.progress, self.log, None)
+            self._save(None)
             return False
         row = self._create_row(epoch, seconds, trained, test)
         losses = np.concatenate([self.log.batch_loss, trained["batch_loss"]])
@@ -179,12 +194,16 @@ class Run:
                 raise self._stalled(row.epoch)
             say(f"warning: {self._stalled(row.epoch)}", error=True)
         self.log.add(row, trained["batch_loss"])
-        self.log.write(self.workdir)
+        on_main(lambda: self.log.write(self.workdir))
         self.trainer.clear_history()
         self.progress = Progress(epoch + 1)
-        self.checkpoints.save(state, self.trainer.history, self.progress, self.log, row.test_accuracy)
+        self._save(row.test_accuracy)
         say(format_epoch(row, self.config.num_epochs, self.tested))
         return True
+
+    def _save(self, test_accuracy: float | None) -> None:
+        state, history = local((self.trainer.state, self.trainer.history))
+        on_main(lambda: self.checkpoints.save(state, history, self.progress, self.log, test_accuracy))
 
     def _create_row(self, epoch: int, seconds: float, trained: dict[str, Any], test: dict[str, float]) -> EpochMetrics:
         schedule = create_schedule(self.config, self.steps_per_epoch)
@@ -202,6 +221,15 @@ class Run:
     def _stalled(self, epoch: int) -> FailedTraining:
         return FailedTraining(f"training stalled in epoch {epoch} (its loss stays at chance)", self.config)
 
+    def _finish(self) -> dict[str, Any]:
+        """Draws figures and writes summary.json, if there is an epoch. Returns: its content."""
+        rows = self.log.rows
+        summary = summarize(self.config, rows, self.num_parameters, self.devices, self.dataset.source)
+        if rows:
+            self._draw()
+            write_json(self.workdir / "summary.json", summary)  # last: its presence means that the run is complete
+        return summary
+
     def _draw(self) -> None:
         try:
             from cifar_jax.plots import plot_run  # imported here because matplotlib takes a second
@@ -213,19 +241,3 @@ class Run:
                 f"try cifar-jax plots {self.workdir}",
                 error=True,
             )
-
-
-def _check_fit(config: Config, num_images: int, num_devices: int) -> int:
-    """Returns the steps per epoch. Raises: UserError if the recipe does not fit the number of images or devices."""
-    if config.image_size(config.num_epochs - 1) != 32:
-        say("warning: --image-sizes leaves no epoch for 32×32 pixels, the size of test images", error=True)
-    if config.batch_size > num_images:
-        raise UserError(f"--batch-size {config.batch_size}: there are only {num_images} training images")
-    steps_per_epoch = -(-num_images // config.batch_size)
-    if config.num_epochs * steps_per_epoch >= 2**31:
-        raise UserError(f"--num-epochs {config.num_epochs}: too many: the limit is {2**31 - 1:,} steps")
-    if config.swa_fraction and swa_steps(config, steps_per_epoch)[1] == 0:
-        say(f"warning: --swa-fraction is too small for {config.swa_cycles} cycles: it has no effect", error=True)
-    if config.mixes and config.batch_size // num_devices % 2:
-        raise UserError("mixing needs an even number of images per device: use another --batch-size or --num-devices")
-    return steps_per_epoch

@@ -50,7 +50,7 @@ TFDS_DATA_DIR = os.environ.get("TFDS_DATA_DIR", "")
 SLOW_MODULES = {
     *("accuracy", "augment", "checkpoint", "console", "early_training", "evaluate", "export", "extending", "faults"),
     *("kernels_benchmark", "models", "network_report", "normalization", "ops", "parallel", "parity", "predict"),
-    *("pretrained", "symmetry", "throughput", "train", "trainer", "training"),
+    *("pretrained", "processes", "symmetry", "throughput", "train", "trainer", "training"),
     *("weights_files", "weights_hostile", "weights_keras"),
 }
 

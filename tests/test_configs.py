@@ -6,7 +6,7 @@ import pytest
 from cifar_jax import configs
 from cifar_jax.configs import DESCRIPTIONS, FAULTY, RECIPES
 from cifar_jax.errors import UserError
-from cifar_jax.train import parse_config
+from cifar_jax.train import parse_command
 
 RECIPE = """
 from cifar_jax.configs.base import Config
@@ -43,10 +43,10 @@ def test_a_faulty_recipe_is_refused_by_name_and_the_others_go_on(name, content, 
     monkeypatch.setitem(FAULTY, name, "")
     configs.load_recipe(name)
     with pytest.raises(UserError) as error:
-        parse_config([name])
+        parse_command([name])[0]
     assert str(error.value).startswith(f"cifar_jax/configs/{name}.py: ")
     assert fault in str(error.value)
-    assert parse_config(["quickstart"]) == RECIPES["quickstart"]
+    assert parse_command(["quickstart"])[0] == RECIPES["quickstart"]
     assert name not in RECIPES
 
 
@@ -56,7 +56,7 @@ def test_a_recipe_needs_no_docstring(tmp_path, monkeypatch):
     for table in (RECIPES, DESCRIPTIONS):
         monkeypatch.setitem(table, "no_docstring", None)
     configs.load_recipe("no_docstring")
-    assert (parse_config(["no_docstring"]).learning_rate, DESCRIPTIONS["no_docstring"]) == (0.1, "")
+    assert (parse_command(["no_docstring"])[0].learning_rate, DESCRIPTIONS["no_docstring"]) == (0.1, "")
 
 
 def test_the_reference_recipes_are_the_originals():

@@ -20,7 +20,7 @@ from cifar_jax.models import MODELS, get_model
 from cifar_jax.optimizer import create_tx
 from cifar_jax.sources import load_run
 from cifar_jax.symmetry import mirror, symmetric_start
-from cifar_jax.train import parse_config, train_and_evaluate
+from cifar_jax.train import parse_command, train_and_evaluate
 from cifar_jax.train_step import create_train_state
 
 pytestmark = pytest.mark.usefixtures("direct_convolutions", "compiled_once", "no_figures")
@@ -124,7 +124,7 @@ def test_cifar100_from_training_to_other_frameworks(tiny_cifar100, tmp_path, run
     """The 100 classes, their names and the pixel statistics accompany the weights."""
     monkeypatch.setattr(evaluate, "load_dataset", lambda name, data_dir: {"cifar100": tiny_cifar100}[name])
     flags = ["--dataset", "cifar100", "--batch-size", "50", "--num-epochs", "1", "--num-devices", "1"]
-    config = parse_config(["lenet5", *flags, "--workdir", str(tmp_path / "run")])
+    config = parse_command(["lenet5", *flags, "--workdir", str(tmp_path / "run")])[0]
     with jax.numpy_dtype_promotion("standard"):
         summary = train_and_evaluate(config, tiny_cifar100)
     assert summary["num_parameters"] == 395_006 + 90 * 101

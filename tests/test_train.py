@@ -14,7 +14,7 @@ from benchmarks.report.results import ROOT
 from cifar_jax import train, training
 from cifar_jax.checkpoint import Checkpoints
 from cifar_jax.configs import RECIPES
-from cifar_jax.train import parse_config
+from cifar_jax.train import parse_command
 from cifar_jax.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("direct_convolutions", "no_figures")
@@ -129,10 +129,10 @@ def test_an_interrupted_start_up_leaves_earlier_stages_undone(tiny_dataset, tmp_
 
 
 def test_recipes_and_flags():
-    assert parse_config([]) == RECIPES["lenet5"]
-    assert parse_config(["--num-epochs", "7"]) == dataclasses.replace(RECIPES["lenet5"], num_epochs=7)
+    assert parse_command([])[0] == RECIPES["lenet5"]
+    assert parse_command(["--num-epochs", "7"])[0] == dataclasses.replace(RECIPES["lenet5"], num_epochs=7)
     flags = ["--dropout-rates", "0.1", "0", "0.3", "--no-random-flip", "--data-dir", "d", "--dtype", "bfloat16"]
-    assert parse_config(["all_cnn_reference", *flags]) == dataclasses.replace(
+    assert parse_command(["all_cnn_reference", *flags])[0] == dataclasses.replace(
         RECIPES["all_cnn_reference"], dropout_rates=(0.1, 0.0, 0.3), random_flip=False, data_dir="d", dtype="bfloat16"
     )
 

@@ -1,0 +1,196 @@
+"""Training with several processes, which are started here as a user would start them."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_command
+from small_runs import latest_state, untimed_rows
+
+from cifar_jax import models
+from cifar_jax.cluster import Processes, is_clusters_process, silence_xla
+from cifar_jax.errors import UserError
+from cifar_jax.processes import agree, any_of, broadcast, check_same, connected, on_main
+from cifar_jax.runs import read_config
+
+TESTS = Path(__file__).parent
+
+
+@contextlib.contextmanager
+def started(count, devices, *commands, **environment):
+    """Starts processes that train together. Args: commands: the flags of each process, or of all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("device_count=4", f"device_count={devices}")
+    inherited = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}  # JAX sets it
+    running = []
+    for number in range(count):
+        flags = [*commands[number % len(commands)], "--coordinator", f"127.0.0.1:{port}"]
+        command = [sys.executable, TESTS / "tiny_command.py", "tiny", *flags]
+        own = {name: value if isinstance(value, str) else value[number] for name, value in environment.items()}
+        running.append(
+            subprocess.Popen(
+                [*command, "--num-processes", str(count), "--process-id", str(number)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**inherited, **own, "PYTHONPATH": str(TESTS.parent)},
+            )
+        )
+    try:
+        yield running
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
+
+
+def outcomes(running):
+    """Waits for processes. Returns: (exit status, stdout without Gloo's words, stderr) of each."""
+    results = []
+    for process in running:
+        out, err = process.communicate(timeout=300)
+        out = re.sub(r"\[Gloo\] Rank |\d+ is connected to \d+ peer ranks\. .* : \d+", "", out)  # they run together
+        results.append((process.returncode, out.strip(), err))
+    return results
+
+
+def wait_for(process, pattern):
+    """Reads stdout to a line that matches."""
+    assert any(re.match(pattern, line) for line in process.stdout)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(models.MODELS, "tiny", tiny_command.Tiny)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The workdir of a run in one process with 4 devices."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    with started(1, 4, ["--workdir", str(workdir), "--num-devices", "4"]) as running:
+        assert outcomes(running)[0][::2] == (0, "")
+    return workdir
+
+
+@pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
+def test_several_processes_train_like_one(alone, tmp_path, count, devices):
+    """The same numbers, up to the order in which four devices' gradients are added. Process 0 alone prints."""
+    with started(count, devices, ["--workdir", str(tmp_path / "run"), "--num-devices", "4"]) as running:
+        main, *others = outcomes(running)
+    assert main[::2] == (0, "")
+    assert re.search(r"on 4 × cpu(.|\n)*epoch 1/2(.|\n)*figures and summary.json", main[1])
+    assert others == [(0, "", "")] * (count - 1)
+    config, expected_config = read_config(tmp_path / "run"), read_config(alone)
+    for actual, expected in zip(latest_state(config), latest_state(expected_config)):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * max(float(np.abs(expected).max()), 1e-30))
+    for row, expected in zip(untimed_rows(config), untimed_rows(expected_config)):
+        assert (row.train_accuracy, row.test_accuracy) == (expected.train_accuracy, expected.test_accuracy)
+        assert row.train_loss == pytest.approx(expected.train_loss, rel=1e-5)
+
+
+def test_a_signal_to_one_process_stops_all_and_they_resume(tmp_path):
+    flags = ["--workdir", str(tmp_path / "run"), "--num-epochs", "999"]
+    with started(2, 1, flags) as running:
+        wait_for(running[0], "epoch +1/")
+        running[1].send_signal(signal.SIGTERM)
+        main, other = outcomes(running)
+    assert (main[0], other[0]) == (143, 143)
+    assert re.match(r"saved after \d+ epochs and \d/6 steps. To resume: python -m cifar_jax.train tiny ", main[2])
+    with started(2, 1, flags) as running:
+        wait_for(running[0], "resuming after")
+        wait_for(running[0], "epoch")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_process_is_killed_the_other_ends_with_a_line(tmp_path, victim):
+    with started(2, 1, ["--workdir", str(tmp_path / "run"), "--num-epochs", "999"]) as running:
+        wait_for(running[0], "epoch +1/")
+        running[victim].kill()
+        status, _, err = outcomes(running)[1 - victim]
+    assert status in (2, -signal.SIGABRT)  # an exception, or the end that JAX puts to the process
+    assert re.fullmatch(r"error: .*another .*: run the same command in all processes to resume\n", err)
+
+
+@pytest.mark.parametrize(
+    ("flags", "seeds", "named"),
+    [
+        (["--learning-rate", "0.1"], ("0", "0"), "another recipe or version: learning_rate 0.1, and process 0 0.05"),
+        ([], ("0", "1"), "process 1 has another dataset: training labels' SHA-256"),
+    ],
+)
+def test_a_process_that_differs_is_refused_by_all(tmp_path, flags, seeds, named):
+    workdir = ["--workdir", str(tmp_path / "run")]
+    with started(2, 1, workdir, [*workdir, *flags], TINY_SEED=seeds) as running:
+        for status, out, err in outcomes(running):
+            assert (status, out) == (2, "")
+            assert named in err
+            assert len(err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_one_process_can_not_do_is_refused_by_all(tmp_path):
+    (tmp_path / "file").touch()
+    with started(2, 1, ["--workdir", str(tmp_path / "file")]) as running:
+        results = outcomes(running)
+    assert [status for status, *_ in results] == [2, 2]
+    assert results[0][2] == results[1][2]
+    assert "name a writable folder" in results[0][2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        (("host", 2, 0), "--coordinator host: must be HOST:PORT"),
+        ((":1", 2, 0), "--coordinator :1: must be HOST:PORT"),
+        (("host:99999", 2, 0), "HOST:PORT"),
+        (("host:1", None, 0), "needs --num-processes and --process-id"),
+        (("host:1", 2, 2), "--process-id 2: must be from 0 to 1"),
+        ((None, 2, None), "--num-processes and --process-id need --coordinator"),
+        (("auto", None, 1), "need --coordinator HOST:PORT"),
+    ],
+)
+def test_flags_that_do_not_fit(fields, named):
+    with pytest.raises(UserError, match=named):
+        Processes(*fields)
+    assert Processes("[::1]:80", 2, 1).process_id == 1
+
+
+def test_processes_of_a_cluster_are_found():
+    assert is_clusters_process({"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4"})
+    assert is_clusters_process({"OMPI_COMM_WORLD_SIZE": "2"})
+    assert is_clusters_process({"TPU_WORKER_HOSTNAMES": "a,b"})
+    for alone in ({}, {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, {"TPU_WORKER_HOSTNAMES": "localhost"}):
+        assert not is_clusters_process(alone)
+
+
+def test_xlas_messages_are_hidden_from_several_processes(monkeypatch):
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    silence_xla(["train", "--seed", "1"])
+    assert "TF_CPP_MIN_LOG_LEVEL" not in os.environ
+    silence_xla(["train", "--coordinator=a:1"])
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "4"
+
+
+def test_one_process_agrees_with_itself():
+    with connected(Processes()):
+        assert not jax.distributed.is_initialized()
+    assert (on_main(lambda: 1), agree(lambda: 2), any_of(True), any_of(False)) == (1, 2, True, False)
+    assert broadcast([3]) == [3]
+    check_same("recipe", {"seed": 0})
+
+
+def test_a_cluster_that_jax_does_not_find_is_said():
+    with pytest.raises(UserError, match=r"can't connect .*: check --coordinator"), connected(Processes("auto")):
+        pass
