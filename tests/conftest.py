@@ -10,7 +10,7 @@ _flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_le
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA ends a process for a flag that it does not know
     _flags += " --xla_cpu_use_fusion_emitters=false"  # XLA's former way to emit fused loops compiles in half the time
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flags}"
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("CIFAR_JAX_TEST_PLATFORMS", "cpu")
 
 import sys
 import tempfile
@@ -48,7 +48,18 @@ TFDS_DATA_DIR = os.environ.get("TFDS_DATA_DIR", "")
 
 # Modules whose tests train, compile whole networks or start commands: `pytest -m "not slow"` leaves them out.
 SLOW_MODULES = {
-    *("accuracy", "augment", "checkpoint", "console", "early_training", "evaluate", "export", "extending", "faults"),
+    *(
+        "accuracy",
+        "augment",
+        "checkpoint",
+        "console",
+        "early_training",
+        "evaluate",
+        "export",
+        "extending",
+        "faults",
+        "gpu",
+    ),
     *("kernels_benchmark", "models", "network_report", "normalization", "ops", "parallel", "parity", "predict"),
     *("pretrained", "processes", "symmetry", "throughput", "train", "trainer", "training"),
     *("weights_files", "weights_hostile", "weights_keras"),
