@@ -156,7 +156,7 @@ class Trainer:
             order = jnp.arange(labels.shape[0], dtype=jnp.int32)
             return statistics_step(params, take_batch(images, labels, order, start + device * size, size))
 
-        options = compiler_options(self.config.model, size * len(self.devices), self.devices)
+        options = compiler_options(self.config, size * len(self.devices), self.devices)
         return parallelize(step, self.devices, (), options)
 
     def _create_train_steps(self, image_size: int) -> Any:
@@ -182,7 +182,7 @@ class Trainer:
             state, history = repeat(one, start, count, (state, history), self.steps_per_call)
             return state, history, history["loss"][start + count - 1]
 
-        options = compiler_options(config.model, config.batch_size, self.devices, self.steps_per_call)
+        options = compiler_options(config, config.batch_size, self.devices, self.steps_per_call)
         return parallelize(train_steps, self.devices, (0, 1), options)
 
 
@@ -219,7 +219,7 @@ class Evaluator:
 
             return repeat(one, start, count, history, self.steps_per_call)
 
-        options = compiler_options(config.model, config.eval_batch_size, devices, self.steps_per_call)
+        options = compiler_options(config, config.eval_batch_size, devices, self.steps_per_call)
         compile_for = parallelize(eval_steps, devices, (0,), options)
         self._eval_steps = compile_for(self.create_history(), state, *self._data, np.int32(0), np.int32(0))
 

@@ -1,9 +1,11 @@
+import dataclasses
 import types
 
 import jax
 import pytest
 
 from cifar_jax import host
+from cifar_jax.configs import RECIPES
 from cifar_jax.errors import UserError
 
 
@@ -20,10 +22,14 @@ def test_freed_memory_is_kept_where_the_library_can(monkeypatch):
 @pytest.mark.parametrize(("batch_size", "num_devices", "limited"), [(256, 1, True), (520, 1, False), (520, 2, True)])
 def test_temporary_arrays_come_in_blocks_that_are_kept(batch_size, num_devices, limited):
     """The option is set only on a CPU, for single steps, and if no array exceeds it, as XLA would print a warning."""
-    options = host.compiler_options("lenet5", batch_size, jax.local_devices()[:num_devices])
+    lenet5, gpus = RECIPES["lenet5"], [types.SimpleNamespace(platform="gpu")] * num_devices
+    options = host.compiler_options(lenet5, batch_size, jax.local_devices()[:num_devices])
     assert options == ({"xla_multiheap_size_constraint_per_heap": 60 * 2**20} if limited else {})
-    assert not host.compiler_options("lenet5", batch_size, [types.SimpleNamespace(platform="gpu")] * num_devices)
-    assert not host.compiler_options("lenet5", batch_size, jax.local_devices()[:num_devices], steps_per_call=16)
+    assert not host.compiler_options(lenet5, batch_size, gpus)
+    deterministic = dataclasses.replace(lenet5, deterministic=True)
+    assert host.compiler_options(deterministic, batch_size, gpus) == {"xla_gpu_deterministic_ops": True}
+    assert host.compiler_options(deterministic, batch_size, jax.local_devices()[:num_devices]) == options
+    assert not host.compiler_options(lenet5, batch_size, jax.local_devices()[:num_devices], steps_per_call=16)
 
 
 def test_every_core_becomes_a_device_unless_the_user_says_otherwise(monkeypatch):

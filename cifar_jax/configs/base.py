@@ -135,6 +135,8 @@ class Config:
     """Number of local devices; None: all, but no more CPU cores than can get 16 images each."""
     steps_per_call: int | None = None
     """Training steps per compiled call; None: on a CPU the network's own number, elsewhere 1,000."""
+    deterministic: bool = False
+    """Make two runs on a GPU the same, to the bit, at the cost of speed. On a CPU they always are."""
 
     def __post_init__(self) -> None:
         def check(ok: bool, field: str, rule: str) -> None:
@@ -205,4 +207,7 @@ class Config:
 
 # Fields that may change when a run is resumed: places of files, division of the work, and restarts of stalled runs.
 # The division of the work changes rounding. The number of devices also changes what `normalization` normalises.
-EXECUTION_FIELDS = ("workdir", "data_dir", "auto_restart", "eval_batch_size", "num_devices", "steps_per_call")
+EXECUTION_FIELDS = (
+    *("workdir", "data_dir", "auto_restart"),
+    *("eval_batch_size", "num_devices", "steps_per_call", "deterministic"),
+)
