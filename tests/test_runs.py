@@ -227,6 +227,6 @@ def test_a_summary_is_of_this_recipe_and_complete(tiny_config, tmp_path):
 
 def test_processes_that_are_not_connected_are_refused(tiny_config, tiny_dataset, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="one of 2 processes: .* --coordinator auto"):
+    with pytest.raises(UserError, match=r"one of 2 processes: .* --coordinator auto"):
         train_and_evaluate(tiny_config, tiny_dataset)
     assert not Path(tiny_config.workdir).exists()
