@@ -1,0 +1,155 @@
+"""Compares runs in several processes with one process, and kills a process again and again.
+
+python -m benchmarks.processes --out DIR [--kills 10] [--num-epochs 5]
+
+The recipe quickstart trains in one process with 4 devices, in 2 processes with 2 each and in 4 with one each, on this
+machine's CPU. Then 2 processes train, one of them is killed in one epoch after another, in turn, and the same command
+resumes. The curves, the differences and each kill's outcome go to DIR/processes.json.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import output_file, write_result
+from cifar_jax.checkpoint import Checkpoints
+from cifar_jax.cli import command, parse_arguments
+from cifar_jax.environment import describe_command, describe_environment
+from cifar_jax.errors import UserError
+from cifar_jax.runs import read_config
+from cifar_jax.train_step import create_train_state
+
+LAYOUTS = ((1, 4), (2, 2), (4, 1))  # processes, devices of each
+DEADLINE = 600  # seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Compares runs in several processes with one process, and kills a process again and again."""
+
+    out: Path
+    """Folder of the result."""
+    kills: int = 10
+    """Number of kills."""
+    num_epochs: int = 5
+    """Epochs of each run; at least 2."""
+
+
+def start(count: int, devices: int, flags: list[str]) -> list[subprocess.Popen[str]]:
+    """Starts the processes of a run of quickstart, with 4 devices in all or with 1 each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    inherited = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}  # JAX sets it
+    environment = {**inherited, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+    ours = [sys.executable, "-m", "cifar_jax.train", "quickstart", *flags]
+    together = [*ours, "--coordinator", address, "--num-processes", str(count), "--process-id"]
+    commands = [[*together, str(number)] for number in range(count)] if count > 1 else [ours]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen(words, env=environment, **pipes) for words in commands]
+
+
+def finish(running: list[subprocess.Popen[str]]) -> str:
+    """Waits for processes and returns the first one's stdout. Raises: UserError if one fails."""
+    outputs = [process.communicate(timeout=DEADLINE) for process in running]
+    for process, (_, err) in zip(running, outputs):
+        if process.returncode:
+            raise UserError(f"a process ended with status {process.returncode}: {err[-300:]}")
+    return outputs[0][0]
+
+
+def read_run(workdir: Path) -> tuple[list[dict[str, float]], list[np.ndarray]]:
+    """Returns the rows of metrics.csv, and the arrays of the latest checkpoint."""
+    with (workdir / "metrics.csv").open(newline="") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    state, _ = Checkpoints(workdir).restore_state("latest", create_train_state(read_config(workdir), 1))
+    leaves = jax.tree.leaves((state.params, state.opt_state, state.ema_params))
+    return rows, [np.asarray(leaf) for leaf in leaves]
+
+
+def largest_difference(arrays: list[np.ndarray], expected: list[np.ndarray]) -> float:
+    """Returns the largest difference of all arrays, each relative to its array's largest value."""
+    relative = lambda a, b: np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)
+    return float(max(relative(a.astype(np.float64), b.astype(np.float64)) for a, b in zip(arrays, expected)))
+
+
+def compare(folder: Path, num_epochs: int) -> list[dict[str, Any]]:
+    """Trains in each layout. Returns: the curves, and the differences from one process."""
+    results: list[dict[str, Any]] = []
+    expected: list[np.ndarray] = []
+    for count, devices in LAYOUTS:
+        workdir = folder / f"{count}x{devices}"
+        flags = ["--workdir", str(workdir), "--num-devices", "4", "--num-epochs", str(num_epochs)]
+        finish(start(count, devices, flags))
+        rows, arrays = read_run(workdir)
+        expected = expected or arrays
+        curves = {name: [row[name] for row in rows] for name in ("train_loss", "test_loss", "test_accuracy")}
+        difference = largest_difference(arrays, expected)
+        results.append({"processes": count, "devices_each": devices, **curves, "largest_difference": difference})
+        print(f"{count} × {devices}: test accuracy {rows[-1]['test_accuracy']:.2%}, parameters {difference:.1e} away")
+    return results
+
+
+def kill_one(folder: Path, number: int, num_epochs: int) -> dict[str, Any]:
+    """Kills a process of two after an epoch, waits for the other one's end, and resumes to the run's end."""
+    workdir, victim, epoch = folder / f"kill{number}", number % 2, 1 + number // 2 % (num_epochs - 1)
+    flags = ["--workdir", str(workdir), "--num-epochs", str(num_epochs)]
+    running = start(2, 1, flags)
+    assert running[0].stdout is not None
+    if not any(line.startswith(f"epoch {epoch}/") for line in running[0].stdout):
+        raise UserError(f"the run ended before epoch {epoch}: {running[0].communicate()[1][-300:]}")
+    running[victim].kill()
+    killed = time.perf_counter()
+    _, err = running[1 - victim].communicate(timeout=DEADLINE)
+    seconds = time.perf_counter() - killed
+    running[victim].communicate()
+    resumed = [line for line in finish(start(2, 1, flags)).splitlines() if line.startswith("resuming after")]
+    rows, _ = read_run(workdir)
+    outcome = {
+        "killed": victim,
+        "after_epoch": epoch,
+        "seconds_to_the_others_end": round(seconds, 2),
+        "status": running[1 - victim].returncode,
+        "lines": err.strip().splitlines(),
+        "resumed": resumed,
+        "test_accuracy": rows[-1]["test_accuracy"],
+    }
+    print(f"kill {number + 1}: process {victim}, the other ended after {seconds:.1f} s, {len(outcome['lines'])} line")
+    return outcome
+
+
+@command
+def main() -> int:
+    arguments = parse_arguments(Arguments, prog="python -m benchmarks.processes")
+    if arguments.num_epochs < 2 or arguments.kills < 0:
+        raise UserError("--num-epochs must be 2 or more, and --kills 0 or more")
+    file = output_file(arguments.out, "processes")
+    with tempfile.TemporaryDirectory() as folder:
+        runs = compare(Path(folder), arguments.num_epochs)
+        kills = [kill_one(Path(folder), number, arguments.num_epochs) for number in range(arguments.kills)]
+    content = {
+        "command": describe_command("-m benchmarks.processes", sys.argv[1:]),
+        **describe_environment(jax.local_devices()[:1]),
+        "dataset": "digits",
+        "seed": 0,
+        "runs": runs,
+        "kills": kills,
+    }
+    write_result(file, content)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
