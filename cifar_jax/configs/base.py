@@ -137,6 +137,10 @@ class Config:
     """Training steps per compiled call; None: on a CPU the network's own number, elsewhere 1,000."""
     deterministic: bool = False
     """Make two runs on a GPU the same, to the bit, at the cost of speed. On a CPU they always are."""
+    logger: Literal["none", "tensorboard", "wandb"] = "none"
+    """Also send each epoch's metrics to TensorBoard (into WORKDIR/tensorboard) or Weights & Biases."""
+    profile: int = 0
+    """Number of steps to record in a trace for Perfetto or xprof (into WORKDIR/profile); 0: none."""
 
     def __post_init__(self) -> None:
         def check(ok: bool, field: str, rule: str) -> None:
@@ -177,7 +181,7 @@ class Config:
         check(0 <= self.crop_padding < 32, "crop_padding", "from 0 to 31")
         check(0 <= self.cutout_size <= 64, "cutout_size", "from 0 to 64")
         amounts = ("weight_decay", "lr_decay", "gradient_clip", "mixup_alpha", "cutmix_alpha", "holdout", "sam_rho")
-        for field in (*amounts, "rotation_degrees", "shift_fraction"):
+        for field in (*amounts, "profile", "rotation_degrees", "shift_fraction"):
             check(0 <= getattr(self, field) < math.inf, field, "0 or more")
         for field in ("mixup_alpha", "cutmix_alpha"):
             check(getattr(self, field) == 0 or getattr(self, field) >= 0.001, field, "0, or 0.001 or more")
@@ -205,9 +209,9 @@ class Config:
         return 32
 
 
-# Fields that may change when a run is resumed: places of files, division of the work, and restarts of stalled runs.
-# The division of the work changes rounding. The number of devices also changes what `normalization` normalises.
+# Fields that may change when a run is resumed: places of files, division of the work, watching, and restarts of stalled
+# runs. The division of the work changes rounding. The number of devices also changes what `normalization` normalises.
 EXECUTION_FIELDS = (
-    *("workdir", "data_dir", "auto_restart"),
+    *("workdir", "data_dir", "auto_restart", "logger", "profile"),
     *("eval_batch_size", "num_devices", "steps_per_call", "deterministic"),
 )
