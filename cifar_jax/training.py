@@ -14,14 +14,16 @@ import numpy as np
 
 from cifar_jax.checkpoint import Checkpoints, Progress
 from cifar_jax.configs.base import Config
-from cifar_jax.console import format_epoch, progress_bar, say
+from cifar_jax.console import format_epoch, is_main, progress_bar, say
 from cifar_jax.datasets import Dataset, hold_out, load_dataset
 from cifar_jax.errors import UserError
 from cifar_jax.io import write_json
+from cifar_jax.loggers import Logger
 from cifar_jax.metrics import EpochMetrics, RunLog, is_stalled
 from cifar_jax.optimizer import create_schedule
 from cifar_jax.parallel import local, share
 from cifar_jax.processes import agree, any_of, check_same, on_main
+from cifar_jax.profiler import Profiler
 from cifar_jax.runs import check_same_data, labels_checksum, probe_workdir, read_config, read_summary, summarize
 from cifar_jax.steps import count_steps_per_epoch
 from cifar_jax.trainer import Evaluator, Trainer
@@ -53,9 +55,12 @@ class Run:
         self.config, self.devices = config, devices
         self.stop = lambda: any_of(stop())
         self.workdir = Path(config.workdir)
+        watched = config if is_main() else dataclasses.replace(config, logger="none", profile=0)
+        self.logger = agree(lambda: Logger(watched))
+        self.profiler = Profiler(self.workdir, watched.profile, lambda: jax.block_until_ready(self.trainer.state))
         load = lambda: hold_out(dataset or load_dataset(config.dataset, config.data_dir), config.holdout)
         self.dataset = agree(load)
-        check_same("dataset", {"training labels' SHA-256": labels_checksum(self.dataset), "data": self.dataset.source})
+        check_same("dataset", {"training labels' SHA-256": labels_checksum(self.dataset)})
         if self.stop():
             raise Interrupted(Progress(), 0)
         self.num_classes = self.dataset.info.num_classes
@@ -77,7 +82,9 @@ class Run:
             return summary
         on_main(lambda: self._prepare(resumes))
         if not self.stop():
-            self._train_epochs()
+            with self.logger, self.profiler:
+                self.logger.log(self.log.rows)
+                self._train_epochs()
         summary = on_main(self._finish)
         if self.progress.epoch < config.num_epochs:
             raise Interrupted(self.progress, self.steps_per_epoch)
@@ -172,7 +179,12 @@ class Run:
         started = time.perf_counter()
         description = f"epoch {epoch + 1}/{self.config.num_epochs}"
         with progress_bar(description, self.steps_per_epoch, start) as bar:
-            step = self.trainer.run_epoch(epoch, start, self.stop, bar.update)
+
+            def on_progress(count: int, loss: jax.Array | None) -> None:
+                bar.update(count, loss)
+                self.profiler.update(count)
+
+            step = self.trainer.run_epoch(epoch, start, self.stop, on_progress)
         seconds = earlier_seconds + time.perf_counter() - started
         self.trainer.fold()
         test = evaluator(self.trainer.state, self.stop) if step == self.steps_per_epoch else None
@@ -199,6 +211,7 @@ class Run:
         self.progress = Progress(epoch + 1)
         self._save(row.test_accuracy)
         say(format_epoch(row, self.config.num_epochs, self.tested))
+        self.logger.log(self.log.rows)
         return True
 
     def _save(self, test_accuracy: float | None) -> None:
