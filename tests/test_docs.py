@@ -84,6 +84,11 @@ COMMANDS = {
     "python -m cifar_jax.train quickstart --workdir runs/first --num-epochs 3": Run(TINY),
     "python -m cifar_jax.train quickstart --workdir runs/second --num-epochs 3 --seed 1": Run(TINY),
     "python -m cifar_jax.compare runs/first runs/second --out compare.png": Run(),
+    "python -m cifar_jax.train quickstart --workdir runs/watched --logger tensorboard": Run(TINY),
+    "python -m cifar_jax.train quickstart --workdir runs/watched_online --logger wandb": Stops(
+        "--profile photo.jpg", "tests/test_loggers.py"
+    ),
+    "python -m cifar_jax.train quickstart --workdir runs/profiled --profile 20": Run(f"{TINY} --profile 1"),
     "python -m cifar_jax.train lenet5 --help": Run(),
     "python -m cifar_jax.train lenet5 --workdir runs/mine --seed 1": Run(TINY),
     "python -m cifar_jax.train lenet5 --holdout 5000 --num-epochs 10 --workdir runs/held_out": Run(
