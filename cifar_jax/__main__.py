@@ -14,7 +14,7 @@ COMMANDS = {
     "evaluate": "measure loss and accuracy of a run, a weight file or a released network",
     "predict": "classify image files",
     "convert": "write weights in another framework's file format",
-    "export": "write a network as an ONNX or StableHLO file",
+    "export": "write a network for another runtime, and compare it there",
     "plots": "redraw a run's figures",
     "report": "write a page about a network: accuracy, mistakes, calibration, robustness",
     "compare": "compare the results, settings and curves of runs",

@@ -20,15 +20,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
-import numpy as np
 import tyro
 
 from cifar_jax.cli import command, parse_arguments
-from cifar_jax.datasets import DATASETS
 from cifar_jax.errors import UserError
 from cifar_jax.host import check_devices
-from cifar_jax.sources import WeightFileFlags, load_run
-from cifar_jax.weights.files import Weights, load_weights, save_weights
+from cifar_jax.sources import SourceFlags, WeightFileFlags, load_source
+from cifar_jax.weights.files import load_weights, save_weights
 from cifar_jax.weights.scaling import describe_scaling
 
 
@@ -52,10 +50,7 @@ def main() -> int:
     check_devices()
     if arguments.input.is_dir():
         arguments.weight_file.refuse(without="a weight file as IN")
-        config, state, _ = load_run(arguments.input, arguments.checkpoint or "latest")
-        class_names = DATASETS[config.dataset].class_names
-        params = jax.tree.map(np.asarray, state.eval_params)
-        weights = Weights(config.model, params, config.input_scaling, False, config.dataset, class_names)
+        weights = load_source(SourceFlags(workdir=arguments.input, checkpoint=arguments.checkpoint)).weights()
     elif arguments.checkpoint is not None:
         raise UserError(f"--checkpoint needs a run folder, and {arguments.input} is not one")
     else:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import tyro
 
@@ -88,6 +89,12 @@ class Source:
     def logits(self, images: jax.Array) -> jax.Array:
         """Returns logits, float32 [N, classes], of images with pixels from 0 to 255, [N, 32, 32, 3]."""
         return self.apply(scale_images(images, *pixel_statistics(self.config.input_scaling, self.config.dataset)))
+
+    def weights(self) -> Weights:
+        """Returns what a weight file of this network stores."""
+        config, params = self.config, jax.tree.map(np.asarray, self.state.eval_params)
+        final_relu = self.origin.get("final_relu", False)
+        return Weights(config.model, params, config.input_scaling, final_relu, config.dataset, self.class_names)
 
 
 def load_source(flags: SourceFlags, dtype: Dtype | None = None, default: str | None = None) -> Source:

@@ -69,7 +69,7 @@ COMMANDS = {
     "pip install -e '.[test]'": INSTALLED,
     "pip install -e '.[parity]'": INSTALLED,  # included in test
     "pip install -e '.[parquet]'": INSTALLED,  # included in test
-    "pip install -e '.[export]'": INSTALLED,  # included in test
+    "pip install -e '.[export,parity]'": INSTALLED,  # included in test
     "pytest": TESTED,
     "pytest -m 'not slow'": TESTED,
     "pytest tests/test_extending.py": TESTED,
@@ -125,6 +125,7 @@ COMMANDS = {
     "python -m cifar_jax.export all_cnn.onnx --pretrained all_cnn": EXPORT,
     "python -m cifar_jax.export all_cnn.onnx --pretrained all_cnn --uint8": EXPORT,
     "python -m cifar_jax.export lenet5.stablehlo --pretrained lenet5": EXPORT,
+    "python -m cifar_jax.export pytorch_model.bin --format pytorch --pretrained lenet5": EXPORT,
     "python -m benchmarks.accuracy --recipe all_cnn_fast --seeds 0 1 2 --out benchmarks/results --runs runs": ACCURACY,
     "python -m benchmarks.accuracy --recipe lenet5 --seeds 0 1 2 --out benchmarks/results --runs runs": ACCURACY,
     "python -m benchmarks.accuracy --ablation lenet5 --num-epochs 10 --seeds 0 --out benchmarks/results --runs runs": (

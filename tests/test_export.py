@@ -8,11 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from frameworks import keras, needs_frameworks, torch
 
-from cifar_jax import export, load_pretrained
+from cifar_jax import export, export_formats, load_pretrained
 from cifar_jax.errors import UserError
 from cifar_jax.models.all_cnn import AllCNN
 from cifar_jax.onnx_graph import to_onnx
+from cifar_jax.pretrained import pretrained_path
+from cifar_jax.weights import keras as keras_weights
+from cifar_jax.weights import pytorch
+from cifar_jax.weights.files import load_weights, save_weights
 
 pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -48,6 +53,51 @@ def test_a_file_gives_the_networks_logits(name, tmp_path, tiny_dataset, run_comm
             assert np.abs(run_file(path, inputs[:count]) - expected[:count]).max() < 1e-4 * np.abs(expected).max()
 
 
+@needs_frameworks
+@pytest.mark.parametrize("name", ["net.pth", "net.keras", "net.h5", "net.weights.h5", "net.safetensors"])
+@pytest.mark.parametrize("network", ["lenet5", "all_cnn"])
+def test_a_weight_file_gives_the_networks_logits(network, name, tmp_path, tiny_dataset, run_command):
+    """Opened as a reader would open it."""
+    model, variables, preprocess = load_pretrained(network)
+    images = np.asarray(preprocess(tiny_dataset.test_images[:7]))
+    expected = np.asarray(jax.jit(model.apply)(variables, images))
+    status, output, _ = run_command(export.main, tmp_path / name, "--pretrained", network)
+    assert (status, "0.2435" in output) == (0, True)
+    if name == "net.pth":
+        twin = pytorch.create_model(network).eval()
+        twin.load_state_dict(torch.load(tmp_path / name, weights_only=True), strict=network == "all_cnn")
+        logits = twin(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).detach().numpy()
+    elif name == "net.safetensors":
+        weights = load_weights(tmp_path / name)
+        logits = weights.create_module().apply({"params": weights.params}, images)
+    elif name == "net.weights.h5":
+        twin = keras_weights.create_model(network)
+        twin.load_weights(tmp_path / name)
+        logits = twin.predict_on_batch(images)
+    else:
+        logits = keras.models.load_model(tmp_path / name).predict_on_batch(images)
+    assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@needs_frameworks
+@pytest.mark.parametrize(("name", "wanted"), [("model.bin", "pytorch"), ("net.pt", None), ("net", "stablehlo")])
+def test_a_format_may_be_named(name, wanted, tmp_path, run_command):
+    flags = ("--format", wanted) if wanted else ()
+    status, output, _ = run_command(export.main, tmp_path / name, "--pretrained", "lenet5", "--json", *flags)
+    assert (status, json.loads(output)["format"]) == (0, wanted or "pytorch")
+    assert (tmp_path / name).read_bytes().startswith(b"PK") == (wanted != "stablehlo")
+
+
+@needs_frameworks
+def test_a_weight_file_keeps_the_final_relu(tmp_path, tiny_dataset):
+    """The pretrained original has one. Without it the negative logits would differ."""
+    weights = load_weights(pretrained_path("all_cnn"))
+    save_weights(tmp_path / "relu.safetensors", dataclasses.replace(weights, final_relu=True))
+    source = export.load_source(export.SourceFlags(weights=tmp_path / "relu.safetensors"))
+    for name in ("net.keras", "net.pth"):
+        assert export.export(source, tmp_path / name)["difference"] < 1e-4
+
+
 def test_an_onnx_file_describes_itself(tmp_path, run_command):
     assert run_command(export.main, tmp_path / "net.onnx", "--pretrained", "lenet5_reference")[0] == 0
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
@@ -79,13 +129,18 @@ def test_an_operation_without_a_rule_is_named():
         to_onnx(lambda images: jnp.sin(images).sum((1, 2)), jnp.float32, (32, 32, 3))
 
 
-def test_a_file_with_other_logits_is_not_written(tmp_path, run_command, monkeypatch):
-    def other(network):
-        data, run = export.onnx_file(network)
-        return data, lambda images: run(images) + 0.1
+@needs_frameworks
+@pytest.mark.parametrize(("name", "change"), [("net.onnx", 0.1), ("net.pth", 0.1), ("net.pth", np.float32("nan"))])
+def test_a_file_with_other_logits_is_not_written(name, change, tmp_path, run_command, monkeypatch):
+    key, _ = export_formats.choose_format(tmp_path / name, None)
+    form = export_formats.FORMATS[key]
 
-    monkeypatch.setitem(export.FORMATS, ".onnx", other)
-    status, _, error = run_command(export.main, tmp_path / "net.onnx", "--pretrained", "lenet5_reference")
+    def other(*arguments):
+        data, run = form.create(*arguments)
+        return data, lambda images: run(images) + change
+
+    monkeypatch.setitem(export_formats.FORMATS, key, dataclasses.replace(form, create=other))
+    status, _, error = run_command(export.main, tmp_path / name, "--pretrained", "lenet5_reference")
     assert (status, error.count("\n"), "not written" in error) == (2, 1, True)
     assert list(tmp_path.iterdir()) == []
 
@@ -93,24 +148,29 @@ def test_a_file_with_other_logits_is_not_written(tmp_path, run_command, monkeypa
 @pytest.mark.parametrize(
     ("name", "missing", "named"),
     [
-        ("net.pth", None, "cifar_jax.convert"),
-        ("net", None, ".onnx or .stablehlo"),
+        ("net.pth --uint8", None, "--uint8"),
+        ("net.pth --format keras", None, "ends in .keras"),
+        ("net --format keras", None, "end in .keras"),
+        ("net", None, ".onnx, .stablehlo, .safetensors"),
         ("there.onnx", None, "exists"),
         ("nowhere/net.onnx", None, "nowhere"),
         ("net.onnx", "onnx", "cifar_jax[export]"),
         ("net.onnx", "onnxruntime", "cifar_jax[export]"),
         ("net.stablehlo", "flatbuffers", "cifar_jax[export]"),
+        ("net.pth", "torch", "cifar_jax[parity]"),
+        ("net.keras", "keras", "cifar_jax[parity]"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(name, missing, named, tmp_path, run_command, monkeypatch):
     (tmp_path / "there.onnx").write_text("mine")
     if missing:
-        for module in [module for module in sys.modules if module.split(".")[0] == missing]:
+        for module in [module for module in sys.modules if module.split(".")[0] == missing and missing != "torch"]:
             monkeypatch.delitem(sys.modules, module)
         for module in [module for module in sys.modules if module.startswith("jax._src.export.ser")]:
             monkeypatch.delitem(sys.modules, module)
         monkeypatch.setitem(sys.modules, missing, None)
-    status, output, error = run_command(export.main, tmp_path / name, "--pretrained", "lenet5_reference")
+    name, *flags = name.split()
+    status, output, error = run_command(export.main, tmp_path / name, "--pretrained", "lenet5_reference", *flags)
     assert (status, output, error.count("\n")) == (2, "", 1)
     assert named in error
     assert (tmp_path / "there.onnx").read_text() == "mine"

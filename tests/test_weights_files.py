@@ -12,7 +12,7 @@ from frameworks import keras as keras_api
 from frameworks import keras_layers, torch
 from weight_files import random_weights
 
-from cifar_jax import convert, evaluate
+from cifar_jax import convert, evaluate, sources
 from cifar_jax.errors import UserError
 from cifar_jax.train import train_and_evaluate
 from cifar_jax.weights import keras, pytorch
@@ -505,8 +505,8 @@ def test_a_run_converts_with_its_average_and_scaling(tmp_path, run_command, tiny
     config = dataclasses.replace(tiny_config, num_epochs=1, ema_decay=0.9, input_scaling="standardized")
     summary = train_and_evaluate(config)
     asked = []
-    load_run = convert.load_run
-    monkeypatch.setattr(convert, "load_run", lambda *arguments: asked.append(arguments[1]) or load_run(*arguments))
+    load_run = sources.load_run
+    monkeypatch.setattr(sources, "load_run", lambda *arguments: asked.append(arguments[1]) or load_run(*arguments))
     for flags in ((), ("--checkpoint", "best")):
         file = tmp_path / f"{len(flags)}.safetensors"
         assert run_command(convert.main, config.workdir, file, *flags)[0] == 0

@@ -136,9 +136,10 @@ def exports(results: Results) -> str:
     for name in results.names("export_"):
         result = results.load(name)
         images, share = f"{result['num_examples']:,}", f"{result['difference']:.1e}"
-        rows.append([f"`{result['weights']}`", result["format"], images, share if result["difference"] else "0"])
+        difference = share if result["difference"] else "0"
+        rows.append([f"`{result['weights']}`", result["format"], result["runtime"], images, difference])
         measured.add(environment(result))
-    columns = ["network", "format", "test images", "largest difference of logits / largest logit"]
+    columns = ["network", "format", "runtime", "test images", "largest difference of logits / largest logit"]
     return "\n\n".join([table(columns, rows), *sorted(measured)])
 
 

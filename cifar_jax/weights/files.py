@@ -114,19 +114,20 @@ def save_weights(path: Path, weights: Weights) -> None:
         raise UserError(f"{path} exists: remove it, or name another file")
     if not path.parent.is_dir():
         raise UserError(f"{path}: the folder {path.parent} does not exist: create it")
-    kind = kind_of_name(path)
+    write_atomically(path, encode_weights(kind_of_name(path), weights))
+
+
+def encode_weights(kind: str, weights: Weights) -> bytes:
+    """Returns the content of a weight file. Args: kind: see kind_of_name. Raises: UserError if PyTorch is missing."""
     names = weights.dataset, weights.class_names
     metadata = write_metadata(weights.model, weights.final_relu, weights.input_scaling, weights.num_classes, *names)
     if kind == ".safetensors":
-        data = safetensors_files.write_safetensors(weights.params, metadata)
-    elif kind == ".pth":
-        buffer = io.BytesIO()
-        state_dict = pytorch.file_state_dict(weights.params, weights.model)
-        pytorch.import_torch().save(state_dict, buffer)
-        data = buffer.getvalue()
-    else:
-        data = write_keras(kind, weights.params, weights.model, weights.final_relu, metadata)
-    write_atomically(path, data)
+        return safetensors_files.write_safetensors(weights.params, metadata)
+    if kind != ".pth":
+        return write_keras(kind, weights.params, weights.model, weights.final_relu, metadata)
+    buffer = io.BytesIO()
+    pytorch.import_torch().save(pytorch.file_state_dict(weights.params, weights.model), buffer)
+    return buffer.getvalue()
 
 
 def kind_of_name(path: Path) -> str:
