@@ -22,6 +22,7 @@ from typing import Annotated, Literal
 import jax
 import tyro
 
+from cifar_jax.calibration import calibrate
 from cifar_jax.cli import command, parse_arguments
 from cifar_jax.errors import UserError
 from cifar_jax.host import check_devices
@@ -50,7 +51,8 @@ def main() -> int:
     check_devices()
     if arguments.input.is_dir():
         arguments.weight_file.refuse(without="a weight file as IN")
-        weights = load_source(SourceFlags(workdir=arguments.input, checkpoint=arguments.checkpoint)).weights()
+        source = load_source(SourceFlags(workdir=arguments.input, checkpoint=arguments.checkpoint))
+        weights = calibrate(source).weights()
     elif arguments.checkpoint is not None:
         raise UserError(f"--checkpoint needs a run folder, and {arguments.input} is not one")
     else:
@@ -61,10 +63,14 @@ def main() -> int:
     scaling = describe_scaling(weights.input_scaling, weights.dataset)
     print(f"{arguments.output}: {weights.model}, {count:,} parameters{relu}, for {weights.input_scaling} pixels:")
     print(scaling)
+    if weights.temperature is not None:
+        print(f"calibrated probabilities are softmax(logits / {weights.temperature:.4f})")
     with contextlib.redirect_stderr(io.StringIO()):  # hides notes on assumed defaults: the lines below tell the values
         written = load_weights(arguments.output)
     if written.input_scaling != weights.input_scaling:
         print(f"this format does not store the scaling: use it with --input-scaling {weights.input_scaling}")
+    if written.temperature != weights.temperature:
+        print("this format does not store the temperature")
     if written.final_relu != weights.final_relu:
         print("this format does not store the final ReLU: use it with an --architecture that has it")
     if written.dataset != weights.dataset and weights.dataset not in (None, "cifar10"):

@@ -26,6 +26,7 @@ import numpy as np
 import tyro
 
 from cifar_jax.batches import pixel_statistics, scale_images
+from cifar_jax.calibration import calibrate
 from cifar_jax.cli import command, parse_arguments
 from cifar_jax.datasets import load_dataset
 from cifar_jax.environment import describe_environment
@@ -101,7 +102,7 @@ def main() -> int:
     flags = (tyro.conf.FlagCreatePairsOff,)
     arguments = parse_arguments(Arguments, prog="python -m cifar_jax.export", config=flags)
     prepare_host()
-    source = load_source(arguments.source, "float32", default="all_cnn")
+    source = calibrate(load_source(arguments.source, "float32", default="all_cnn"), arguments.data_dir)
     result = export(source, arguments.output, arguments.uint8, arguments.data_dir, arguments.format)
     if arguments.json:
         print(json.dumps(result, indent=2))
@@ -112,6 +113,8 @@ def main() -> int:
     print(f"{arguments.output}: {source.name}, {compared}")
     if not arguments.uint8:
         print(describe_scaling(source.config.input_scaling, source.config.dataset))
+    if source.temperature is not None:
+        print(f"calibrated probabilities are softmax(logits / {source.temperature:.4f})")
     return 0
 
 

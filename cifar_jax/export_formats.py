@@ -49,6 +49,7 @@ def create_network(source: Source, uint8: bool) -> Network:
         "mean": json.dumps(list(mean)),
         "std": json.dumps(list(std)),
     }
+    metadata |= {} if source.temperature is None else {"temperature": repr(source.temperature)}
     function, dtype = (source.logits, jnp.uint8) if uint8 else (source.apply, jnp.float32)
     return Network(function, dtype, metadata, source.weights())
 

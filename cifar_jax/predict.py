@@ -92,7 +92,9 @@ def load_image(path: Path) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Classifies image files by their central square, at 32×32 pixels. The probabilities are not calibrated.
+    """Classifies image files by their central square, at 32×32 pixels.
+
+    The probabilities are calibrated if the weight file stores a temperature. The released networks have none.
 
     Files that can't be read are listed at the end. The exit status is then 1, or 2 if no file could be read.
     """
@@ -100,6 +102,8 @@ class Arguments:
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE …")]
     """Image files in any format that Pillow reads, folders of such files, patterns, or - for standard input."""
     source: tyro.conf.OmitArgPrefixes[SourceFlags] = dataclasses.field(default_factory=SourceFlags)
+    no_calibration: bool = False
+    """Ignore the temperature that a weight file stores."""
     top: int = 3
     """Number of most probable classes to print for each image."""
     json: bool = False
@@ -113,7 +117,8 @@ def create_classifier(source: Source) -> Classify:
 
     classify raises UserError if they are not finite.
     """
-    probabilities = jax.jit(lambda images: jax.nn.softmax(source.logits(images)))
+    temperature = 1.0 if source.temperature is None else source.temperature
+    probabilities = jax.jit(lambda images: jax.nn.softmax(source.logits(images) / temperature))
 
     def classify(images: np.ndarray) -> np.ndarray:
         parts = [probabilities(images[start : start + BATCH_SIZE]) for start in range(0, len(images), BATCH_SIZE)]
@@ -164,6 +169,8 @@ def main() -> int:
         raise UserError("--csv: can't be combined with --json")
     paths = find_images(arguments.images)
     source = load_source(arguments.source, default=DEFAULT)
+    if arguments.no_calibration:
+        source = dataclasses.replace(source, temperature=None)
     names = source.class_names
     if arguments.top > len(names):
         raise UserError(f"--top {arguments.top}: there are only {len(names)} classes")

@@ -156,17 +156,24 @@ def labels_checksum(dataset: Dataset) -> str:
 def check_same_data(workdir: Path, dataset: Dataset, resumes: bool) -> None:
     """Checks that a resumed run sees the same training data, and records the data's identity in dataset.json.
 
-    Batches, flips and held-out images depend on the order of the images, and copies of CIFAR-10 differ in it.
-    Raises: UserError if the run began with other training labels or another order of them.
+    Raises: UserError, see refuse_other_data.
     """
-    checksum = labels_checksum(dataset)
+    if resumes:
+        refuse_other_data(workdir, dataset)
+    write_json(workdir / "dataset.json", {"source": dataset.source, "train_labels_sha256": labels_checksum(dataset)})
+
+
+def refuse_other_data(workdir: Path, dataset: Dataset) -> None:
+    """Raises: UserError if the run began with other training labels or another order of them.
+
+    Batches, flips and held-out images depend on the order of the images, and copies of CIFAR-10 differ in it.
+    """
     saved = _read_identity(workdir)
-    if resumes and saved and saved["train_labels_sha256"] != checksum:
+    if saved and saved["train_labels_sha256"] != labels_checksum(dataset):
         raise UserError(
             f"{workdir}: this run began with {saved['source']}, and {dataset.source} has other labels or another "
             "order: name the former with --data-dir, or name another --workdir"
         )
-    write_json(workdir / "dataset.json", {"source": dataset.source, "train_labels_sha256": checksum})
 
 
 def restarted(config: Config, number: int) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ from cifar_jax.pretrained import pretrained_path
 from cifar_jax.runs import read_config, refuse_restarted, resolve_workdir
 from cifar_jax.train_step import TrainState, create_train_state
 from cifar_jax.weights.files import Weights, load_weights
+
+BATCH_SIZE = 500
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -73,7 +76,8 @@ class SourceFlags:
 class Source:
     """A trained network: its config, its state on every local device, its name and its class names.
 
-    `origin` describes the network in results, as JSON values.
+    `origin` describes the network in results, as JSON values. `temperature`: logits / temperature give calibrated
+    probabilities; None: not known.
     """
 
     config: Config
@@ -81,6 +85,7 @@ class Source:
     name: str
     class_names: tuple[str, ...]
     origin: dict[str, Any]
+    temperature: float | None = None
 
     def apply(self, images: jax.Array) -> jax.Array:
         """Returns logits, float32 [N, classes], of scaled images, float [N, 32, 32, 3]."""
@@ -93,8 +98,25 @@ class Source:
     def weights(self) -> Weights:
         """Returns what a weight file of this network stores."""
         config, params = self.config, jax.tree.map(np.asarray, self.state.eval_params)
-        final_relu = self.origin.get("final_relu", False)
-        return Weights(config.model, params, config.input_scaling, final_relu, config.dataset, self.class_names)
+        return Weights(
+            config.model,
+            params,
+            config.input_scaling,
+            final_relu=self.origin.get("final_relu", False),
+            dataset=config.dataset,
+            class_names=self.class_names,
+            temperature=self.temperature,
+        )
+
+    def create_predictor(self) -> Callable[[np.ndarray], np.ndarray]:
+        """Returns logits(images): uint8 [N, 32, 32, 3] → float64 [N, classes], compiled once and run in batches."""
+        run = jax.jit(self.logits)
+
+        def logits(images: np.ndarray) -> np.ndarray:
+            parts = [run(images[start : start + BATCH_SIZE]) for start in range(0, len(images), BATCH_SIZE)]
+            return np.concatenate(parts).astype(np.float64)
+
+        return logits
 
 
 def load_source(flags: SourceFlags, dtype: Dtype | None = None, default: str | None = None) -> Source:
@@ -124,7 +146,7 @@ def load_source(flags: SourceFlags, dtype: Dtype | None = None, default: str | N
     name = str(flags.weights or flags.pretrained or default)
     origin = {"weights": name, "model": weights.model, "final_relu": weights.final_relu}
     origin |= {"input_scaling": weights.input_scaling, "dtype": config.dtype}
-    return Source(config, state, name, _class_names(weights, config.dataset), origin)
+    return Source(config, state, name, _class_names(weights, config.dataset), origin, weights.temperature)
 
 
 def _class_names(weights: Weights, dataset: str) -> tuple[str, ...]:

@@ -61,7 +61,7 @@ SLOW_MODULES = {
         "gpu",
     ),
     *("kernels_benchmark", "models", "network_report", "normalization", "ops", "parallel", "parity", "predict"),
-    *("loggers", "pretrained", "processes", "symmetry", "throughput", "train", "trainer", "training"),
+    *("calibration", "loggers", "pretrained", "processes", "symmetry", "throughput", "train", "trainer", "training"),
     *("weights_files", "weights_hostile", "weights_keras"),
 }
 

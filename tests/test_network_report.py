@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from cifar_jax import report
+from cifar_jax import report, sources
 from cifar_jax.errors import UserError
 from cifar_jax.report import analysis, command, corruptions
 from cifar_jax.report.analysis import Predictions
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("direct_convolutions")
 @pytest.fixture
 def tiny_cifar10(monkeypatch, tiny_dataset):
     monkeypatch.setattr(command, "load_dataset", lambda *_: tiny_dataset)
-    monkeypatch.setattr(command, "BATCH_SIZE", 30)
+    monkeypatch.setattr(sources, "BATCH_SIZE", 30)
     return tiny_dataset
 
 
@@ -154,7 +154,8 @@ def test_a_report_is_one_page_with_its_numbers(tmp_path, tiny_cifar10, run_comma
 def test_a_run_with_held_out_images_gets_a_temperature(tmp_path, tiny_cifar10):
     """Fitted on them and not on the test set."""
     source = load_source(SourceFlags(pretrained="lenet5_reference"))
-    source = dataclasses.replace(source, config=dataclasses.replace(source.config, holdout=40))
+    config = dataclasses.replace(source.config, holdout=40)
+    source = dataclasses.replace(source, config=config, origin={"workdir": str(tmp_path)})
     logits, _ = command.create_functions(source)
     held_out = Predictions(logits(tiny_cifar10.train_images[50:]), tiny_cifar10.train_labels[50:])
     numbers = command.report(command.Arguments(tmp_path, disturbed_images=0), source)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from cifar_jax.calibration import held_out_part
 from cifar_jax.cli import command, parse_arguments
-from cifar_jax.datasets import get_dataset, hold_out, load_dataset
+from cifar_jax.datasets import get_dataset, load_dataset
 from cifar_jax.environment import describe_environment
 from cifar_jax.errors import UserError
 from cifar_jax.host import prepare_host
@@ -25,7 +26,6 @@ from cifar_jax.report.corruptions import read_sets
 from cifar_jax.report.sections import Contents, Logits
 from cifar_jax.sources import Source, SourceFlags, load_source
 
-BATCH_SIZE = 500
 NOISY_COPIES, NOISE = 16, 0.1  # SmoothGrad's copies of an image, and their noise as a share of the range of pixels
 
 
@@ -51,11 +51,7 @@ def create_functions(source: Source) -> tuple[Logits, Callable[[np.ndarray], np.
     arXiv:1706.03825): the gradient of the largest logit by the pixels is averaged over noisy copies of the image. Its
     absolute values are summed over the channels.
     """
-    run, gradient = jax.jit(source.logits), jax.jit(jax.grad(lambda pixels: source.logits(pixels).max(-1).sum()))
-
-    def logits(images: np.ndarray) -> np.ndarray:
-        parts = [run(images[start : start + BATCH_SIZE]) for start in range(0, len(images), BATCH_SIZE)]
-        return np.concatenate(parts).astype(np.float64)
+    gradient = jax.jit(jax.grad(lambda pixels: source.logits(pixels).max(-1).sum()))
 
     def importance(images: np.ndarray) -> np.ndarray:
         rng, total = np.random.default_rng(0), np.zeros(images.shape, np.float32)
@@ -64,7 +60,7 @@ def create_functions(source: Source) -> tuple[Logits, Callable[[np.ndarray], np.
             total += np.asarray(gradient(jnp.asarray(noisy, jnp.float32)))
         return np.abs(total / NOISY_COPIES).sum(-1)
 
-    return logits, importance
+    return source.create_predictor(), importance
 
 
 def report(arguments: Arguments, source: Source) -> dict[str, Any]:
@@ -82,9 +78,8 @@ def report(arguments: Arguments, source: Source) -> dict[str, Any]:
     tested, held_out, contents = predict(images, labels), None, Contents()
     if not np.isfinite(tested.logits).all():
         raise UserError(f"{source.name}: some logits are not finite: the weights are too large for {config.dtype}")
-    if config.holdout:
-        rest = hold_out(dataset, config.holdout)
-        held_out = predict(rest.test_images, rest.test_labels)
+    if (part := held_out_part(source, dataset)) is not None:
+        held_out = predict(part.test_images, part.test_labels)
     kernel = jax.device_get(source.state.eval_params)[get_model(config.model).LAYERS[0]]["kernel"]
     parts = [
         sections.overview(contents, tested),

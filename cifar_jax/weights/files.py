@@ -44,7 +44,8 @@ class Weights:
     """A trained network.
 
     `params`: Flax params as float32 numpy arrays; `input_scaling`: the scaling of pixels that it needs; `dataset`,
-    `class_names`: of its training data, None if unknown.
+    `class_names`: of its training data, None if unknown; `temperature`: logits / temperature give calibrated
+    probabilities, None if it was not fitted.
     """
 
     model: str
@@ -53,6 +54,7 @@ class Weights:
     final_relu: bool = False
     dataset: str | None = None
     class_names: tuple[str, ...] | None = None
+    temperature: float | None = None
 
     @property
     def num_classes(self) -> int:
@@ -105,7 +107,8 @@ def load_weights(
         print(f"{path}: {note}", file=sys.stderr)
     params = jax.tree.map(lambda array: array.astype(np.float32), found.params)
     scaling = cast("InputScaling", input_scaling or found.input_scaling or original)
-    return Weights(found.model, params, scaling, bool(final_relu), found.dataset, found.class_names)
+    names = found.dataset, found.class_names
+    return Weights(found.model, params, scaling, bool(final_relu), *names, found.temperature)
 
 
 def save_weights(path: Path, weights: Weights) -> None:
@@ -119,8 +122,8 @@ def save_weights(path: Path, weights: Weights) -> None:
 
 def encode_weights(kind: str, weights: Weights) -> bytes:
     """Returns the content of a weight file. Args: kind: see kind_of_name. Raises: UserError if PyTorch is missing."""
-    names = weights.dataset, weights.class_names
-    metadata = write_metadata(weights.model, weights.final_relu, weights.input_scaling, weights.num_classes, *names)
+    rest = weights.num_classes, weights.dataset, weights.class_names, weights.temperature
+    metadata = write_metadata(weights.model, weights.final_relu, weights.input_scaling, *rest)
     if kind == ".safetensors":
         return safetensors_files.write_safetensors(weights.params, metadata)
     if kind != ".pth":

@@ -40,6 +40,7 @@ class Found:
     final_relu: bool | None = None
     dataset: str | None = None
     class_names: tuple[str, ...] | None = None
+    temperature: float | None = None
     scales: bool = False
     notes: tuple[str, ...] = ()
 

@@ -1,13 +1,14 @@
 """Metadata of cifar_jax's files: strings by name, in .safetensors' metadata or in an attribute of Keras files.
 
 The names are format ('cifar_jax'), model, final_relu ('True' or 'False'), input_scaling, mean and std (JSON, one number
-per channel: a pixel becomes (pixel / 255 - mean) / std), num_classes and, if known, dataset and class_names (JSON).
-Older files lack mean, std and all later names.
+per channel: a pixel becomes (pixel / 255 - mean) / std), num_classes and, if known, dataset, class_names (JSON) and
+temperature (logits / temperature give calibrated probabilities). Older files lack mean, std and all later names.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,17 +29,19 @@ def write_metadata(
     num_classes: int,
     dataset: str | None = None,
     class_names: Sequence[str] | None = None,
+    temperature: float | None = None,
 ) -> dict[str, str]:
     """Returns the metadata described above."""
     mean, std = scaling_numbers(input_scaling, dataset)
     metadata = {"format": FORMAT, "model": model, "final_relu": str(final_relu), "input_scaling": input_scaling}
     metadata |= {"mean": json.dumps(mean), "std": json.dumps(std), "num_classes": str(num_classes)}
     metadata |= {} if dataset is None else {"dataset": dataset}
+    metadata |= {} if temperature is None else {"temperature": repr(float(temperature))}
     return metadata | ({} if class_names is None else {"class_names": json.dumps(class_names, ensure_ascii=False)})
 
 
 def read_metadata(metadata: Mapping[str, str], num_classes: int) -> dict[str, Any]:
-    """Returns {'input_scaling', 'final_relu', 'dataset', 'class_names'}; None for values that are not stored.
+    """Returns {'input_scaling', 'final_relu', 'dataset', 'class_names', 'temperature'}; None if it is not stored.
 
     Raises: UserError for invalid values.
     """
@@ -55,11 +58,15 @@ def read_metadata(metadata: Mapping[str, str], num_classes: int) -> dict[str, An
     is_names = isinstance(names, list) and len(names) == num_classes and all(isinstance(name, str) for name in names)
     if names is not None and not is_names:
         raise UserError(f"its class_names are not a list of {num_classes} names")
+    temperature = _parsed(metadata, "temperature")
+    if temperature is not None and not (type(temperature) in (int, float) and 0 < temperature < math.inf):
+        raise UserError("its temperature is not a number above 0")
     return {
         "input_scaling": scaling,
         "final_relu": {"True": True, "False": False}.get(str(metadata.get("final_relu"))),
         "dataset": dataset,
         "class_names": tuple(names) if names is not None else None,
+        "temperature": temperature,
     }
 
 
