@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from benchmarks.report import __main__ as report
-from benchmarks.report import accuracy, parity, performance
+from benchmarks.report import accuracy, commands, parity, performance
 from benchmarks.report.pages import PAGES, render
 from benchmarks.report.results import MEASURED, ROOT, Results, mean_and_deviation, three_digits
 from cifar_jax.configs import RECIPES
@@ -45,12 +45,18 @@ def test_a_changed_result_is_found_and_written(copy, run_command):
     (copy / "docs" / "figures").mkdir()
     assert run_command(report.main)[0] == 0
     assert "12.34 % of 360 test images" in (copy / "docs/results.md").read_text()
-    assert {path.name for path in (copy / "docs/figures").iterdir()} == {
-        "accuracy.png",
-        "parity_lenet5.png",
-        "throughput.png",
-    }
+    drawn = {"accuracy.png", "parity_lenet5.png", "throughput.png"}
+    assert {path.name for path in (copy / "docs/figures").iterdir()} == drawn
     assert run_command(report.main, "--check")[0] == 0
+
+
+def test_the_help_of_commands_depends_on_no_terminal(monkeypatch):
+    for name, value in {"COLUMNS": "50", "FORCE_COLOR": "1", "TERM": "xterm-256color"}.items():
+        monkeypatch.setenv(name, value)
+    text = commands.help_text.__wrapped__("compare")
+    assert text == commands.help_text("compare")
+    assert (max(map(len, text.splitlines())), "\x1b" in text) == (commands.WIDTH, False)
+    assert "--out" in text
 
 
 @pytest.mark.parametrize("old", ["<!-- begin quickstart -->", "<!-- end quickstart -->"])

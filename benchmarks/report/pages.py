@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from benchmarks.report import accuracy, parity, performance, reliability
+from benchmarks.report import accuracy, commands, parity, performance, reliability
 from benchmarks.report.results import Results, whole_results
 from cifar_jax.errors import UserError
 
@@ -37,6 +37,9 @@ PAGES: dict[str, dict[str, Section]] = {
     },
     "docs/weights.md": {
         "exports": accuracy.exports,
+    },
+    "docs/commands.md": {
+        "commands": commands.commands,
     },
     "docs/reliability.md": {
         "reliability": reliability.reliability,
