@@ -316,7 +316,7 @@ def test_the_commands_of_a_page_run(page, reader, execute, monkeypatch):
 SNIPPETS = [
     pytest.param(page, marks=pytest.mark.slow if page == "docs/api.md" else ())
     for page in PAGES
-    if blocks(page, "python")
+    if blocks(page, "python") and page != "docs/tutorial.md"  # test_tutorial.py executes the notebook
 ]
 
 

@@ -2,11 +2,12 @@ import dataclasses
 import importlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 from benchmarks.report import __main__ as report
-from benchmarks.report import accuracy, commands, parity, performance
+from benchmarks.report import accuracy, commands, parity, performance, tutorial
 from benchmarks.report.pages import PAGES, render
 from benchmarks.report.results import MEASURED, ROOT, Results, mean_and_deviation, three_digits
 from cifar_jax.configs import RECIPES
@@ -18,6 +19,9 @@ from cifar_jax.errors import UserError
 def copy(tmp_path, monkeypatch):
     """A copy of the pages and results for the command to change."""
     for page in PAGES:
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / page, tmp_path / page)
+    for page in (tutorial.NOTEBOOK, *tutorial.files(ROOT)):
         (tmp_path / page).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / page, tmp_path / page)
     shutil.copytree(MEASURED.folder, tmp_path / "benchmarks" / "results")
@@ -42,11 +46,11 @@ def test_a_changed_result_is_found_and_written(copy, run_command):
     assert status == 1
     assert "docs/results.md" in errors
     assert "README.md" not in errors
-    (copy / "docs" / "figures").mkdir()
     assert run_command(report.main)[0] == 0
     assert "12.34 % of 360 test images" in (copy / "docs/results.md").read_text()
     drawn = {"accuracy.png", "parity_lenet5.png", "throughput.png"}
-    assert {path.name for path in (copy / "docs/figures").iterdir()} == drawn
+    shown = {Path(path).name for path in tutorial.files(copy) if path.endswith(".png")}
+    assert {path.name for path in (copy / "docs/figures").iterdir()} == drawn | shown
     assert run_command(report.main, "--check")[0] == 0
 
 
@@ -57,6 +61,17 @@ def test_the_help_of_commands_depends_on_no_terminal(monkeypatch):
     assert text == commands.help_text("compare")
     assert (max(map(len, text.splitlines())), "\x1b" in text) == (commands.WIDTH, False)
     assert "--out" in text
+
+
+def test_a_changed_notebook_is_found_and_written(copy, run_command):
+    notebook = copy / tutorial.NOTEBOOK
+    notebook.write_text(notebook.read_text().replace("# Tutorial", "# Changed"))
+    (copy / "docs/figures/tutorial_6_0.png").unlink()
+    status, _, errors = run_command(report.main, "--check")
+    assert (status, "docs/tutorial.md" in errors, "tutorial_6_0.png" in errors) == (1, True, True)
+    assert run_command(report.main)[0] == 0
+    assert (copy / "docs/tutorial.md").read_text().startswith("# Changed")
+    assert run_command(report.main, "--check")[0] == 0
 
 
 @pytest.mark.parametrize("old", ["<!-- begin quickstart -->", "<!-- end quickstart -->"])
