@@ -28,7 +28,7 @@ import numpy as np
 
 from benchmarks import output_file, write_result
 from benchmarks.workloads import create_workload
-from cifar_jax import host, ops, trainer
+from cifar_jax import host, multi_step, ops
 from cifar_jax.cli import command, parse_arguments
 from cifar_jax.configs import RECIPES
 from cifar_jax.configs.base import Config
@@ -84,7 +84,7 @@ def only(parts: tuple[str, ...]) -> Iterator[None]:
         mock.patch.object(direct, "LARGE_KERNEL", large_kernel),
         mock.patch.object(direct, "unpadded_convolution", unpadded),
         mock.patch.object(winograd, "pays", pays),
-        mock.patch.object(trainer, "compiler_options", options),
+        mock.patch.object(multi_step, "compiler_options", options),
     ):
         yield
 

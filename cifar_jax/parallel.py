@@ -1,13 +1,14 @@
 """Selects devices and runs steps on them. This is the only module that calls pmap.
 
-A step is a pure function of (state, batch) on one device. `parallelize` runs it on all devices of all processes: state
-and dataset are replicated, each device takes its slice of every global batch, and pmean averages the gradients.
+A step is a pure function of (state, batch) on one device. `Parallel` runs it on all devices of all processes: state and
+dataset are replicated, each device takes its slice of every global batch, and pmean averages the gradients.
 pmap is in maintenance mode (JAX runs it as jit + shard_map), and replacing it changes only this file. Two caveats:
 shard_map returns gradients of replicated parameters already summed, and pmap does not report a forgotten pmean.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -105,27 +106,37 @@ def default_steps_per_call(model: str, devices: Sequence[jax.Device]) -> int:
     return get_model(model).CPU_STEPS_PER_CALL if devices[0].platform == "cpu" else ACCELERATOR_STEPS_PER_CALL
 
 
-def parallelize(
-    function: Callable[..., Any], devices: Sequence[jax.Device], donate: tuple[int, ...], options: dict[str, Any]
-) -> Any:
-    """pmaps `function(*args, device_index)` with replicated arguments and results.
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """`function(*args, device_index)`, pmapped over the devices with replicated arguments and results.
 
-    Args: donate: positions of arguments whose buffers are reused; options: XLA's compiler options.
-    Returns: compile_for(*example arguments) → the compiled function, which can't be recompiled by accident.
+    Attributes: donate: positions of arguments whose buffers are reused; options: XLA's compiler options.
     """
-    numbers = np.arange(len(devices), dtype=np.int32)
-    each = _sharding(devices, jax.sharding.PartitionSpec(AXIS))  # across processes, pmap takes and returns whole arrays
-    index = jax.make_array_from_callback(numbers.shape, each, lambda part: numbers[part])
 
-    def compile_for(*args: Any) -> Callable[..., Any]:
+    function: Callable[..., Any]
+    devices: Sequence[jax.Device]
+    donate: tuple[int, ...]
+    options: dict[str, Any]
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """Lowers the function for such arguments: arrays, or jax.ShapeDtypeStruct for devices that are not here."""
         in_axes = (None,) * len(args) + (0,)
         parallel = jax.pmap(
-            function, AXIS, in_axes=in_axes, out_axes=None, donate_argnums=donate, devices=list(devices)
+            self.function, AXIS, in_axes=in_axes, out_axes=None, donate_argnums=self.donate, devices=list(self.devices)
         )
-        compiled = parallel.lower(*args, index).compile(options)
+        return parallel.lower(*args, jax.ShapeDtypeStruct((len(self.devices),), jnp.int32, sharding=self._each))
+
+    def compile(self, *args: Any) -> Callable[..., Any]:
+        """Returns the function, compiled for such arguments. It can't be recompiled by accident."""
+        compiled = self.lower(*args).compile(self.options)
+        numbers = np.arange(len(self.devices), dtype=np.int32)
+        index = jax.make_array_from_callback(numbers.shape, self._each, lambda part: numbers[part])
         return lambda *args: compiled(*args, index)
 
-    return compile_for
+    @property
+    def _each(self) -> jax.sharding.NamedSharding:
+        """One number for each device. Across processes pmap takes and returns whole arrays."""
+        return _sharding(self.devices, jax.sharding.PartitionSpec(AXIS))
 
 
 def repeat(step: Callable[[Any, Any], Any], start: jax.Array, count: jax.Array, carry: Any, at_most: int) -> Any:

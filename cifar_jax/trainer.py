@@ -10,20 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cifar_jax.batches import epoch_order, take_batch
+from cifar_jax.batches import epoch_order
 from cifar_jax.configs.base import Config
-from cifar_jax.host import compiler_options
-from cifar_jax.normalization import fold, merge
-from cifar_jax.optimizer import create_averaging_share
-from cifar_jax.parallel import default_steps_per_call, parallelize, repeat, replicate
-from cifar_jax.train_step import (
-    Metrics,
-    TrainState,
-    create_eval_step,
-    create_statistics_step,
-    create_train_state,
-    create_train_step,
+from cifar_jax.multi_step import (
+    create_eval_steps,
+    create_statistics_steps,
+    create_train_steps,
+    round_eval_batch_size,
 )
+from cifar_jax.normalization import fold, merge
+from cifar_jax.parallel import default_steps_per_call, replicate
+from cifar_jax.train_step import Metrics, TrainState, create_train_state
 
 FOLD_IMAGES = 2500  # training images for the statistics that `fold` uses
 MAX_PENDING_CALLS = 2  # calls queued on the device; JAX would queue 32, which delays the response to a signal
@@ -36,10 +33,6 @@ def create_history(num_steps: int) -> Metrics:
     """
     zeros = lambda dtype: jnp.zeros((num_steps,), dtype)
     return {"loss": zeros(jnp.float32), "correct": zeros(jnp.int32), "count": zeros(jnp.int32)}
-
-
-def _record(history: Metrics, index: jax.Array, metrics: Metrics) -> Metrics:
-    return {name: values.at[index].set(metrics[name]) for name, values in history.items()}
 
 
 class Trainer:
@@ -84,8 +77,9 @@ class Trainer:
     def compile(self, image_size: int, order: jax.Array) -> Callable[..., Any]:
         """Returns the compiled call of several steps for images of this size. Each size compiles once."""
         if image_size not in self._compiled:
-            compile_for = self._create_train_steps(image_size)
-            self._compiled[image_size] = compile_for(
+            lengths = self.steps_per_epoch, self.steps_per_call
+            steps = create_train_steps(self.config, self.devices, image_size, *lengths)
+            self._compiled[image_size] = steps.compile(
                 self.state, self.history, *self._data, order, np.int32(0), np.int32(0)
             )
         return self._compiled[image_size]
@@ -139,51 +133,11 @@ class Trainer:
         count = min(FOLD_IMAGES, self._num_images) // len(self.devices)
         size = min(self.config.eval_batch_size // len(self.devices), count)
         if self._statistics is None:
-            step = self._create_statistics_step(size)
-            self._statistics = step(params, *self._data, np.int32(0))
+            step = create_statistics_steps(self.config, self.devices, size)
+            self._statistics = step.compile(params, *self._data, np.int32(0))
         for start in range(0, count - size + 1, size):
             statistics.append(self._statistics(params, *self._data, np.int32(start * len(self.devices))))
         self.state = self.state.replace(folded_params=jax.jit(fold)(params, jax.jit(merge)(statistics)))
-
-    def _create_statistics_step(self, size: int) -> Any:
-        """Returns the compiler (see `parallelize`) of (params, images, labels, start) → statistics.
-
-        Each device computes them from `size` images.
-        """
-        statistics_step = create_statistics_step(self.config)
-
-        def step(params, images, labels, start, device):  # type: ignore[no-untyped-def]
-            order = jnp.arange(labels.shape[0], dtype=jnp.int32)
-            return statistics_step(params, take_batch(images, labels, order, start + device * size, size))
-
-        options = compiler_options(self.config, size * len(self.devices), self.devices)
-        return parallelize(step, self.devices, (), options)
-
-    def _create_train_steps(self, image_size: int) -> Any:
-        """Returns the compiler (see `parallelize`) of several steps, which donate state and history:
-
-        (state, history, images, labels, order, start, count) → (state, history, loss of the last step).
-        """
-        config, train_step = self.config, create_train_step(self.config, image_size)
-        per_device_batch_size = config.batch_size // len(self.devices)
-        share = create_averaging_share(config, self.steps_per_epoch)
-        wrap = config.normalization == "batch"
-
-        def train_steps(state, history, images, labels, order, start, count, device):  # type: ignore[no-untyped-def]
-            def one(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
-                state, history = carry
-                first = i * config.batch_size + device * per_device_batch_size
-                batch = take_batch(images, labels, order, first, per_device_batch_size, wrap=wrap)
-                epoch = jnp.asarray(state.step // self.steps_per_epoch)
-                batch |= {"epoch": epoch, "averaging_share": share(state.step + 1)}
-                state, metrics = train_step(state, batch)
-                return state, _record(history, i, metrics)
-
-            state, history = repeat(one, start, count, (state, history), self.steps_per_call)
-            return state, history, history["loss"][start + count - 1]
-
-        options = compiler_options(config, config.batch_size, self.devices, self.steps_per_call)
-        return parallelize(train_steps, self.devices, (0, 1), options)
 
 
 class Evaluator:
@@ -202,26 +156,10 @@ class Evaluator:
         """Args: images: uint8 [N, 32, 32, 3]; labels: int32 [N]; dropout, flip_tta: see create_eval_step."""
         self._data = replicate((images, labels), devices)
         self._devices, self._size = devices, len(labels)
-        # At most all examples, rounded up to a multiple of the number of devices.
-        batch_size = -(-min(config.eval_batch_size, self._size) // len(devices)) * len(devices)
-        self.num_steps = -(-self._size // batch_size)
+        self.num_steps = -(-self._size // round_eval_batch_size(config, devices, self._size))
         self.steps_per_call = config.steps_per_call or default_steps_per_call(config.model, devices)
-        eval_step = create_eval_step(config, dropout, flip_tta)
-        per_device_batch_size = batch_size // len(devices)
-
-        def eval_steps(history, state, images, labels, start, count, device):  # type: ignore[no-untyped-def]
-            order = jnp.arange(labels.shape[0], dtype=jnp.int32)
-
-            def one(i: jax.Array, history: Metrics) -> Metrics:
-                first = (i * len(devices) + device) * per_device_batch_size
-                batch = take_batch(images, labels, order, first, per_device_batch_size) | {"start": first}
-                return _record(history, i, eval_step(state, batch))
-
-            return repeat(one, start, count, history, self.steps_per_call)
-
-        options = compiler_options(config, config.eval_batch_size, devices, self.steps_per_call)
-        compile_for = parallelize(eval_steps, devices, (0,), options)
-        self._eval_steps = compile_for(self.create_history(), state, *self._data, np.int32(0), np.int32(0))
+        steps = create_eval_steps(config, devices, self._size, self.steps_per_call, dropout, flip_tta)
+        self._eval_steps = steps.compile(self.create_history(), state, *self._data, np.int32(0), np.int32(0))
 
     def create_history(self) -> Metrics:
         """Allocates the metrics of one pass on every device."""
