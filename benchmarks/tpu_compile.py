@@ -145,7 +145,7 @@ def main() -> int:
             program |= compile_program(config, topology, phase, state)
             content["programs"].append(program)
             write_result(file, content)
-            cost = f"{program['compile_seconds']:6.1f} s, {program['cycles']:10,} cycles a step"
+            cost = f"{program['compile_cpu_seconds']:6.1f} s of CPU time, {program['cycles']:10,} cycles a step"
             print(f"{name:18} {topology:10} {phase:10} {cost}", *program["surprises"])
     return int(any(program["surprises"] for program in content["programs"]))
 
