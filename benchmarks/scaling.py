@@ -59,10 +59,6 @@ class Step:
     def seconds(self) -> float:
         return self.compute + self.communication + self.per_call
 
-    @property
-    def images_per_second(self) -> float:
-        return self.chips * self.images_per_chip / self.seconds
-
 
 def interpolate(points: Mapping[float, float], x: float) -> float:
     """Returns the piecewise linear function through the points (x → y) at x. Raises: ValueError outside of them."""

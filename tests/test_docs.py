@@ -142,6 +142,11 @@ COMMANDS = {
     "python -m benchmarks.kernels --out benchmarks/results": Stops(
         "--out photo.jpg", "tests/test_kernels_benchmark.py"
     ),
+    # Its 200 MB are not installed by .ci/run.
+    "pip install -e '.[tpu]'": Elsewhere("pyproject.toml", 'tpu = ["jax[tpu]'),
+    "python -m benchmarks.tpu_compile --out benchmarks/results": Stops(
+        "--topology v5e:nothing", "tests/test_tpu_compile.py"
+    ),
     "python -m benchmarks.faults --out benchmarks/results": Stops("--only nothing", "tests/test_faults.py"),
     "python -m benchmarks.faults --out results --quick": Stops("--only nothing", "tests/test_faults.py"),
     "python -m benchmarks.faults --out results --rounds 10 --seed 1 --only SIGKILL": Stops(

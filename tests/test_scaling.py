@@ -1,7 +1,11 @@
 """The scaling model's arithmetic, by hand."""
 
+import json
+
 import pytest
 
+from benchmarks.report import scaling
+from benchmarks.report.results import Results
 from benchmarks.scaling import CHIPS, Chip, all_reduce_seconds, interpolate, predict
 
 # 1 GHz; links of 1 GB/s; the other figures do not enter
@@ -37,7 +41,6 @@ def test_a_step_is_the_sum_of_its_parts():
     assert step.communication == pytest.approx(1e-3 + 4e-9 + 8e-6)
     assert step.per_call == pytest.approx(5e-4)
     assert step.seconds == pytest.approx(2e-3 + 1e-3 + 4e-9 + 8e-6 + 5e-4)
-    assert step.images_per_second == pytest.approx(32 / step.seconds)
 
 
 def test_an_unknown_clock_gives_no_times():
@@ -49,3 +52,30 @@ def test_the_published_figures_agree_with_each_other():
     """A chip's links together have the published 1,600 and 3,200 Gbit/s. v5e's clock is near the known 1.5 GHz."""
     assert [4 * 8 * CHIPS[name].link_bytes_per_second for name in ("v5e", "v6e")] == [1600e9, 3200e9]
     assert CHIPS["v5e"].clock == pytest.approx(1.5e9, rel=0.01)
+
+
+def program(topology, chips, cycles):
+    common = {"recipe": "lenet5", "phase": "training", "scaling": "strong", "batch_size": 256, "num_images": 50_000}
+    collectives = [{"bytes": 1_600_000, "times": 1}] if chips > 1 else []
+    sizes = {"topology": topology, "chips": chips, "images_per_chip": 256 // chips}
+    return common | sizes | {"cycles": cycles, "cycles_per_call": 1.5e6, "collectives": collectives}
+
+
+def test_the_tables_divide_the_batch_or_give_it_to_each_chip(tmp_path):
+    programs = [program("v5e:1x1", 1, 2.6e6), program("v5e:2x2", 4, 0.68e6), program("v5e:16x16", 256, 0.05e6)]
+    programs += [program("v6e:2x2", 4, 1.0), program("v5e:16x16", 256, 1.0) | {"scaling": "weak"}]
+    (tmp_path / "tpu_compile.json").write_text(json.dumps({"programs": programs}))
+    strong, weak = (scaling.model(Results(tmp_path), "lenet5", weak) for weak in (False, True))
+    clock = CHIPS["v5e"].clock
+    assert [step.chips for step, _ in strong] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert [step.images_per_chip for step, _ in strong] == [256, 128, 64, 32, 16, 8, 4, 2, 1]
+    assert {number for _, number in strong} == {196}
+    expected = [2.6e6, 1.32e6, 0.68e6, 0.36e6, 0.2e6, 0.12e6, 0.08e6, 0.06e6, 0.05e6]
+    assert [step.compute * clock for step, _ in strong] == pytest.approx(expected, rel=1e-9)
+    assert strong[2][0].communication == pytest.approx(3.2e6 / 100e9 + 4e-6)
+    assert strong[0][0].per_call == pytest.approx(1.5e6 / clock / 196)
+    assert {step.images_per_chip for step, _ in weak} == {256}
+    assert [number for _, number in weak] == [196, 98, 49, 25, 13, 7, 4, 2, 1]
+    assert weak[-1][0].per_call == pytest.approx(1.5e6 / clock)
+    rates = scaling._rates(Results(tmp_path), "lenet5", weak=True)
+    assert rates[-1] == pytest.approx(50_000 / weak[-1][0].seconds)  # the batch has 65,536 places

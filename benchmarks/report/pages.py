@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from benchmarks.report import accuracy, commands, parity, performance, reliability
+from benchmarks.report import accuracy, commands, parity, performance, reliability, scaling
 from benchmarks.report.results import Results, whole_results
 from cifar_jax.errors import UserError
 
@@ -34,6 +34,14 @@ PAGES: dict[str, dict[str, Section]] = {
     "docs/performance.md": {
         "throughput": performance.throughput,
         "kernels": performance.kernels,
+    },
+    "docs/scaling.md": {
+        "programs": scaling.programs,
+        "collectives": scaling.collectives,
+        "loops": scaling.loops,
+        "strong": scaling.strong,
+        "weak": scaling.weak,
+        "dispatch": scaling.dispatch,
     },
     "docs/weights.md": {
         "exports": accuracy.exports,
