@@ -120,23 +120,22 @@ class Parallel:
 
     def lower(self, *args: Any) -> jax.stages.Lowered:
         """Lowers the function for such arguments: arrays, or jax.ShapeDtypeStruct for devices that are not here."""
+        return self._lower(args, jax.ShapeDtypeStruct((len(self.devices),), np.int32))
+
+    def compile(self, *args: Any) -> Callable[..., Any]:
+        """Returns the function, compiled for such arrays. It can't be recompiled by accident."""
+        numbers = np.arange(len(self.devices), dtype=np.int32)
+        each = _sharding(self.devices, jax.sharding.PartitionSpec(AXIS))  # pmap takes whole arrays across processes
+        index = jax.make_array_from_callback(numbers.shape, each, lambda part: numbers[part])
+        compiled = self._lower(args, index).compile(self.options)
+        return lambda *args: compiled(*args, index)
+
+    def _lower(self, args: Sequence[Any], index: Any) -> jax.stages.Lowered:
         in_axes = (None,) * len(args) + (0,)
         parallel = jax.pmap(
             self.function, AXIS, in_axes=in_axes, out_axes=None, donate_argnums=self.donate, devices=list(self.devices)
         )
-        return parallel.lower(*args, jax.ShapeDtypeStruct((len(self.devices),), jnp.int32, sharding=self._each))
-
-    def compile(self, *args: Any) -> Callable[..., Any]:
-        """Returns the function, compiled for such arguments. It can't be recompiled by accident."""
-        compiled = self.lower(*args).compile(self.options)
-        numbers = np.arange(len(self.devices), dtype=np.int32)
-        index = jax.make_array_from_callback(numbers.shape, self._each, lambda part: numbers[part])
-        return lambda *args: compiled(*args, index)
-
-    @property
-    def _each(self) -> jax.sharding.NamedSharding:
-        """One number for each device. Across processes pmap takes and returns whole arrays."""
-        return _sharding(self.devices, jax.sharding.PartitionSpec(AXIS))
+        return parallel.lower(*args, index)
 
 
 def repeat(step: Callable[[Any, Any], Any], start: jax.Array, count: jax.Array, carry: Any, at_most: int) -> Any:

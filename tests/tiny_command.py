@@ -41,13 +41,6 @@ class Tiny(nn.Module):
         return nn.Dense(self.num_classes)(x.reshape(x.shape[0], -1))
 
 
-models.MODELS["tiny"] = Tiny
-
-from cifar_jax import plots, train, training
-from cifar_jax.configs import RECIPES
-from cifar_jax.configs.base import Config
-
-
 def load_tiny(name, data_dir):
     rng = np.random.default_rng(int(os.environ.get("TINY_SEED", "0")))
     images = rng.integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
@@ -55,10 +48,18 @@ def load_tiny(name, data_dir):
     return Dataset(images[:42], labels[:42], images[42:], labels[42:], DATASETS["digits"], "random images")
 
 
-create_config = partial(Config, dataset="digits", model="tiny", dropout_rates=(0.2,), input_scaling="symmetric")
-RECIPES["tiny"] = create_config(workdir="run", batch_size=8, num_epochs=2, learning_rate=0.05)
+def main():
+    models.MODELS["tiny"] = Tiny  # before the flags' types are made
+    from cifar_jax import plots, train, training
+    from cifar_jax.configs import RECIPES
+    from cifar_jax.configs.base import Config
 
-if __name__ == "__main__":
+    create_config = partial(Config, dataset="digits", model="tiny", dropout_rates=(0.2,), input_scaling="symmetric")
+    RECIPES["tiny"] = create_config(workdir="run", batch_size=8, num_epochs=2, learning_rate=0.05)
     training.load_dataset = load_tiny
     plots.plot_run = lambda workdir: None
-    sys.exit(train.main())
+    return train.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
