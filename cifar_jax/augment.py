@@ -7,6 +7,7 @@ has its own key, so the draws do not depend on the number of devices.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -59,7 +60,26 @@ def random_crop(key: jax.Array, image: jax.Array, padding: int) -> jax.Array:
     """Pads by reflection and crops at a uniform whole-pixel offset, which shifts by up to ±padding pixels."""
     padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
     y, x = jax.random.randint(key, (2,), 0, 2 * padding + 1)
-    return jax.lax.dynamic_slice(padded, (y, x, jnp.zeros_like(x)), image.shape)
+    forms = (partial(form, padding=padding) for form in (slice_window, select_window))
+    return jax.lax.platform_dependent(padded, y, x, **dict(zip(("cpu", "default"), forms)))
+
+
+def slice_window(padded: jax.Array, y: jax.Array, x: jax.Array, padding: int) -> jax.Array:
+    """Cuts the window at (y, x) out of a padded image. On a TPU a batch of these becomes a loop over the images."""
+    height, width, channels = padded.shape
+    shape = (height - 2 * padding, width - 2 * padding, channels)
+    return jax.lax.dynamic_slice(padded, (y, x, jnp.zeros_like(x)), shape)
+
+
+def select_window(padded: jax.Array, y: jax.Array, x: jax.Array, padding: int) -> jax.Array:
+    """Does the same by choosing among all shifted rows, then among all shifted columns."""
+    return _select(_select(padded, y, 0, padding), x, 1, padding)
+
+
+def _select(padded: jax.Array, offset: jax.Array, axis: int, padding: int) -> jax.Array:
+    size = padded.shape[axis] - 2 * padding
+    shifted = [jax.lax.slice_in_dim(padded, k, k + size, axis=axis) for k in range(2 * padding + 1)]
+    return jax.lax.select_n(offset, *shifted)
 
 
 def random_flip(key: jax.Array, image: jax.Array) -> jax.Array:

@@ -1,4 +1,5 @@
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +102,18 @@ def test_a_recipe_without_augmentation_changes_nothing(image):
     changed = augment.create_augment(RECIPES["all_cnn_reference"])(keys, images)
     assert (np.abs(changed - images).max(axis=(1, 2, 3)) > 0.1).all()
     assert np.abs(changed[0] - changed[1]).max() > 0.1
+
+
+def test_both_forms_of_a_crop_are_the_same():
+    padded = jax.random.normal(jax.random.key(0), (14, 12, 3))
+    offsets = jnp.indices((5, 5)).reshape(2, -1)
+    sliced, selected = (
+        jax.vmap(partial(form, padding=2), (None, 0, 0))(padded, *offsets)
+        for form in (augment.slice_window, augment.select_window)
+    )
+    assert sliced.shape == (25, 10, 8, 3)
+    np.testing.assert_array_equal(selected, sliced)
+    np.testing.assert_array_equal(sliced[7], padded[1:11, 2:10])
 
 
 def keys(seed, count):
