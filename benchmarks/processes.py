@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -32,6 +33,8 @@ from cifar_jax.runs import read_config
 from cifar_jax.train_step import create_train_state
 
 LAYOUTS = ((1, 4), (2, 2), (4, 1))  # processes, devices of each
+NUM_DEVICES = "4"  # in all
+RUN = ["-m", "cifar_jax.train", "quickstart"]
 DEADLINE = 600  # seconds
 
 
@@ -48,13 +51,13 @@ class Arguments:
 
 
 def start(count: int, devices: int, flags: list[str]) -> list[subprocess.Popen[str]]:
-    """Starts the processes of a run of quickstart, with 4 devices in all or with 1 each."""
+    """Starts the processes of a run. Args: devices: of each process; flags: of all processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     inherited = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}  # JAX sets it
     environment = {**inherited, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
-    ours = [sys.executable, "-m", "cifar_jax.train", "quickstart", *flags]
+    ours = [sys.executable, *RUN, *flags]
     together = [*ours, "--coordinator", address, "--num-processes", str(count), "--process-id"]
     commands = [[*together, str(number)] for number in range(count)] if count > 1 else [ours]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -91,7 +94,7 @@ def compare(folder: Path, num_epochs: int) -> list[dict[str, Any]]:
     expected: list[np.ndarray] = []
     for count, devices in LAYOUTS:
         workdir = folder / f"{count}x{devices}"
-        flags = ["--workdir", str(workdir), "--num-devices", "4", "--num-epochs", str(num_epochs)]
+        flags = ["--workdir", str(workdir), "--num-devices", NUM_DEVICES, "--num-epochs", str(num_epochs)]
         finish(start(count, devices, flags))
         rows, arrays = read_run(workdir)
         expected = expected or arrays
@@ -108,7 +111,7 @@ def kill_one(folder: Path, number: int, num_epochs: int) -> dict[str, Any]:
     flags = ["--workdir", str(workdir), "--num-epochs", str(num_epochs)]
     running = start(2, 1, flags)
     assert running[0].stdout is not None
-    if not any(line.startswith(f"epoch {epoch}/") for line in running[0].stdout):
+    if not any(re.match(rf"epoch +{epoch}/", line) for line in running[0].stdout):
         raise UserError(f"the run ended before epoch {epoch}: {running[0].communicate()[1][-300:]}")
     running[victim].kill()
     killed = time.perf_counter()

@@ -153,6 +153,12 @@ COMMANDS = {
         "--only nothing", "tests/test_faults.py"
     ),
     "pytest tests/test_faults.py": TESTED,
+    **{
+        f"python -m cifar_jax.train quickstart --workdir runs/together --coordinator 127.0.0.1:1234 --num-processes 2 "
+        f"--process-id {number}": Elsewhere("tests/test_processes.py", "def test_several_processes_train_like_one")
+        for number in (0, 1)
+    },
+    "python -m benchmarks.processes --out benchmarks/results": Stops("--num-epochs 1", "tests/test_processes.py"),
     "benchmarks/gpu_campaign.sh results_of_the_gpu": Elsewhere("tests/test_throughput.py", "gpu_campaign_on_a_cpu"),
     "python scripts/parity_pytorch.py --layers --json": PARITY,
     "python scripts/parity_keras.py --layers --json": PARITY,

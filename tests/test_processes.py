@@ -1,6 +1,7 @@
 """Training with several processes, which are started here as a user would start them."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import pytest
 import tiny_command
 from small_runs import latest_state, untimed_rows
 
+import benchmarks.processes
 from cifar_jax import models
 from cifar_jax.cluster import Processes, is_clusters_process, silence_xla
 from cifar_jax.errors import UserError
@@ -194,3 +196,23 @@ def test_one_process_agrees_with_itself():
 def test_a_cluster_that_jax_does_not_find_is_said():
     with pytest.raises(UserError, match=r"can't connect .*: check --coordinator"), connected(Processes("auto")):
         pass
+
+
+@pytest.mark.long
+def test_the_benchmark_of_processes(tmp_path, monkeypatch, run_command):
+    """With short runs of the tiny network, and one kill."""
+    monkeypatch.setattr(benchmarks.processes, "RUN", [str(TESTS / "tiny_command.py"), "tiny"])
+    monkeypatch.setattr(benchmarks.processes, "LAYOUTS", ((1, 2), (2, 1)))
+    monkeypatch.setattr(benchmarks.processes, "NUM_DEVICES", "2")
+    monkeypatch.setenv("PYTHONPATH", str(TESTS.parent))
+    flags = ["--out", tmp_path, "--kills", "1", "--num-epochs", "30"]
+    assert run_command(benchmarks.processes.main, *flags)[::2] == (0, "")
+    result = json.loads((tmp_path / "processes.json").read_text())
+    one, two = result["runs"]
+    assert (one["largest_difference"], len(one["test_loss"]), two["processes"]) == (0, 30, 2)
+    assert two["largest_difference"] < 1e-2
+    (kill,) = result["kills"]
+    assert (len(kill["lines"]), len(kill["resumed"])) == (1, 1)
+    status, _, err = run_command(benchmarks.processes.main, "--out", tmp_path, "--num-epochs", "1")
+    assert status == 2
+    assert "--num-epochs must be 2 or more" in err

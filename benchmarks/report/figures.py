@@ -25,6 +25,23 @@ def draw_all(results: Results, folder: Path) -> None:
         draw_throughput(results.load(name), folder / f"{name}.png")
     draw_parity_lenet5(results, folder / "parity_lenet5.png")
     draw_accuracy(results, folder / "accuracy.png")
+    draw_processes(results, folder / "processes.png")
+
+
+def draw_processes(results: Results, path: Path) -> None:
+    """Draws the test accuracy of runs in one process and in several."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    styles = (("o", 10, "-"), ("s", 6, "--"), ("x", 5, ":"))  # the curves lie on top of each other
+    for run, (marker, size, line) in zip(results.load("processes")["runs"], styles):
+        label = f"{run['processes']} × {run['devices_each']} devices"
+        values = [100 * value for value in run["test_accuracy"]]
+        epochs = range(1, len(values) + 1)
+        axes.plot(epochs, values, marker=marker, ms=size, ls=line, markerfacecolor="none", label=label)
+    axes.set(xlabel="epoch", ylabel="test accuracy, %", title="quickstart in one process and in several")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 def draw_accuracy(results: Results, path: Path) -> None:

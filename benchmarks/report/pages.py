@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from benchmarks.report import accuracy, commands, parity, performance, reliability, scaling
+from benchmarks.report import accuracy, commands, parity, performance, processes, reliability, scaling
 from benchmarks.report.results import Results, whole_results
 from cifar_jax.errors import UserError
 
@@ -36,6 +36,8 @@ PAGES: dict[str, dict[str, Section]] = {
         "kernels": performance.kernels,
     },
     "docs/scaling.md": {
+        "processes": processes.processes,
+        "kills": processes.kills,
         "programs": scaling.programs,
         "collectives": scaling.collectives,
         "loops": scaling.loops,

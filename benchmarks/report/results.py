@@ -36,7 +36,7 @@ class Results:
             result = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: {error}: measure again, or restore it from the repository") from error
-        if name != "quickstart" and setting(result, "dataset") not in (None, "cifar10"):
+        if name not in ("quickstart", "processes") and setting(result, "dataset") not in (None, "cifar10"):
             raise UserError(f"{path}: measured on {setting(result, 'dataset')}: measure again on CIFAR-10")
         return result
 
