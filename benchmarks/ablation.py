@@ -10,8 +10,8 @@ from benchmarks.seeds import Arguments, Stop, configure, origin, spread
 from cifar_jax.datasets import load_dataset
 from cifar_jax.environment import describe_environment
 from cifar_jax.errors import UserError
+from cifar_jax.outcomes import FailedTraining
 from cifar_jax.train import train_and_evaluate
-from cifar_jax.training import FailedTraining
 
 HOLDOUT = 5000
 

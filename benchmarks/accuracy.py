@@ -31,7 +31,7 @@ from cifar_jax.datasets import load_dataset
 from cifar_jax.environment import describe_command
 from cifar_jax.errors import UserError
 from cifar_jax.host import prepare_host
-from cifar_jax.training import Interrupted
+from cifar_jax.outcomes import Interrupted
 
 MILESTONES = (0.70, 0.74, 0.80, 0.86, 0.90, 0.94)  # test accuracies whose training times are reported
 

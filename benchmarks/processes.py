@@ -9,6 +9,7 @@ resumes. The curves, the differences and each kill's outcome go to DIR/processes
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import os
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +52,12 @@ class Arguments:
     """Epochs of each run; at least 2."""
 
 
-def start(count: int, devices: int, flags: list[str]) -> list[subprocess.Popen[str]]:
-    """Starts the processes of a run. Args: devices: of each process; flags: of all processes."""
+@contextlib.contextmanager
+def started(count: int, devices: int, flags: list[str]) -> Iterator[list[subprocess.Popen[str]]]:
+    """Starts the processes of a run, and kills those that are left at the end.
+
+    Args: devices: of each process; flags: of all processes.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -61,7 +67,13 @@ def start(count: int, devices: int, flags: list[str]) -> list[subprocess.Popen[s
     together = [*ours, "--coordinator", address, "--num-processes", str(count), "--process-id"]
     commands = [[*together, str(number)] for number in range(count)] if count > 1 else [ours]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return [subprocess.Popen(words, env=environment, **pipes) for words in commands]
+    with contextlib.ExitStack() as stack:
+        running = [stack.enter_context(subprocess.Popen(words, env=environment, **pipes)) for words in commands]
+        try:
+            yield running
+        finally:
+            for process in running:
+                process.kill()
 
 
 def finish(running: list[subprocess.Popen[str]]) -> str:
@@ -95,7 +107,8 @@ def compare(folder: Path, num_epochs: int) -> list[dict[str, Any]]:
     for count, devices in LAYOUTS:
         workdir = folder / f"{count}x{devices}"
         flags = ["--workdir", str(workdir), "--num-devices", NUM_DEVICES, "--num-epochs", str(num_epochs)]
-        finish(start(count, devices, flags))
+        with started(count, devices, flags) as running:
+            finish(running)
         rows, arrays = read_run(workdir)
         expected = expected or arrays
         curves = {name: [row[name] for row in rows] for name in ("train_loss", "test_loss", "test_accuracy")}
@@ -109,22 +122,23 @@ def kill_one(folder: Path, number: int, num_epochs: int) -> dict[str, Any]:
     """Kills a process of two after an epoch, waits for the other one's end, and resumes to the run's end."""
     workdir, victim, epoch = folder / f"kill{number}", number % 2, 1 + number // 2 % (num_epochs - 1)
     flags = ["--workdir", str(workdir), "--num-epochs", str(num_epochs)]
-    running = start(2, 1, flags)
-    assert running[0].stdout is not None
-    if not any(re.match(rf"epoch +{epoch}/", line) for line in running[0].stdout):
-        raise UserError(f"the run ended before epoch {epoch}: {running[0].communicate()[1][-300:]}")
-    running[victim].kill()
-    killed = time.perf_counter()
-    _, err = running[1 - victim].communicate(timeout=DEADLINE)
-    seconds = time.perf_counter() - killed
-    running[victim].communicate()
-    resumed = [line for line in finish(start(2, 1, flags)).splitlines() if line.startswith("resuming after")]
+    with started(2, 1, flags) as running:
+        assert running[0].stdout is not None
+        if not any(re.match(rf"epoch +{epoch}/", line) for line in running[0].stdout):
+            raise UserError(f"the run ended before epoch {epoch}: {running[0].communicate()[1][-300:]}")
+        running[victim].kill()
+        killed = time.perf_counter()
+        _, err = running[1 - victim].communicate(timeout=DEADLINE)
+        seconds = time.perf_counter() - killed
+        status = running[1 - victim].returncode
+    with started(2, 1, flags) as running:
+        resumed = [line for line in finish(running).splitlines() if line.startswith("resuming after")]
     rows, _ = read_run(workdir)
     outcome = {
         "killed": victim,
         "after_epoch": epoch,
         "seconds_to_the_others_end": round(seconds, 2),
-        "status": running[1 - victim].returncode,
+        "status": status,
         "lines": err.strip().splitlines(),
         "resumed": resumed,
         "test_accuracy": rows[-1]["test_accuracy"],

@@ -19,7 +19,7 @@ from cifar_jax.configs.base import EXECUTION_FIELDS, Config
 from cifar_jax.datasets import Dataset, get_dataset
 from cifar_jax.errors import UserError
 from cifar_jax.io import write_atomically
-from cifar_jax.training import Interrupted
+from cifar_jax.outcomes import Interrupted
 from cifar_jax.weights import pytorch
 
 EVALUATION_BATCH = 500

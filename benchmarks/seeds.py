@@ -13,8 +13,8 @@ from cifar_jax.configs import RECIPES
 from cifar_jax.configs.base import Config, DatasetName, ModelName
 from cifar_jax.datasets import Dataset
 from cifar_jax.errors import UserError
+from cifar_jax.outcomes import FailedTraining
 from cifar_jax.train import train_and_evaluate
-from cifar_jax.training import FailedTraining
 
 Framework = Literal["jax", "pytorch"]
 Stop = Callable[[], bool]

@@ -73,13 +73,11 @@ def slice_window(padded: jax.Array, y: jax.Array, x: jax.Array, padding: int) ->
 
 def select_window(padded: jax.Array, y: jax.Array, x: jax.Array, padding: int) -> jax.Array:
     """Does the same by choosing among all shifted rows, then among all shifted columns."""
-    return _select(_select(padded, y, 0, padding), x, 1, padding)
-
-
-def _select(padded: jax.Array, offset: jax.Array, axis: int, padding: int) -> jax.Array:
-    size = padded.shape[axis] - 2 * padding
-    shifted = [jax.lax.slice_in_dim(padded, k, k + size, axis=axis) for k in range(2 * padding + 1)]
-    return jax.lax.select_n(offset, *shifted)
+    for axis, offset in enumerate((y, x)):
+        size = padded.shape[axis] - 2 * padding
+        shifted = [jax.lax.slice_in_dim(padded, k, k + size, axis=axis) for k in range(2 * padding + 1)]
+        padded = jax.lax.select_n(offset, *shifted)
+    return padded
 
 
 def random_flip(key: jax.Array, image: jax.Array) -> jax.Array:

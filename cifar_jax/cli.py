@@ -79,7 +79,7 @@ def command(main: Callable[[], int]) -> Callable[[], int]:
             except Exception as error:
                 if interrupts.received is not None:  # a library made it of the interrupt
                     raise
-                status = _say_failure(error)
+                status = say_failure(error)
             interrupts.over = True
         except BaseException as error:
             interrupts.over = True
@@ -98,7 +98,7 @@ def command(main: Callable[[], int]) -> Callable[[], int]:
     return wrapped
 
 
-def _say_failure(error: Exception) -> int:
+def say_failure(error: Exception) -> int:
     """Says an error in a line. Returns: the exit status. Raises: the error if it is a bug."""
     line, status = describe_failure(error)
     if line is None and status is None:

@@ -18,7 +18,7 @@ FAILURES = (OSError, ValueError, RuntimeError)
 
 
 def is_main() -> bool:
-    """Tells whether this is process 0 of several, or the only process. It creates no devices."""
+    """Tells whether this is process 0 of several, or the only process."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 

@@ -92,7 +92,8 @@ def prepare_host() -> None:
     """
     use_cpu_cores()
     keep_memory()
-    use_compilation_cache()
+    if not jax.distributed.is_initialized():  # GPUs of several processes tune together, so all or none must compile
+        use_compilation_cache()
     check_devices()
 
 
@@ -101,6 +102,8 @@ def check_devices() -> None:
     try:
         jax.local_devices()
     except (RuntimeError, AssertionError) as error:
+        if jax.distributed.is_initialized():  # the processes tell each other their devices: one may be gone
+            raise
         asked = os.environ.get("JAX_PLATFORMS", "")
         raise UserError(
             f"JAX finds no device for JAX_PLATFORMS={asked}: install JAX for it (see README) or unset the variable"

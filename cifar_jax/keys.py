@@ -21,6 +21,10 @@ def plain(tree: Any) -> Any:
 
 
 def with_keys(restored: Any, like: Any) -> Any:
-    """Returns a restored tree with keys where `like` has them."""
-    wrap = lambda array, old: jax.random.wrap_key_data(array, impl=jax.random.key_impl(old)) if is_key(old) else array
+    """Returns a restored tree with keys where `like` has them. Checkpoints of earlier versions hold keys already."""
+
+    def wrap(array: Any, old: Any) -> Any:
+        is_plain = is_key(old) and not is_key(array)
+        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(old)) if is_plain else array
+
     return jax.tree.map(wrap, restored, like)

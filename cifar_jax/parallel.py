@@ -52,7 +52,8 @@ def select_devices(config: Config) -> list[jax.Device]:
         default = most
     total = config.num_devices or default or processes
     if total > len(devices):
-        raise UserError(f"--num-devices {total}: this machine has only {len(devices)}")
+        where = "this machine has" if processes == 1 else "there are"
+        raise UserError(f"--num-devices {total}: {where} only {len(devices)}")
     if total % processes:
         raise UserError(f"--num-devices {total}: must be a multiple of {processes}, the number of processes")
     if config.batch_size % total:

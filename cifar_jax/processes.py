@@ -6,13 +6,17 @@ there, and any failure of one process, is told to all. With one process each fun
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -20,72 +24,120 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from cifar_jax.cli import say_failure
 from cifar_jax.cluster import Processes, is_clusters_process
 from cifar_jax.console import is_main, say
 from cifar_jax.errors import UserError
+from cifar_jax.host import use_cpu_cores
+from cifar_jax.interrupt import Terminated
 
 T = TypeVar("T")
 
 SILENCE_SECONDS = 30  # a process that sends no heartbeat for so long is taken for dead
 LEAVING_SECONDS = 10  # how long the end of one process waits for the ends of the others
 RESUME = "run the same command in all processes to resume"
+CHECK = "check --coordinator; none trains without other processes"
+
+
+# What XLA and the coordination service say of a process that is gone.
+_LOST = re.compile(r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|by peer|remote process|Broken pipe")
 
 
 @contextlib.contextmanager
 def connected(processes: Processes) -> Iterator[None]:
     """Connects this process to the others, if there are any. Enter it before JAX creates its devices.
 
-    If another process ends suddenly, this one ends too: with a line on stderr, within SILENCE_SECONDS or little more.
-    Raises: UserError if JAX finds no cluster, or the others don't answer in JAX's 5 minutes.
+    A failure in one process ends all: each says in a line what it knows, and does not wait for the others. If another
+    process dies, that is within SILENCE_SECONDS or little more.
+    Raises: UserError if JAX finds no cluster; SystemExit with the status of a failure that was said.
     """
-    address = processes.coordinator
-    if address is None and not is_clusters_process(os.environ):
+    if processes.coordinator == "none" or (processes.coordinator is None and not is_clusters_process(os.environ)):
         yield
         return
-    with _watched() as end_watch:
+    use_cpu_cores()  # before a signal's handler can create devices
+    with _watched(f"error: could not connect to all processes: start all of them, and {CHECK}") as end_watch:
         _initialize(processes)
+        end_watch()
+    with _watched(f"error: this process ended suddenly, perhaps because another one did: {RESUME}") as end_watch:
         try:
             yield
-        except (jax.errors.JaxRuntimeError, ValueError) as error:
-            if not re.search(r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|Gloo|NCCL", str(error)):
-                raise
-            reason = " ".join(str(error).split())[:200]
-            say(f"error: lost another process ({reason}): {RESUME}", error=True, everywhere=True)
+        except UserError as error:  # of all processes, or of this one, whose end is the others'
+            status = say_failure(error)
             end_watch()
-            os._exit(2)  # JAX's own end would wait for the lost process, then abort
-        finally:
-            with contextlib.suppress(RuntimeError):  # the others did not end in LEAVING_SECONDS
-                jax.distributed.shutdown()
+            _leave()
+            raise SystemExit(status) from error
+        except BaseException as error:
+            status = _say_sudden(error)
+            end_watch()
+            os._exit(status)  # JAX's own end would wait for the others, then abort
+        _leave()
+
+
+def _leave() -> None:
+    with contextlib.suppress(RuntimeError):  # the others did not end in LEAVING_SECONDS
+        jax.distributed.shutdown()
+
+
+def _say_sudden(error: BaseException) -> int:
+    """Says why this process ends before the others. Returns: its exit status."""
+    if isinstance(error, (KeyboardInterrupt, Terminated)):
+        return 128 + (signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
+    if isinstance(error, (jax.errors.JaxRuntimeError, ValueError)) and _LOST.search(str(error)):
+        reason = " ".join(str(error).split())[:200]
+        say(f"error: lost another process ({reason}): {RESUME}", error=True, everywhere=True)
+        return 2
+    try:
+        return say_failure(error) if isinstance(error, Exception) else 1
+    except Exception:  # a bug
+        traceback.print_exc()
+        return 1
 
 
 def _initialize(processes: Processes) -> None:
+    """Connects. Signals end the process meanwhile, because Python can't handle them while JAX waits."""
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, at which a run is saved
     given = {} if processes.coordinator in (None, "auto") else dataclasses.asdict(processes)
     if given:
+        say(f"process {given['process_id']} of {given['num_processes']}: connecting to {given['coordinator']}")
         given |= {"coordinator_address": given.pop("coordinator"), "cluster_detection_method": "deactivate"}
+    else:
+        say("connecting to the other processes of this cluster; --coordinator none trains without them")
+    given |= {"heartbeat_timeout_seconds": SILENCE_SECONDS, "shutdown_timeout_seconds": LEAVING_SECONDS}
     try:
-        jax.distributed.initialize(
-            **given, heartbeat_timeout_seconds=SILENCE_SECONDS, shutdown_timeout_seconds=LEAVING_SECONDS
-        )
+        with _default_signals():
+            jax.distributed.initialize(**given)
     except (ValueError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"can't connect to the other processes ({reason}): check --coordinator and start all"
-        ) from error
+        raise UserError(f"can't connect to the other processes ({reason}): {CHECK}") from error
 
 
 @contextlib.contextmanager
-def _watched() -> Iterator[Callable[[], None]]:
+def _default_signals() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
+    if threading.current_thread() is not threading.main_thread():
+        handlers = {}
+    for number in handlers:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _watched(line: str) -> Iterator[Callable[[], None]]:
     """Starts a program that prints a line if this process ends within the context. Yields what ends the program.
 
-    JAX aborts a process, without a Python exception, when another one dies.
+    JAX aborts a process, without a Python exception, when another one dies or does not answer.
     """
-    line = f"error: this process ended suddenly, perhaps because another one did: {RESUME}"
     program = f"import sys; sys.stdin.buffer.read(1) or print({line!r}, file=sys.stderr)"
     with subprocess.Popen([sys.executable, "-ISc", program], stdin=subprocess.PIPE, start_new_session=True) as watch:
 
         def end() -> None:
-            watch.communicate(b".")
+            if watch.returncode is None:
+                watch.communicate(b".")
 
         try:
             yield end
@@ -155,6 +207,16 @@ def agree(function: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
+def check_same_devices() -> None:
+    """Raises: UserError in all processes if they have different numbers of devices. No array is sent for it."""
+    if _is_alone():
+        return
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        each = ", ".join(f"process {number} has {counts[number]}" for number in sorted(counts))
+        raise UserError(f"all processes need the same number of devices ({each}): on CPUs set JAX_NUM_CPU_DEVICES")
+
+
 def check_same(what: str, facts: Mapping[str, Any]) -> None:
     """Raises: UserError in all processes, naming the first difference, if the facts of one differ from process 0's."""
     if _is_alone():
@@ -165,7 +227,7 @@ def check_same(what: str, facts: Mapping[str, Any]) -> None:
             if value != first.get(name):
                 raise UserError(
                     f"process {number} has another {what}: {name} {value}, and process 0 {first.get(name)}: start all "
-                    "processes with the same"
+                    "processes with the same, or separate runs with --coordinator none"
                 )
 
 

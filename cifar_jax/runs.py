@@ -153,6 +153,13 @@ def labels_checksum(dataset: Dataset) -> str:
     return hashlib.sha256(dataset.train_labels.tobytes()).hexdigest()
 
 
+def identify(dataset: Dataset) -> dict[str, Any]:
+    """Returns what tells datasets apart: numbers of images, and checksums of the labels."""
+    sets = {"training": dataset.train_labels, "test": dataset.test_labels}
+    sizes = {f"number of {name} images": len(labels) for name, labels in sets.items()}
+    return sizes | {f"{name} labels' SHA-256": hashlib.sha256(x.tobytes()).hexdigest() for name, x in sets.items()}
+
+
 def check_same_data(workdir: Path, dataset: Dataset, resumes: bool) -> None:
     """Checks that a resumed run sees the same training data, and records the data's identity in dataset.json.
 

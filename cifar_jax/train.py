@@ -33,10 +33,11 @@ from cifar_jax.console import say
 from cifar_jax.datasets import Dataset
 from cifar_jax.errors import UserError
 from cifar_jax.host import prepare_host
+from cifar_jax.outcomes import FailedTraining, Interrupted
 from cifar_jax.parallel import select_devices
-from cifar_jax.processes import any_of, check_same, connected, on_main
+from cifar_jax.processes import any_of, check_same, check_same_devices, connected, on_main
 from cifar_jax.runs import attempts, claim_workdir, resolve_workdir
-from cifar_jax.training import FailedTraining, Interrupted, Run
+from cifar_jax.training import Run
 
 DEFAULT_RECIPE = "lenet5"
 
@@ -52,6 +53,7 @@ def train_and_evaluate(
     Raises: UserError for errors that the user can fix; Interrupted if `stop` ended the run before its last epoch's end.
     """
     config = dataclasses.replace(config, workdir=resolve_workdir(config.workdir))
+    check_same_devices()
     check_same("recipe or version", _facts(config))
     if any_of(stop()):
         raise Interrupted(Progress(), 0)
@@ -71,10 +73,10 @@ def train_and_evaluate(
 
 
 def _facts(config: Config) -> dict[str, Any]:
-    """Returns what all processes of a run must have in common. Only process 0 uses its workdir."""
+    """Returns what all processes of a run must have in common."""
     fields = dataclasses.asdict(config)
     versions = {"cifar_jax": cifar_jax.__version__, "jax": jax.__version__}
-    return versions | {name: value for name, value in fields.items() if name not in ("workdir", "data_dir")}
+    return versions | {name: value for name, value in fields.items() if name != "data_dir"}
 
 
 @contextlib.contextmanager

@@ -16,34 +16,17 @@ from cifar_jax.checkpoint import Checkpoints, Progress
 from cifar_jax.configs.base import Config
 from cifar_jax.console import format_epoch, is_main, progress_bar, say
 from cifar_jax.datasets import Dataset, hold_out, load_dataset
-from cifar_jax.errors import UserError
 from cifar_jax.io import write_json
 from cifar_jax.loggers import Logger
 from cifar_jax.metrics import EpochMetrics, RunLog, is_stalled
 from cifar_jax.optimizer import create_schedule
+from cifar_jax.outcomes import FailedTraining, Interrupted
 from cifar_jax.parallel import local, share
 from cifar_jax.processes import agree, any_of, check_same, on_main
 from cifar_jax.profiler import Profiler
-from cifar_jax.runs import check_same_data, labels_checksum, probe_workdir, read_config, read_summary, summarize
+from cifar_jax.runs import check_same_data, identify, probe_workdir, read_config, read_summary, summarize
 from cifar_jax.steps import count_steps_per_epoch
 from cifar_jax.trainer import Evaluator, Trainer
-
-
-class Interrupted(Exception):
-    """The run was stopped. Its state is saved if it has taken a step."""
-
-    def __init__(self, progress: Progress, steps_per_epoch: int) -> None:
-        where = f"saved after {progress.epoch} epochs and {progress.step}/{steps_per_epoch} steps"
-        super().__init__(where if progress != Progress() else "stopped before the first step: nothing was saved")
-
-
-class FailedTraining(UserError):
-    """The run diverged or stalled (its loss stays at chance)."""
-
-    def __init__(self, what: str, config: Config) -> None:
-        self.what = what
-        restart = "" if config.auto_restart else ", or use --auto-restart"
-        super().__init__(f"{what}: use another --workdir with a lower --learning-rate or another --seed{restart}")
 
 
 class Run:
@@ -60,7 +43,7 @@ class Run:
         self.profiler = Profiler(self.workdir, watched.profile, lambda: jax.block_until_ready(self.trainer.state))
         load = lambda: hold_out(dataset or load_dataset(config.dataset, config.data_dir), config.holdout)
         self.dataset = agree(load)
-        check_same("dataset", {"training labels' SHA-256": labels_checksum(self.dataset)})
+        check_same("dataset", identify(self.dataset))
         if self.stop():
             raise Interrupted(Progress(), 0)
         self.num_classes = self.dataset.info.num_classes

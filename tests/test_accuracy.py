@@ -14,9 +14,9 @@ from cifar_jax import trainer
 from cifar_jax.batches import epoch_order
 from cifar_jax.configs import RECIPES
 from cifar_jax.errors import UserError
+from cifar_jax.outcomes import FailedTraining
 from cifar_jax.train import train_and_evaluate
 from cifar_jax.train_step import create_train_state
-from cifar_jax.training import FailedTraining
 
 pytestmark = pytest.mark.usefixtures("direct_convolutions", "no_figures")
 

@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from cifar_jax import checkpoint
 from cifar_jax.checkpoint import Checkpoints, Progress
 from cifar_jax.errors import UserError
 from cifar_jax.metrics import EpochMetrics, RunLog
@@ -82,6 +83,15 @@ def test_a_key_names_its_generator(state, save, tmp_path):
         save(Checkpoints(tmp_path), 1)
     restored, _ = Checkpoints(tmp_path).restore_state("latest", state)
     assert jax.random.key_impl(restored.rng) == "threefry2x32"
+
+
+def test_a_key_of_an_earlier_version_is_restored(state, save, tmp_path, monkeypatch):
+    """It was saved as a key, not as its data."""
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "plain", lambda tree: tree)
+        save(Checkpoints(tmp_path), 1)
+    restored, _ = Checkpoints(tmp_path).restore_state("latest", state)
+    np.testing.assert_array_equal(jax.random.key_data(restored.rng), jax.random.key_data(state.rng))
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])

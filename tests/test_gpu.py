@@ -12,10 +12,10 @@ from cifar_jax import load_pretrained
 from cifar_jax.configs import RECIPES
 from cifar_jax.environment import describe_environment
 from cifar_jax.models import MODELS
+from cifar_jax.outcomes import Interrupted
 from cifar_jax.parallel import select_devices
 from cifar_jax.train import train_and_evaluate
 from cifar_jax.trainer import Trainer
-from cifar_jax.training import Interrupted
 
 pytestmark = pytest.mark.gpu
 
@@ -47,18 +47,17 @@ def test_logits_and_gradients_are_those_of_the_cpu(name):
     assert_trees_close(results[0][1], results[1][1], 1e-2)  # near-ties of ReLU and maximum
 
 
-@pytest.mark.parametrize("recipe", ["lenet5_reference", "all_cnn_reference", "all_cnn_fast"])
+@pytest.mark.parametrize("recipe", ["lenet5", "all_cnn_fast"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_steps_lower_the_loss(recipe, dtype, tiny_dataset):
-    config = dataclasses.replace(RECIPES[recipe], dtype=dtype, batch_size=16, num_devices=1)
+    config = dataclasses.replace(RECIPES[recipe], dtype=dtype, batch_size=16, num_devices=1, warmup_fraction=0.0)
     images, labels = np.tile(tiny_dataset.train_images, (4, 1, 1, 1)), np.tile(tiny_dataset.train_labels, 4)
     trainer = Trainer(config, images, labels, select_devices(config))
-    for epoch in range(3):
+    losses = []
+    for _ in range(4):
         trainer.run_epoch(0, 0)
-        if epoch == 0:
-            first = trainer.epoch_metrics()["loss"]
-    assert np.isfinite(trainer.epoch_metrics()["loss"])
-    assert trainer.epoch_metrics()["loss"] < first + 0.05
+        losses.append(trainer.epoch_metrics()["loss"])
+    assert losses[-1] < losses[0] - 0.2
 
 
 def test_a_run_stops_and_resumes(tmp_path, tiny_config, tiny_dataset):

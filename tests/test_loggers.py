@@ -15,9 +15,9 @@ from small_runs import stop_at
 from cifar_jax import loggers, train
 from cifar_jax.errors import UserError
 from cifar_jax.metrics import read_metrics
+from cifar_jax.outcomes import Interrupted
 from cifar_jax.train import train_and_evaluate
 from cifar_jax.trainer import Trainer
-from cifar_jax.training import Interrupted
 
 pytestmark = pytest.mark.usefixtures("compiled_once", "no_steps", "no_figures")
 STEPS = 6  # of an epoch

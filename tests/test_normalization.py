@@ -15,13 +15,13 @@ from cifar_jax.batches import pixel_statistics, scale_images, take_batch
 from cifar_jax.metrics import read_metrics
 from cifar_jax.models import MODELS, LeNet5
 from cifar_jax.normalization import EPSILON, Moments, add_scales, apply_normalized, fold, merge
+from cifar_jax.outcomes import Interrupted
 from cifar_jax.parallel import AXIS, replicate, select_devices
 from cifar_jax.sources import load_run
 from cifar_jax.symmetry import mirror
 from cifar_jax.train import train_and_evaluate
 from cifar_jax.train_step import create_train_state, create_train_step, cross_entropy
 from cifar_jax.trainer import Trainer
-from cifar_jax.training import Interrupted
 from cifar_jax.weights.files import load_weights
 
 pytestmark = pytest.mark.usefixtures("direct_convolutions", "no_figures")

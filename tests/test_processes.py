@@ -24,6 +24,7 @@ from cifar_jax.processes import agree, any_of, broadcast, check_same, connected,
 from cifar_jax.runs import read_config
 
 TESTS = Path(__file__).parent
+LOST = r"error: .*another .*: run the same command in all processes to resume\n"
 
 
 @contextlib.contextmanager
@@ -32,7 +33,7 @@ def started(count, devices, *commands, **environment):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("device_count=4", f"device_count={devices}")
+    environment.setdefault("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("device_count=4", f"device_count={devices}"))
     inherited = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}  # JAX sets it
     running = []
     for number in range(count):
@@ -92,7 +93,8 @@ def test_several_processes_train_like_one(alone, tmp_path, count, devices):
         main, *others = outcomes(running)
     assert main[::2] == (0, "")
     assert re.search(r"on 4 × cpu(.|\n)*epoch 1/2(.|\n)*figures and summary.json", main[1])
-    assert others == [(0, "", "")] * (count - 1)
+    assert [(status, err) for status, _, err in others] == [(0, "")] * (count - 1)
+    assert not any("epoch" in out for _, out, _ in others)
     config, expected_config = read_config(tmp_path / "run"), read_config(alone)
     for actual, expected in zip(latest_state(config), latest_state(expected_config)):
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * max(float(np.abs(expected).max()), 1e-30))
@@ -121,7 +123,7 @@ def test_when_one_process_is_killed_the_other_ends_with_a_line(tmp_path, victim)
         running[victim].kill()
         status, _, err = outcomes(running)[1 - victim]
     assert status in (2, -signal.SIGABRT)  # an exception, or the end that JAX puts to the process
-    assert re.fullmatch(r"error: .*another .*: run the same command in all processes to resume\n", err)
+    assert re.fullmatch(LOST, err)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,7 @@ def test_a_process_that_differs_is_refused_by_all(tmp_path, flags, seeds, named)
     workdir = ["--workdir", str(tmp_path / "run")]
     with started(2, 1, workdir, [*workdir, *flags], TINY_SEED=seeds) as running:
         for status, out, err in outcomes(running):
-            assert (status, out) == (2, "")
+            assert (status, "epoch" in out) == (2, False)
             assert named in err
             assert len(err.splitlines()) == 1
     assert not (tmp_path / "run").exists()
@@ -150,10 +152,30 @@ def test_what_one_process_can_not_do_is_refused_by_all(tmp_path):
     assert "name a writable folder" in results[0][2]
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_in_one_process_is_said_and_ends_all(tmp_path, failing):
+    fails = ["yes" if number == failing else "no" for number in range(2)]
+    with started(2, 1, ["--workdir", str(tmp_path / "run")], TINY_FAILS=fails) as running:
+        results = outcomes(running)
+    assert results[failing][0] == 2
+    assert results[failing][2] == "error: data: Permission denied: name another place\n"
+    assert re.fullmatch(
+        r"error: .*another .*: run the same command in all processes to resume\n", results[1 - failing][2]
+    )
+
+
+def test_other_numbers_of_devices_are_refused_by_all(tmp_path):
+    counts = [f"--xla_force_host_platform_device_count={number}" for number in (1, 2)]
+    with started(2, 1, ["--workdir", str(tmp_path / "run")], XLA_FLAGS=counts) as running:
+        for status, _, err in outcomes(running):
+            assert status == 2
+            assert "same number of devices (process 0 has 1, process 1 has 2): on CPUs set JAX_NUM_CPU_DEVICES" in err
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        (("host", 2, 0), "--coordinator host: must be HOST:PORT"),
+        (("host", 2, 0), "--coordinator host: must be HOST:PORT, auto or none"),
         ((":1", 2, 0), "--coordinator :1: must be HOST:PORT"),
         (("host:99999", 2, 0), "HOST:PORT"),
         (("host:1", None, 0), "needs --num-processes and --process-id"),
@@ -170,7 +192,8 @@ def test_flags_that_do_not_fit(fields, named):
 
 def test_processes_of_a_cluster_are_found():
     assert is_clusters_process({"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4"})
-    assert is_clusters_process({"OMPI_COMM_WORLD_SIZE": "2"})
+    assert is_clusters_process({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://host:1"})
+    assert not is_clusters_process({"OMPI_COMM_WORLD_SIZE": "2"})  # JAX would not find its address
     assert is_clusters_process({"TPU_WORKER_HOSTNAMES": "a,b"})
     for alone in ({}, {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, {"TPU_WORKER_HOSTNAMES": "localhost"}):
         assert not is_clusters_process(alone)
@@ -186,15 +209,19 @@ def test_xlas_messages_are_hidden_from_several_processes(monkeypatch):
 
 
 def test_one_process_agrees_with_itself():
-    with connected(Processes()):
-        assert not jax.distributed.is_initialized()
+    for flags in (Processes(), Processes("none")):
+        with connected(flags):
+            assert not jax.distributed.is_initialized()
     assert (on_main(lambda: 1), agree(lambda: 2), any_of(True), any_of(False)) == (1, 2, True, False)
     assert broadcast([3]) == [3]
     check_same("recipe", {"seed": 0})
 
 
 def test_a_cluster_that_jax_does_not_find_is_said():
-    with pytest.raises(UserError, match=r"can't connect .*: check --coordinator"), connected(Processes("auto")):
+    with (
+        pytest.raises(UserError, match=r"can't connect .*: check --coordinator; none trains"),
+        connected(Processes("auto")),
+    ):
         pass
 
 

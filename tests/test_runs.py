@@ -11,9 +11,9 @@ from small_runs import stop_at
 
 from cifar_jax import runs
 from cifar_jax.errors import UserError
+from cifar_jax.outcomes import Interrupted
 from cifar_jax.runs import attempts, claim_workdir, probe_workdir, read_config, read_summary, resolve_workdir
 from cifar_jax.train import train_and_evaluate
-from cifar_jax.training import Interrupted
 
 DEEP = "[" * 100_000
 

@@ -18,10 +18,10 @@ from cifar_jax import evaluate, metrics, plots, trainer, training
 from cifar_jax.configs import RECIPES
 from cifar_jax.errors import UserError
 from cifar_jax.metrics import read_batch_loss, read_metrics
+from cifar_jax.outcomes import Interrupted
 from cifar_jax.sources import load_run
 from cifar_jax.train import train_and_evaluate
 from cifar_jax.trainer import Trainer
-from cifar_jax.training import Interrupted
 
 pytestmark = pytest.mark.usefixtures("direct_convolutions", "compiled_once", "no_figures")
 

@@ -1,6 +1,6 @@
 """The command cifar_jax.train with a recipe "tiny", which compiles in a second, for tests that start processes.
 
-Environment: TINY_SEED: seed of its random images and labels.
+Environment: TINY_SEED: seed of its random images and labels; TINY_FAILS: a system error instead of them, if "yes".
 """
 
 import os
@@ -42,6 +42,8 @@ class Tiny(nn.Module):
 
 
 def load_tiny(name, data_dir):
+    if os.environ.get("TINY_FAILS") == "yes":
+        raise PermissionError(13, "Permission denied", "data")
     rng = np.random.default_rng(int(os.environ.get("TINY_SEED", "0")))
     images = rng.integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
     labels = rng.integers(0, 10, 50, dtype=np.int32)

@@ -25,10 +25,10 @@ from cifar_jax.datasets import Dataset, load_dataset
 from cifar_jax.errors import UserError
 from cifar_jax.metrics import read_batch_loss, read_metrics
 from cifar_jax.ops import winograd
+from cifar_jax.outcomes import Interrupted
 from cifar_jax.parallel import replicate
 from cifar_jax.train import train_and_evaluate
 from cifar_jax.train_step import create_train_state
-from cifar_jax.training import Interrupted
 
 IDENTICAL = "ends bit-identical"
 REFUSED = "refused in one line"

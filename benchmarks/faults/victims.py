@@ -24,9 +24,9 @@ from benchmarks.faults.lab import quickly_compiled, tiny_config, tiny_dataset
 from cifar_jax import convert, predict
 from cifar_jax.cli import StopSignals, command
 from cifar_jax.console import say
+from cifar_jax.outcomes import Interrupted
 from cifar_jax.pretrained import pretrained_path
 from cifar_jax.train import train_and_evaluate
-from cifar_jax.training import Interrupted
 
 PRELOADED = ["benchmarks.faults.victims", "benchmarks.faults.guard", "sklearn.datasets", "sklearn.model_selection"]
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")

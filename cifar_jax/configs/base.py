@@ -136,7 +136,7 @@ class Config:
     steps_per_call: int | None = None
     """Training steps per compiled call; None: on a CPU the network's own number, elsewhere 1,000."""
     deterministic: bool = False
-    """Make two runs on a GPU the same, to the bit, at the cost of speed. On a CPU they always are."""
+    """On a GPU, use only operations for training and test that give the same bits each time, at the cost of speed."""
     logger: Literal["none", "tensorboard", "wandb"] = "none"
     """Also send each epoch's metrics to TensorBoard (into WORKDIR/tensorboard) or Weights & Biases."""
     profile: int = 0

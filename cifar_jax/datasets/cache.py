@@ -13,13 +13,13 @@ import io
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cifar_jax.console import say
 from cifar_jax.datasets.cifar import IMAGE_SHAPE, Cifar
 from cifar_jax.datasets.info import SPLITS, Arrays
 from cifar_jax.datasets.partial import partial_folder
@@ -37,7 +37,7 @@ class _Damaged(Exception):
 def cached(info: Cifar, cache: Path | None, files: Iterable[Path], decode: Callable[[], Arrays]) -> Arrays:
     """Returns decode(), or its cached result if `files` have not changed since. Args: cache: the cache's folder."""
     if cache is None:
-        print("no home folder, so decoded data are not cached: set CIFAR_JAX_CACHE to a folder", file=sys.stderr)
+        say("no home folder, so decoded data are not cached: set CIFAR_JAX_CACHE to a folder", error=True)
         return decode()
     entry = cache / f"{info.name}-{_key(files)}"
     try:
@@ -45,12 +45,12 @@ def cached(info: Cifar, cache: Path | None, files: Iterable[Path], decode: Calla
     except FileNotFoundError:
         pass
     except (_Damaged, OSError) as error:
-        print(f"{entry}: {error}: decoding again", file=sys.stderr)
+        say(f"{entry}: {error}: decoding again", error=True)
     arrays = decode()
     try:
         _save(info, entry, arrays)
     except OSError as error:
-        print(f"can't cache decoded data in {entry} ({error}): the next start will decode again", file=sys.stderr)
+        say(f"can't cache decoded data in {entry} ({error}): the next start will decode again", error=True)
     return arrays
 
 

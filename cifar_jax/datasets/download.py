@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from cifar_jax.console import say
 from cifar_jax.datasets.cifar import Cifar
 from cifar_jax.datasets.partial import partial_folder
 from cifar_jax.errors import UserError
@@ -21,7 +22,7 @@ def download(info: Cifar, folder: Path) -> Path:
     hint = f"download {info.url} elsewhere and name its folder with --data-dir"
     fetch = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=30)
     pooch.get_logger().setLevel("WARNING")  # its messages name the temporary folder
-    print(f"downloading {info.url} to {folder}", file=sys.stderr)
+    say(f"downloading {info.url} to {folder}", error=True)
     try:
         with partial_folder(folder) as partial:
             name = info.python.archive

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from cifar_jax.console import say
 from cifar_jax.datasets import imagefolder, npz, official, parquet, tfds
 from cifar_jax.datasets.cache import cached
 from cifar_jax.datasets.cifar import IMAGE_SHAPE, Cifar
@@ -28,7 +28,7 @@ def load_files(info: Cifar, data_dir: str | os.PathLike[str] | None) -> Dataset:
     cache, files = cache_folder(), layout.files(info, path)
 
     def decode() -> Arrays:
-        print(f"decoding {path}", file=sys.stderr)
+        say(f"decoding {path}", error=True)
         return _checked(info, layout.read(info, path), path)
 
     arrays = cached(info, cache, files, decode)

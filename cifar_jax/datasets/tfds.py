@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from pathlib import Path
 
+from cifar_jax.console import say
 from cifar_jax.datasets.cifar import Cifar
 from cifar_jax.datasets.info import SPLITS, Arrays
 from cifar_jax.datasets.layout import Layout, matching
@@ -27,7 +27,7 @@ def find(info: Cifar, folder: Path, named: bool) -> Path | None:
             message = f"{place}: TFRecord files can't be read: prepare the dataset with file_format='array_record'"
             if named:
                 raise UserError(message)
-            print(f"note: skipped {message}", file=sys.stderr)
+            say(f"note: skipped {message}", error=True)
     return None
 
 

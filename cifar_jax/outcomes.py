@@ -1,0 +1,24 @@
+"""How a run ends before its last epoch's end."""
+
+from __future__ import annotations
+
+from cifar_jax.checkpoint import Progress
+from cifar_jax.configs.base import Config
+from cifar_jax.errors import UserError
+
+
+class Interrupted(Exception):
+    """The run was stopped. Its state is saved if it has taken a step."""
+
+    def __init__(self, progress: Progress, steps_per_epoch: int) -> None:
+        where = f"saved after {progress.epoch} epochs and {progress.step}/{steps_per_epoch} steps"
+        super().__init__(where if progress != Progress() else "stopped before the first step: nothing was saved")
+
+
+class FailedTraining(UserError):
+    """The run diverged or stalled (its loss stays at chance)."""
+
+    def __init__(self, what: str, config: Config) -> None:
+        self.what = what
+        restart = "" if config.auto_restart else ", or use --auto-restart"
+        super().__init__(f"{what}: use another --workdir with a lower --learning-rate or another --seed{restart}")
