@@ -70,7 +70,8 @@ def only(parts: tuple[str, ...]) -> Iterator[None]:
     """Context in which programs for the CPU use only these parts of ops, and JAX's own forms of the others."""
     convolution = ops.convolution if "gradient" in parts else lax_convolution
     pool = cpu.max_pool if "pool" in parts else lax_max_pool
-    mask = ops.bernoulli_mask if "dropout" in parts else jax.random.bernoulli
+    threefry = lambda key, probability, shape, first: jax.random.bernoulli(key, probability, shape)
+    mask = ops.bernoulli_mask if "dropout" in parts else threefry
     channels = direct.CHANNELS if "few channels" in parts else 1
     pays = winograd.pays if "winograd" in parts else lambda kernel, size, dtype: False
     large_kernel = direct.LARGE_KERNEL if "large" in parts else sys.maxsize

@@ -150,8 +150,9 @@ def kill_one(folder: Path, number: int, num_epochs: int) -> dict[str, Any]:
 @command
 def main() -> int:
     arguments = parse_arguments(Arguments, prog="python -m benchmarks.processes")
-    if arguments.num_epochs < 2 or arguments.kills < 0:
-        raise UserError("--num-epochs must be 2 or more, and --kills 0 or more")
+    for flag, value, least in (("--num-epochs", arguments.num_epochs, 2), ("--kills", arguments.kills, 0)):
+        if value < least:
+            raise UserError(f"{flag} {value}: must be {least} or more")
     file = output_file(arguments.out, "processes")
     with tempfile.TemporaryDirectory() as folder:
         runs = compare(Path(folder), arguments.num_epochs)

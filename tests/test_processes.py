@@ -242,4 +242,4 @@ def test_the_benchmark_of_processes(tmp_path, monkeypatch, run_command):
     assert (len(kill["lines"]), len(kill["resumed"])) == (1, 1)
     status, _, err = run_command(benchmarks.processes.main, "--out", tmp_path, "--num-epochs", "1")
     assert status == 2
-    assert "--num-epochs must be 2 or more" in err
+    assert "--num-epochs 1: must be 2 or more" in err

@@ -30,7 +30,6 @@ def test_the_notebook_is_executed_small_and_of_no_machine():
     assert set(json.loads(content)["metadata"]["language_info"]) == {"name"}
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch):
     """From top to bottom, with the backend for figures that Jupyter and Colab set, and the outputs that it shows."""
