@@ -86,7 +86,7 @@ def alone(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
+@pytest.mark.parametrize(("count", "devices"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.long)])
 def test_several_processes_train_like_one(alone, tmp_path, count, devices):
     """The same numbers, up to the order in which four devices' gradients are added. Process 0 alone prints."""
     with started(count, devices, ["--workdir", str(tmp_path / "run"), "--num-devices", "4"]) as running:
@@ -116,7 +116,7 @@ def test_a_signal_to_one_process_stops_all_and_one_resumes(tmp_path):
         wait_for(running[0], "epoch")
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_when_one_process_is_killed_the_other_ends_with_a_line(tmp_path, victim):
     with started(2, 1, ["--workdir", str(tmp_path / "run"), "--num-epochs", "999"]) as running:
         wait_for(running[0], "epoch +1/")

@@ -174,6 +174,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, named, run_command):
     assert not Path("gs:").exists()
 
 
+@pytest.mark.long  # test_tutorial.py trains some of its epochs
 def test_quickstart_learns_what_it_should(tmp_path):
     """README's first command, whole, in a process of its own: the flags of the tests make it nine times as slow.
 
