@@ -11,6 +11,7 @@ from cifar_jax.configs import RECIPES
 pytestmark = pytest.mark.usefixtures("direct_convolutions")
 
 
+@pytest.mark.long
 def test_both_frameworks_take_the_same_steps(monkeypatch, tmp_path, run_command):
     """Without dropout, the only difference, the losses agree, so model, order, augmentation and optimizer agree."""
     recipe = dataclasses.replace(

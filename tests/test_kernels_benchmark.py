@@ -35,6 +35,7 @@ def test_every_form_is_timed_and_written(tmp_path, run_command, monkeypatch):
         assert form["images_per_second"] == pytest.approx(4000 / form["ms_per_step"], rel=0.01)
 
 
+@pytest.mark.long
 def test_the_forms_differ(monkeypatch):
     """Each part alone changes the lowered program. LeNet-5 has a layer for each part."""
     import jax

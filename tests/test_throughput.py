@@ -128,6 +128,7 @@ class JaxHere:
         pass
 
 
+@pytest.mark.long
 @needs_frameworks
 def test_a_tiny_run(tmp_path, run_command, monkeypatch):
     monkeypatch.setattr(throughput, "MATRIX_SIZES", {"cpu": (64, 128)})
