@@ -10,7 +10,6 @@ resumes. The curves, the differences and each kill's outcome go to DIR/processes
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import os
 import re
@@ -31,6 +30,7 @@ from cifar_jax.checkpoint import Checkpoints
 from cifar_jax.cli import command, parse_arguments
 from cifar_jax.environment import describe_command, describe_environment
 from cifar_jax.errors import UserError
+from cifar_jax.metrics import EpochMetrics, read_metrics
 from cifar_jax.runs import read_config
 from cifar_jax.train_step import create_train_state
 
@@ -53,27 +53,37 @@ class Arguments:
 
 
 @contextlib.contextmanager
-def started(count: int, devices: int, flags: list[str]) -> Iterator[list[subprocess.Popen[str]]]:
-    """Starts the processes of a run, and kills those that are left at the end.
+def started(commands: list[list[str]], environments: list[dict[str, str]]) -> Iterator[list[subprocess.Popen[str]]]:
+    """Starts processes that train together, if there are several, and kills those that are left at the end.
 
-    Args: devices: of each process; flags: of all processes.
+    Args: commands: the words of each process, without the flags of several; environments: changed variables of each.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     inherited = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}  # JAX sets it
-    environment = {**inherited, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
-    ours = [sys.executable, *RUN, *flags]
-    together = [*ours, "--coordinator", address, "--num-processes", str(count), "--process-id"]
-    commands = [[*together, str(number)] for number in range(count)] if count > 1 else [ours]
+    if len(commands) > 1:
+        together = ["--coordinator", address, "--num-processes", str(len(commands)), "--process-id"]
+        commands = [[*words, *together, str(number)] for number, words in enumerate(commands)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with contextlib.ExitStack() as stack:
-        running = [stack.enter_context(subprocess.Popen(words, env=environment, **pipes)) for words in commands]
+        running = [
+            stack.enter_context(subprocess.Popen([sys.executable, *words], env={**inherited, **changes}, **pipes))
+            for words, changes in zip(commands, environments)
+        ]
         try:
             yield running
         finally:
             for process in running:
                 process.kill()
+
+
+def train_together(
+    count: int, devices: int, flags: list[str]
+) -> contextlib.AbstractContextManager[list[subprocess.Popen[str]]]:
+    """Starts the processes of a run. Args: devices: of each process; flags: of all processes."""
+    environment = {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+    return started([[*RUN, *flags]] * count, [environment] * count)
 
 
 def finish(running: list[subprocess.Popen[str]]) -> str:
@@ -85,13 +95,11 @@ def finish(running: list[subprocess.Popen[str]]) -> str:
     return outputs[0][0]
 
 
-def read_run(workdir: Path) -> tuple[list[dict[str, float]], list[np.ndarray]]:
+def read_run(workdir: Path) -> tuple[list[EpochMetrics], list[np.ndarray]]:
     """Returns the rows of metrics.csv, and the arrays of the latest checkpoint."""
-    with (workdir / "metrics.csv").open(newline="") as file:
-        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     state, _ = Checkpoints(workdir).restore_state("latest", create_train_state(read_config(workdir), 1))
     leaves = jax.tree.leaves((state.params, state.opt_state, state.ema_params))
-    return rows, [np.asarray(leaf) for leaf in leaves]
+    return read_metrics(workdir), [np.asarray(leaf) for leaf in leaves]
 
 
 def largest_difference(arrays: list[np.ndarray], expected: list[np.ndarray]) -> float:
@@ -107,14 +115,14 @@ def compare(folder: Path, num_epochs: int) -> list[dict[str, Any]]:
     for count, devices in LAYOUTS:
         workdir = folder / f"{count}x{devices}"
         flags = ["--workdir", str(workdir), "--num-devices", NUM_DEVICES, "--num-epochs", str(num_epochs)]
-        with started(count, devices, flags) as running:
+        with train_together(count, devices, flags) as running:
             finish(running)
         rows, arrays = read_run(workdir)
         expected = expected or arrays
-        curves = {name: [row[name] for row in rows] for name in ("train_loss", "test_loss", "test_accuracy")}
+        curves = {name: [getattr(row, name) for row in rows] for name in ("train_loss", "test_loss", "test_accuracy")}
         difference = largest_difference(arrays, expected)
         results.append({"processes": count, "devices_each": devices, **curves, "largest_difference": difference})
-        print(f"{count} × {devices}: test accuracy {rows[-1]['test_accuracy']:.2%}, parameters {difference:.1e} away")
+        print(f"{count} × {devices}: test accuracy {rows[-1].test_accuracy:.2%}, parameters {difference:.1e} away")
     return results
 
 
@@ -122,7 +130,7 @@ def kill_one(folder: Path, number: int, num_epochs: int) -> dict[str, Any]:
     """Kills a process of two after an epoch, waits for the other one's end, and resumes to the run's end."""
     workdir, victim, epoch = folder / f"kill{number}", number % 2, 1 + number // 2 % (num_epochs - 1)
     flags = ["--workdir", str(workdir), "--num-epochs", str(num_epochs)]
-    with started(2, 1, flags) as running:
+    with train_together(2, 1, flags) as running:
         assert running[0].stdout is not None
         if not any(re.match(rf"epoch +{epoch}/", line) for line in running[0].stdout):
             raise UserError(f"the run ended before epoch {epoch}: {running[0].communicate()[1][-300:]}")
@@ -131,7 +139,7 @@ def kill_one(folder: Path, number: int, num_epochs: int) -> dict[str, Any]:
         _, err = running[1 - victim].communicate(timeout=DEADLINE)
         seconds = time.perf_counter() - killed
         status = running[1 - victim].returncode
-    with started(2, 1, flags) as running:
+    with train_together(2, 1, flags) as running:
         resumed = [line for line in finish(running).splitlines() if line.startswith("resuming after")]
     rows, _ = read_run(workdir)
     outcome = {
@@ -141,7 +149,7 @@ def kill_one(folder: Path, number: int, num_epochs: int) -> dict[str, Any]:
         "status": status,
         "lines": err.strip().splitlines(),
         "resumed": resumed,
-        "test_accuracy": rows[-1]["test_accuracy"],
+        "test_accuracy": rows[-1].test_accuracy,
     }
     print(f"kill {number + 1}: process {victim}, the other ended after {seconds:.1f} s, {len(outcome['lines'])} line")
     return outcome

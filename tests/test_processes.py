@@ -1,13 +1,9 @@
 """Training with several processes, which are started here as a user would start them."""
 
-import contextlib
 import json
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -27,34 +23,13 @@ TESTS = Path(__file__).parent
 LOST = r"error: .*another .*: run the same command in all processes to resume\n"
 
 
-@contextlib.contextmanager
 def started(count, devices, *commands, **environment):
     """Starts processes that train together. Args: commands: the flags of each process, or of all."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environment.setdefault("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("device_count=4", f"device_count={devices}"))
-    inherited = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}  # JAX sets it
-    running = []
-    for number in range(count):
-        flags = [*commands[number % len(commands)], "--coordinator", f"127.0.0.1:{port}"]
-        command = [sys.executable, TESTS / "tiny_command.py", "tiny", *flags]
-        own = {name: value if isinstance(value, str) else value[number] for name, value in environment.items()}
-        running.append(
-            subprocess.Popen(
-                [*command, "--num-processes", str(count), "--process-id", str(number)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={**inherited, **own, "PYTHONPATH": str(TESTS.parent)},
-            )
-        )
-    try:
-        yield running
-    finally:
-        for process in running:
-            process.kill()
-            process.communicate()
+    environment["PYTHONPATH"] = str(TESTS.parent)
+    own = lambda number: {name: x if isinstance(x, str) else x[number] for name, x in environment.items()}
+    words = [[str(TESTS / "tiny_command.py"), "tiny", *commands[number % len(commands)]] for number in range(count)]
+    return benchmarks.processes.started(words, [own(number) for number in range(count)])
 
 
 def outcomes(running):
