@@ -18,6 +18,8 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 HOP_SECONDS = 1e-6
 RING = 16  # chips of an axis that wraps around
 
@@ -65,11 +67,7 @@ def interpolate(points: Mapping[float, float], x: float) -> float:
     xs = sorted(points)
     if not xs[0] <= x <= xs[-1]:
         raise ValueError(f"{x} is outside of the compiled {xs[0]} to {xs[-1]} images a chip")
-    upper = next(i for i, value in enumerate(xs) if value >= x)
-    if xs[upper] == x:
-        return points[xs[upper]]
-    low, high = xs[upper - 1], xs[upper]
-    return points[low] + (points[high] - points[low]) * (x - low) / (high - low)
+    return float(np.interp(x, xs, [points[at] for at in xs]))
 
 
 def all_reduce_seconds(chip: Chip, shape: Sequence[int], sizes: Sequence[int]) -> float:
