@@ -148,16 +148,16 @@ def _read_identity(workdir: Path) -> dict[str, Any] | None:
     return content if {"source", "train_labels_sha256"} <= set(content) else {}
 
 
-def labels_checksum(dataset: Dataset) -> str:
-    """Returns the SHA-256 of the training labels, which also identifies the order of the images."""
-    return hashlib.sha256(dataset.train_labels.tobytes()).hexdigest()
+def _checksum(labels: np.ndarray) -> str:
+    """Returns the SHA-256 of labels, which also identifies the order of the images."""
+    return hashlib.sha256(labels.tobytes()).hexdigest()
 
 
 def identify(dataset: Dataset) -> dict[str, Any]:
     """Returns what tells datasets apart: numbers of images, and checksums of the labels."""
     sets = {"training": dataset.train_labels, "test": dataset.test_labels}
     sizes = {f"number of {name} images": len(labels) for name, labels in sets.items()}
-    return sizes | {f"{name} labels' SHA-256": hashlib.sha256(x.tobytes()).hexdigest() for name, x in sets.items()}
+    return sizes | {f"{name} labels' SHA-256": _checksum(labels) for name, labels in sets.items()}
 
 
 def check_same_data(workdir: Path, dataset: Dataset, resumes: bool) -> None:
@@ -167,7 +167,8 @@ def check_same_data(workdir: Path, dataset: Dataset, resumes: bool) -> None:
     """
     if resumes:
         refuse_other_data(workdir, dataset)
-    write_json(workdir / "dataset.json", {"source": dataset.source, "train_labels_sha256": labels_checksum(dataset)})
+    identity = {"source": dataset.source, "train_labels_sha256": _checksum(dataset.train_labels)}
+    write_json(workdir / "dataset.json", identity)
 
 
 def refuse_other_data(workdir: Path, dataset: Dataset) -> None:
@@ -176,7 +177,7 @@ def refuse_other_data(workdir: Path, dataset: Dataset) -> None:
     Batches, flips and held-out images depend on the order of the images, and copies of CIFAR-10 differ in it.
     """
     saved = _read_identity(workdir)
-    if saved and saved["train_labels_sha256"] != labels_checksum(dataset):
+    if saved and saved["train_labels_sha256"] != _checksum(dataset.train_labels):
         raise UserError(
             f"{workdir}: this run began with {saved['source']}, and {dataset.source} has other labels or another "
             "order: name the former with --data-dir, or name another --workdir"
