@@ -29,7 +29,7 @@ from cifar_jax.cluster import Processes, is_clusters_process
 from cifar_jax.console import is_main, say
 from cifar_jax.errors import UserError
 from cifar_jax.host import use_cpu_cores
-from cifar_jax.interrupt import Terminated
+from cifar_jax.interrupt import Interrupts, Terminated
 
 T = TypeVar("T")
 
@@ -37,8 +37,6 @@ SILENCE_SECONDS = 30  # a process that sends no heartbeat for so long is taken f
 LEAVING_SECONDS = 10  # how long the end of one process waits for the ends of the others
 RESUME = "run the same command in all processes to resume"
 CHECK = "check --coordinator; none trains without other processes"
-
-
 # What XLA and the coordination service say of a process that is gone.
 _LOST = re.compile(r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|by peer|remote process|Broken pipe")
 
@@ -113,10 +111,9 @@ def _initialize(processes: Processes) -> None:
 
 @contextlib.contextmanager
 def _default_signals() -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    in_main_thread = threading.current_thread() is threading.main_thread()  # only there Python can set handlers
+    handlers = {number: signal.getsignal(number) for number in Interrupts.NUMBERS if in_main_thread}
     handlers = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
-    if threading.current_thread() is not threading.main_thread():
-        handlers = {}
     for number in handlers:
         signal.signal(number, signal.SIG_DFL)
     try:
@@ -170,6 +167,14 @@ def _gather(value: Any) -> list[Any]:
     return [pickle.loads(row[:length].tobytes()) for row, length in zip(rows, lengths)]
 
 
+def _attempt(function: Callable[[], T]) -> tuple[T | None, UserError | None]:
+    """Returns (a function's result, None), or (None, the UserError that it raises)."""
+    try:
+        return function(), None
+    except UserError as error:
+        return None, error
+
+
 def on_main(function: Callable[[], T]) -> T:
     """Calls a function in process 0 alone and returns its result, which is pickled, in all.
 
@@ -177,12 +182,7 @@ def on_main(function: Callable[[], T]) -> T:
     """
     if _is_alone():
         return function()
-    result, failure = None, None
-    if is_main():
-        try:
-            result = function()
-        except UserError as error:
-            failure = error
+    result, failure = _attempt(function) if is_main() else (None, None)
     result, text = _gather((result, failure and str(failure)))[0]
     if text is not None:
         raise failure or UserError(text)
@@ -196,11 +196,7 @@ def agree(function: Callable[[], T]) -> T:
     """
     if _is_alone():
         return function()
-    result, failure = None, None
-    try:
-        result = function()
-    except UserError as error:
-        failure = error
+    result, failure = _attempt(function)
     for number, text in enumerate(_gather(failure and str(failure))):
         if text is not None:
             raise failure or UserError(f"process {number}: {text}")
