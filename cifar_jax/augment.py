@@ -60,8 +60,8 @@ def random_crop(key: jax.Array, image: jax.Array, padding: int) -> jax.Array:
     """Pads by reflection and crops at a uniform whole-pixel offset, which shifts by up to ±padding pixels."""
     padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
     y, x = jax.random.randint(key, (2,), 0, 2 * padding + 1)
-    forms = (partial(form, padding=padding) for form in (slice_window, select_window))
-    return jax.lax.platform_dependent(padded, y, x, **dict(zip(("cpu", "default"), forms)))
+    sliced, selected = (partial(form, padding=padding) for form in (slice_window, select_window))
+    return jax.lax.platform_dependent(padded, y, x, cpu=sliced, default=selected)
 
 
 def slice_window(padded: jax.Array, y: jax.Array, x: jax.Array, padding: int) -> jax.Array:
