@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from benchmarks.workloads import ORDER_STEPS, Workload
 from cifar_jax.environment import PACKAGES, describe_environment
 from cifar_jax.host import check_devices, cpu_cores, use_cpu_cores
-from cifar_jax.parallel import default_steps_per_call, replicate, select_devices
+from cifar_jax.parallel import choose_steps_per_call, has_constant_bounds, replicate, select_devices
 from cifar_jax.train_step import create_train_state
 from cifar_jax.trainer import Evaluator, Trainer
 
@@ -71,18 +71,23 @@ class Backend(abc.ABC):
     def peak_memory(self) -> int:
         """Returns bytes: the framework's count on a GPU, those of the whole process on a CPU."""
 
+    def unit(self, phase: str) -> int:
+        """Returns the number of steps of which a run has a multiple."""
+        return 1
+
     def warm_up(self, phase: str, seconds: float) -> dict[str, Any]:
         """Compiles a phase and chooses the number of steps for a round of about `seconds`."""
+        unit = self.unit(phase)
         begin = time.perf_counter()
-        self.run(phase, 1)
+        self.run(phase, unit)
         first_call = time.perf_counter() - begin
         for _ in range(2):
-            self.run(phase, 1)  # PyTorch's compiled functions record CUDA graphs in their second call
-        steps, taken = 1, self.run(phase, 1)
+            self.run(phase, unit)  # PyTorch's compiled functions record CUDA graphs in their second call
+        steps, taken = unit, self.run(phase, unit)
         while taken < seconds / 10:
             steps *= 4
             taken = self.run(phase, steps)
-        self._steps[phase] = max(1, round(seconds * steps / taken))
+        self._steps[phase] = unit * max(1, round(seconds * steps / taken / unit))
         return {"first_call_seconds": round(first_call, 3), "steps_of_a_round": self._steps[phase]}
 
     def run_round(self, phase: str) -> float:
@@ -100,7 +105,6 @@ class JaxBackend(Backend):
         check_devices()
         one = None if jax.default_backend() == "cpu" else 1  # PyTorch uses all cores, or one GPU
         self._devices = select_devices(dataclasses.replace(workload.plain, num_devices=one))
-        self._per_call = default_steps_per_call(workload.plain.model, self._devices)
         images, labels, order = workload.data()
         # Copied to the devices once: Trainer and Evaluator do not copy replicated arrays again.
         self._images, self._labels, self._order = replicate((images, labels, order.ravel()), self._devices)
@@ -118,11 +122,11 @@ class JaxBackend(Backend):
     def run(self, phase: str, steps: int) -> float:
         if phase not in self._phases:
             self._phases[phase] = self._create_evaluation() if phase == "inference" else self._create_training(phase)
-        in_a_pass = self._steps_of_a_pass(phase)
+        in_a_pass, in_a_call = self._steps_of_a_pass(phase), self._steps_of_a_call(phase)
         begin, done = time.perf_counter(), 0
         while done < steps:
             first = done % in_a_pass
-            count = min(self._per_call, steps - done, in_a_pass - first)
+            count = min(in_a_call, steps - done, in_a_pass - first)
             result = self._phases[phase](first, count)
             done += count
         jax.block_until_ready(result)
@@ -130,6 +134,12 @@ class JaxBackend(Backend):
 
     def _steps_of_a_pass(self, phase: str) -> int:
         return len(self._labels) // self._workload.plain.batch_size if phase == "inference" else ORDER_STEPS
+
+    def _steps_of_a_call(self, phase: str) -> int:
+        return choose_steps_per_call(self._workload.plain, self._devices, self._steps_of_a_pass(phase))
+
+    def unit(self, phase: str) -> int:
+        return self._steps_of_a_call(phase) if has_constant_bounds(self._devices) else 1  # else calls compile once more
 
     def _create_training(self, phase: str) -> Callable[[int, int], Any]:
         """Returns call(first step, number of steps) → arrays of the state after these steps."""

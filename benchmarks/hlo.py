@@ -1,7 +1,7 @@
 """Reads the text of a program that XLA has optimised: its loops, its collectives and XLA's estimate of cycles.
 
-XLA's own cost analysis counts the body of a loop once, however often it runs. Here a loop counts as often as it runs if
-its condition compares with a constant. The loop over training or evaluation steps has no such constant: it is the step.
+XLA's own cost analysis counts the body of a loop once, however often it runs. Here a loop counts as often as it runs, a
+number in its condition. The loop that runs as often as a call has steps is the loop over steps.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class Program:
     step: str
 
 
-def parse(text: str) -> Program:
-    """Parses an optimised module. Without a loop over steps a call is one step, and the step is the entry itself.
+def parse(text: str, steps_per_call: int) -> Program:
+    """Parses an optimised module. If a call is one step, the step is the entry itself.
 
-    Raises: ValueError if there are several loops of unknown length, one of which would be over steps.
+    Raises: ValueError if the loop over several steps can't be told from others or its length is unknown.
     """
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", None
@@ -58,10 +58,12 @@ def parse(text: str) -> Program:
             current = None
         elif current is not None and (found := _INSTRUCTION.match(line)):
             current.append(Instruction(*found.groups()))
-    loops = [x for x in computations.get(entry, []) if x.opcode == "while" and trip_count(computations, x) is None]
-    if len(loops) > 1 or not entry:
-        raise ValueError(f"{len(loops)} loops over steps in the program: expected at most 1")
-    return Program(text, computations, entry, _attribute(loops[0], "body") if loops else entry)
+    if steps_per_call == 1:
+        return Program(text, computations, entry, entry)
+    loops = [x for x in computations[entry] if x.opcode == "while" and trip_count(computations, x) == steps_per_call]
+    if len(loops) != 1:
+        raise ValueError(f"{len(loops)} loops of {steps_per_call} rounds in the program: expected 1, over steps")
+    return Program(text, computations, entry, _attribute(loops[0], "body"))
 
 
 def _attribute(instruction: Instruction, name: str) -> str:

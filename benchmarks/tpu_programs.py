@@ -18,7 +18,7 @@ from cifar_jax.configs.base import Config
 from cifar_jax.datasets import get_dataset
 from cifar_jax.errors import UserError
 from cifar_jax.multi_step import create_eval_steps, create_train_steps, round_eval_batch_size
-from cifar_jax.parallel import Parallel, default_steps_per_call
+from cifar_jax.parallel import Parallel, choose_steps_per_call, has_constant_bounds
 from cifar_jax.train_step import TrainState
 from cifar_jax.trainer import create_history
 
@@ -80,8 +80,8 @@ def training(config: Config, devices: list[jax.Device], state: TrainState) -> tu
     """Returns (the training program at 32×32 pixels, the shapes of its arguments, steps per call)."""
     images, labels = dataset_shapes(dataset_sizes(config.dataset)[0])
     steps_per_epoch = -(-labels.shape[0] // config.batch_size)
-    per_call = min(config.steps_per_call or default_steps_per_call(config.model, devices), steps_per_epoch)
-    program = create_train_steps(config, devices, 32, steps_per_epoch, per_call)
+    per_call = choose_steps_per_call(config, devices, steps_per_epoch)
+    program = create_train_steps(config, devices, 32, steps_per_epoch, per_call, has_constant_bounds(devices))
     history = shapes(create_history(steps_per_epoch))
     return program, (state, history, images, labels, labels, SCALAR, SCALAR), per_call
 
@@ -90,10 +90,11 @@ def evaluation(config: Config, devices: list[jax.Device], state: TrainState) -> 
     """Returns (the evaluation program, the shapes of its arguments, steps per call)."""
     images, labels = dataset_shapes(dataset_sizes(config.dataset)[1])
     num_steps = -(-labels.shape[0] // round_eval_batch_size(config, devices, labels.shape[0]))
-    per_call = config.steps_per_call or default_steps_per_call(config.model, devices)
-    program = create_eval_steps(config, devices, labels.shape[0], per_call)
+    per_call = choose_steps_per_call(config, devices, num_steps)
+    constant = has_constant_bounds(devices)
+    program = create_eval_steps(config, devices, labels.shape[0], per_call, constant=constant)
     history = shapes(create_history(num_steps))
-    return program, (history, state, images, labels, SCALAR, SCALAR), min(per_call, num_steps)
+    return program, (history, state, images, labels, SCALAR, SCALAR), per_call
 
 
 PHASES = {"training": training, "evaluation": evaluation}
@@ -127,7 +128,8 @@ def compile_program(config: Config, topology: str, phase: str, state: TrainState
     start, cpu_start = time.perf_counter(), time.process_time()
     compiled = lowered.compile(program.options)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    memory, costs, module = compiled.memory_analysis(), compiled.cost_analysis(), hlo.parse(compiled.as_text())
+    memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
+    module = hlo.parse(compiled.as_text(), steps_per_call)
     gradients = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
     num_donated = len(jax.tree.leaves([arguments[position] for position in program.donate]))
     step = hlo.cycles(module, module.step)

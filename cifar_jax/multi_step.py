@@ -30,11 +30,18 @@ def _record(history: Metrics, index: jax.Array, metrics: Metrics) -> Metrics:
 
 
 def create_train_steps(
-    config: Config, devices: Sequence[jax.Device], image_size: int, steps_per_epoch: int, steps_per_call: int
+    config: Config,
+    devices: Sequence[jax.Device],
+    image_size: int,
+    steps_per_epoch: int,
+    steps_per_call: int,
+    constant: bool = False,
 ) -> Parallel:
     """Returns several training steps on images resized to image_size, which donate state and history:
 
     (state, history, images, labels, order, start, count) → (state, history, loss of the last step).
+
+    Args: constant: each call runs steps_per_call steps, whatever its count, in a loop with constant bounds.
     """
     train_step = create_train_step(config, image_size)
     per_device_batch_size = config.batch_size // len(devices)
@@ -51,6 +58,7 @@ def create_train_steps(
             state, metrics = train_step(state, batch)
             return state, _record(history, i, metrics)
 
+        count = steps_per_call if constant else count
         state, history = repeat(one, start, count, (state, history), steps_per_call)
         return state, history, history["loss"][start + count - 1]
 
@@ -70,10 +78,11 @@ def create_eval_steps(
     steps_per_call: int,
     dropout: bool = False,
     flip_tta: bool = False,
+    constant: bool = False,
 ) -> Parallel:
     """Returns several evaluation steps: (history, state, images, labels, start, count) → history, which is donated.
 
-    Args: dropout, flip_tta: see create_eval_step.
+    Args: dropout, flip_tta: see create_eval_step; constant: see create_train_steps.
     """
     eval_step = create_eval_step(config, dropout, flip_tta)
     per_device_batch_size = round_eval_batch_size(config, devices, num_images) // len(devices)
@@ -86,7 +95,7 @@ def create_eval_steps(
             batch = take_batch(images, labels, order, first, per_device_batch_size) | {"start": first}
             return _record(history, i, eval_step(state, batch))
 
-        return repeat(one, start, count, history, steps_per_call)
+        return repeat(one, start, steps_per_call if constant else count, history, steps_per_call)
 
     options = compiler_options(config, config.eval_batch_size, devices, steps_per_call)
     return Parallel(eval_steps, devices, (0,), options)

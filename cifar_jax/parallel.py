@@ -102,9 +102,27 @@ def _sharding(devices: Sequence[jax.Device], spec: jax.sharding.PartitionSpec) -
     return jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(devices), (AXIS,)), spec)
 
 
-def default_steps_per_call(model: str, devices: Sequence[jax.Device]) -> int:
-    """Returns the number of steps that one compiled call runs if the recipe does not set it."""
-    return get_model(model).CPU_STEPS_PER_CALL if devices[0].platform == "cpu" else ACCELERATOR_STEPS_PER_CALL
+def has_constant_bounds(devices: Sequence[jax.Device]) -> bool:
+    """Whether a loop over steps should have a number of steps that is known when it is compiled.
+
+    On an accelerator the host would otherwise read the loop's condition after each step. On a CPU that costs nothing,
+    and one program serves calls of all lengths.
+    """
+    return devices[0].platform != "cpu"
+
+
+def choose_steps_per_call(config: Config, devices: Sequence[jax.Device], num_steps: int) -> int:
+    """Returns the largest number of steps that one compiled call runs in a pass of `num_steps`.
+
+    It is the recipe's number; else the network's on a CPU; else up to ACCELERATOR_STEPS_PER_CALL, and no less than half
+    of them if the calls of a pass can then be equally long, which needs one program only.
+    """
+    if config.steps_per_call is not None:
+        return min(config.steps_per_call, num_steps)
+    if devices[0].platform == "cpu":
+        return min(get_model(config.model).CPU_STEPS_PER_CALL, num_steps)
+    most = min(ACCELERATOR_STEPS_PER_CALL, num_steps)
+    return max((count for count in range(most // 2, most + 1) if count and num_steps % count == 0), default=most)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +157,13 @@ class Parallel:
         return parallel.lower(*args, index)
 
 
-def repeat(step: Callable[[Any, Any], Any], start: jax.Array, count: jax.Array, carry: Any, at_most: int) -> Any:
-    """Runs carry = step(i, carry) for i from start to start + count - 1. There is no loop if `at_most` is 1."""
-    return step(start, carry) if at_most == 1 else lax.fori_loop(start, start + count, step, carry)
+def repeat(step: Callable[[Any, Any], Any], start: jax.Array, count: jax.Array | int, carry: Any, at_most: int) -> Any:
+    """Runs carry = step(i, carry) for i from start to start + count - 1. There is no loop if `at_most` is 1.
+
+    Args: count: an int32 scalar; an int makes the loop's bounds constants.
+    """
+    if at_most == 1:
+        return step(start, carry)
+    if isinstance(count, int):
+        return lax.fori_loop(0, count, lambda i, carry: step(start + i, carry), carry)
+    return lax.fori_loop(start, start + count, step, carry)

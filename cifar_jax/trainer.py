@@ -19,7 +19,7 @@ from cifar_jax.multi_step import (
     round_eval_batch_size,
 )
 from cifar_jax.normalization import fold, merge
-from cifar_jax.parallel import default_steps_per_call, replicate
+from cifar_jax.parallel import choose_steps_per_call, has_constant_bounds, replicate
 from cifar_jax.train_step import Metrics, TrainState, create_train_state
 
 FOLD_IMAGES = 2500  # training images for the statistics that `fold` uses
@@ -56,14 +56,13 @@ class Trainer:
         """Args: images: uint8 [N, 32, 32, 3]; labels: int32 [N]; steps_per_epoch: None: the steps of one pass."""
         self.config, self.devices = config, devices
         self.steps_per_epoch = steps_per_epoch or -(-len(labels) // config.batch_size)
-        per_call = config.steps_per_call or default_steps_per_call(config.model, devices)
-        self.steps_per_call = min(per_call, self.steps_per_epoch)
+        self.steps_per_call = choose_steps_per_call(config, devices, self.steps_per_epoch)
         self.state: TrainState = replicate(create_train_state(config, self.steps_per_epoch, images[:256]), devices)
         self.history: Metrics = {}
         self.clear_history()
         self._data = replicate((images, labels), devices)
         self._num_images = len(labels)
-        self._compiled: dict[int, Callable[..., Any]] = {}
+        self._compiled: dict[tuple[int, bool], Callable[..., Any]] = {}
         self._statistics: Callable[..., Any] | None = None
 
     def clear_history(self) -> None:
@@ -74,22 +73,26 @@ class Trainer:
         """Returns the order of the images in an epoch, int32 [N], on every device."""
         return replicate(epoch_order(self.config.seed, epoch, self._num_images), self.devices)
 
-    def compile(self, image_size: int, order: jax.Array) -> Callable[..., Any]:
-        """Returns the compiled call of several steps for images of this size. Each size compiles once."""
-        if image_size not in self._compiled:
+    def compile(self, image_size: int, order: jax.Array, count: int | None = None) -> Callable[..., Any]:
+        """Returns the compiled call of `count` steps, or of steps_per_call, for images of this size.
+
+        Each size compiles once. Where loops have constant bounds, it compiles once more for all shorter calls.
+        """
+        constant = has_constant_bounds(self.devices) and count in (None, self.steps_per_call)
+        if (image_size, constant) not in self._compiled:
             lengths = self.steps_per_epoch, self.steps_per_call
-            steps = create_train_steps(self.config, self.devices, image_size, *lengths)
-            self._compiled[image_size] = steps.compile(
+            steps = create_train_steps(self.config, self.devices, image_size, *lengths, constant)
+            self._compiled[image_size, constant] = steps.compile(
                 self.state, self.history, *self._data, order, np.int32(0), np.int32(0)
             )
-        return self._compiled[image_size]
+        return self._compiled[image_size, constant]
 
     def run_steps(self, order: jax.Array, start: int, count: int, image_size: int = 32) -> jax.Array:
         """Starts steps start … start + count - 1 of an order in one call and does not wait for them.
 
         Args: order: int32 [N]; count: at most steps_per_call. Returns: the last step's loss, a float32 scalar.
         """
-        run = self.compile(image_size, order)
+        run = self.compile(image_size, order, count)
         self.state, self.history, loss = run(
             self.state, self.history, *self._data, order, np.int32(start), np.int32(count)
         )
@@ -157,17 +160,28 @@ class Evaluator:
         self._data = replicate((images, labels), devices)
         self._devices, self._size = devices, len(labels)
         self.num_steps = -(-self._size // round_eval_batch_size(config, devices, self._size))
-        self.steps_per_call = config.steps_per_call or default_steps_per_call(config.model, devices)
-        steps = create_eval_steps(config, devices, self._size, self.steps_per_call, dropout, flip_tta)
-        self._eval_steps = steps.compile(self.create_history(), state, *self._data, np.int32(0), np.int32(0))
+        self.steps_per_call = choose_steps_per_call(config, devices, self.num_steps)
+        self._create = lambda constant: create_eval_steps(
+            config, devices, self._size, self.steps_per_call, dropout, flip_tta, constant
+        )
+        self._compiled: dict[bool, Callable[..., Any]] = {}
+        self.compile(state, self.steps_per_call)
 
     def create_history(self) -> Metrics:
         """Allocates the metrics of one pass on every device."""
         return replicate(create_history(self.num_steps), self._devices)
 
+    def compile(self, state: TrainState, count: int) -> Callable[..., Any]:
+        """Returns the compiled call of `count` steps, see `Trainer.compile`."""
+        constant = has_constant_bounds(self._devices) and count == self.steps_per_call
+        if constant not in self._compiled:
+            arguments = self.create_history(), state, *self._data, np.int32(0), np.int32(0)
+            self._compiled[constant] = self._create(constant).compile(*arguments)
+        return self._compiled[constant]
+
     def run_steps(self, history: Metrics, state: TrainState, start: int, count: int) -> Metrics:
         """Evaluates batches start … start + count - 1 in one call. Returns: the history, in the argument's buffers."""
-        return self._eval_steps(history, state, *self._data, np.int32(start), np.int32(count))
+        return self.compile(state, count)(history, state, *self._data, np.int32(start), np.int32(count))
 
     def __call__(self, state: TrainState, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
         """Returns {'loss': mean over the examples, nats, 'accuracy': from 0 to 1}; None if `stop` ended the pass."""

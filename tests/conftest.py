@@ -112,11 +112,12 @@ def compiled_once():
             states[key] = create(config, steps_per_epoch, images)
         return jax.tree.map(jnp.copy, states[key])
 
-    def shared_steps(self, image_size, order):
-        key = jax.tree.structure(self.state), image_size, len(order), self.steps_per_call, tuple(self.devices)
+    def shared_steps(self, image_size, order, count=None):
+        length = count if trainer.has_constant_bounds(self.devices) else None
+        key = jax.tree.structure(self.state), image_size, len(order), self.steps_per_call, tuple(self.devices), length
         if key not in programs:
-            programs[key] = compile_steps(self, image_size, order)
-        return self._compiled.setdefault(image_size, programs[key])
+            programs[key] = compile_steps(self, image_size, order, count)
+        return programs[key]
 
     def shared_evaluator(config, state, images, labels, devices, *rest):
         data = images.tobytes(), labels.tobytes()

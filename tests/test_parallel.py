@@ -66,5 +66,10 @@ def test_an_accelerators_devices_are_all_used(monkeypatch, tiny_config):
 def test_steps_a_call():
     """On a CPU a loop makes All-CNN's convolutions several times slower. Elsewhere it hides the dispatch time."""
     cpu, gpu = ([types.SimpleNamespace(platform=platform)] for platform in ("cpu", "gpu"))
-    assert [parallel.default_steps_per_call(model, cpu) for model in ("all_cnn", "lenet5")] == [1, 16]
-    assert parallel.default_steps_per_call("all_cnn", gpu) == 1000
+    all_cnn, lenet5 = RECIPES["all_cnn_reference"], RECIPES["lenet5_reference"]
+    assert [parallel.choose_steps_per_call(config, cpu, 782) for config in (all_cnn, lenet5)] == [1, 16]
+    assert parallel.choose_steps_per_call(lenet5, cpu, 3) == 3
+    assert parallel.choose_steps_per_call(all_cnn, gpu, 782) == 782
+    assert parallel.choose_steps_per_call(lenet5, gpu, 12500) == 625  # calls of equal length need one program
+    assert parallel.choose_steps_per_call(lenet5, gpu, 10007) == 1000  # a prime number
+    assert parallel.choose_steps_per_call(dataclasses.replace(lenet5, steps_per_call=7), gpu, 12500) == 7

@@ -8,6 +8,7 @@ import select
 import shutil
 import signal
 import subprocess
+import types
 
 import jax
 import jax.numpy as jnp
@@ -346,17 +347,16 @@ def test_jax_goes_over_the_data_again_and_again():
     backend = JaxBackend(workload)
     calls = []
     backend._phases = dict.fromkeys(("training", "inference"), lambda *call: calls.append(call))
-    backend._per_call = 1
+    lengths = iter([1, 1000, 1000, 16])
+    backend._steps_of_a_call = lambda phase: next(lengths)
     backend.run("inference", 1026)
     assert calls[1022:] == [(1022, 1), (1023, 1), (0, 1), (1, 1)]
     calls.clear()
-    backend._per_call = 1000  # like an accelerator
     backend.run("training", 1500)
     backend.run("inference", 1500)
     assert calls == [(0, 1000), (0, 500), (0, 1000), (1000, 24), (0, 476)]
     calls.clear()
-    backend._per_call = 16  # like a CPU; it does not divide 1,000
-    backend.run("training", 1020)
+    backend.run("training", 1020)  # 16 does not divide 1,000
     assert calls[:2] == [(0, 16), (16, 16)]
     assert calls[61:] == [(976, 16), (992, 8), (0, 16), (16, 4)]
 
@@ -368,6 +368,19 @@ def test_slow_first_calls_leave_the_length_of_a_round_alone(monkeypatch):
     backend = Backend(None)
     backend.run = lambda phase, steps: next(seconds, 0.001 * steps)
     assert backend.warm_up("training", 0.5)["steps_of_a_round"] == 500
+
+
+def test_an_accelerator_runs_whole_calls(monkeypatch):
+    """Calls of other lengths would need programs of their own, compiled within the measurement."""
+    _, workload = create_workload("lenet5", 4, "float32")
+    backend = JaxBackend(workload)
+    assert backend.unit("training") == 1
+    backend._devices = [types.SimpleNamespace(platform="gpu")]
+    assert (backend.unit("training"), backend.unit("inference")) == (1000, 512)
+    lengths = []
+    monkeypatch.setattr(backend, "run", lambda phase, steps: lengths.append(steps) or 0.001 * steps)
+    assert backend.warm_up("inference", 6)["steps_of_a_round"] == 6144
+    assert lengths == [512] * 4 + [2048]
 
 
 def test_jax_takes_one_of_several_gpus(monkeypatch):

@@ -46,7 +46,7 @@ HloModule jit__fun, input_output_alias={ {0}: (0, {}, may-alias), {1}: (2, {}, m
 %more_steps (p.4: (s32[], f32[10], s32[])) -> pred[] {
   %p.4 = (s32[]{:T(128)}, f32[10]{0:T(128)S(1)}, /*index=2*/s32[]{:T(128)}) parameter(0)
   %i.4 = s32[]{:T(128)} get-tuple-element(%p.4), index=0
-  %n.4 = s32[]{:T(128)} get-tuple-element(%p.4), index=2
+  %n.4 = s32[]{:T(128)} constant(196)
   ROOT %compare.4 = pred[]{:T(512)} compare(%i.4, %n.4), direction=LT
 }
 
@@ -64,28 +64,26 @@ def changed(*pairs):
     for old, new in pairs:
         assert old in text
         text = text.replace(old, new)
-    return hlo.parse(text)
+    return hlo.parse(text, 196)
 
 
-def test_a_step_is_the_body_of_the_loop_of_unknown_length():
-    program = hlo.parse(HLO)
+def test_a_step_is_the_body_of_the_loop_with_as_many_rounds():
+    program = hlo.parse(HLO, 196)
     assert (program.entry, program.step) == ("main.5_spmd", "step")
     assert hlo.cycles(program, program.step) == (1000 + 64 * 7, 1)
     assert hlo.cycles(program, program.entry) == (500, 0)
     assert hlo.loops(program) == [{"operation": "vmap()/gather", "times": 64, "cycles": 448}]
-    without = changed(
-        ("compare(%i.4, %n.4)", "compare(%i.4, %constant.4)"), ("%n.4 = s32[]{:T(128)} get", "%x = s32[] get")
-    )
-    assert without.step == "step"  # the constant is unknown
-    one = changed(("%n.4 = s32[]{:T(128)} get-tuple-element(%p.4), index=2", "%n.4 = s32[] constant(3)"))
-    assert one.step == one.entry  # a loop of known length is not over steps: the call is one step
+    one = hlo.parse(HLO.replace("constant(196)", "constant(3)"), 1)
+    assert one.step == one.entry  # the call is one step, and the loop is part of it
     assert hlo.cycles(one, one.step) == (500 + 3 * 1448, 3)
 
 
-def test_two_loops_of_unknown_length_are_refused():
+def test_a_loop_over_steps_must_be_known_from_others():
     line = "  %while.6 = f32[10] while(%copy.5), condition=%more_steps, body=%rounds\n  ROOT %while.5"
-    with pytest.raises(ValueError, match="2 loops over steps"):
+    with pytest.raises(ValueError, match="2 loops of 196 rounds"):
         changed(("  ROOT %while.5", line))
+    with pytest.raises(ValueError, match="0 loops of 196 rounds"):  # the length is an argument
+        changed(("%n.4 = s32[]{:T(128)} constant(196)", "%n.4 = s32[]{:T(128)} get-tuple-element(%p.4), index=2"))
 
 
 def test_sizes_of_arrays():
@@ -93,11 +91,11 @@ def test_sizes_of_arrays():
     assert hlo.padded_bytes("f32[2,3]{1,0:T(8,128)S(1)}") == 4 * 8 * 128
     assert hlo.padded_bytes("u8[5,3,32]{0,2,1:T(32,128)(4,1)}") == 128 * 32 * 3
     assert hlo.padded_bytes("s32[]") == 4
-    assert hlo.copied_per_call(hlo.parse(HLO)) == 128 * 32 * 3 + 128 * 8 * 5
+    assert hlo.copied_per_call(hlo.parse(HLO, 196)) == 128 * 32 * 3 + 128 * 8 * 5
 
 
 def test_collectives_donations_and_transfers():
-    program = hlo.parse(HLO)
+    program = hlo.parse(HLO, 196)
     common = {"per": "step", "times": 1, "arrays": 2, "bytes": 44, "strategy": "B"}
     assert hlo.collectives(program) == [{"operation": "all-reduce", **common}]
     assert hlo.donated(program) == 2

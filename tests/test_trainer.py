@@ -8,7 +8,7 @@ import optax
 import pytest
 from small_runs import assert_trees_close, first_images, train_epoch
 
-from cifar_jax import augment, train_step
+from cifar_jax import augment, train_step, trainer
 from cifar_jax.batches import epoch_order, pixel_statistics, scale_images
 from cifar_jax.parallel import replicate, select_devices
 from cifar_jax.train_step import create_train_state, cross_entropy
@@ -25,6 +25,28 @@ def test_several_steps_in_one_call(tiny_dataset, plain_config):
     assert int(many.step) == 6
     assert_trees_close(many.params, one.params, 2e-5)
     assert_trees_close(history_many, history_one, 1e-5)
+
+
+def test_constant_bounds_need_one_program_more_for_shorter_calls(tiny_dataset, plain_config, monkeypatch):
+    """6 steps in a call of 4 with constant bounds and a call of 2; 4 test batches in a call of 3 and a call of 1."""
+    expected, expected_history = train_epoch(plain_config, tiny_dataset)
+    monkeypatch.setattr(trainer, "has_constant_bounds", lambda devices: True)
+    config, devices = dataclasses.replace(plain_config, steps_per_call=4), jax.devices()[:1]
+    training = Trainer(config, tiny_dataset.train_images, tiny_dataset.train_labels, devices)
+    compiled = []
+    compile_steps = training.compile
+    training.compile = lambda *call: compiled.append(compile_steps(*call)) or compiled[-1]
+    training.run_epoch(0, 0)
+    assert len(set(map(id, compiled))) == 2
+    assert_trees_close(training.state.params, expected.params, 2e-5)
+    assert_trees_close(training.history, expected_history, 1e-5)
+    images, labels = tiny_dataset.test_images, tiny_dataset.test_labels
+    monkeypatch.undo()
+    expected = Evaluator(plain_config, training.state, images, labels, devices)(training.state)
+    monkeypatch.setattr(trainer, "has_constant_bounds", lambda devices: True)
+    config = dataclasses.replace(config, steps_per_call=3)
+    tested = Evaluator(config, training.state, images, labels, devices)(training.state)
+    assert tested == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_partial_batch_is_averaged_over_its_own_images(tiny_dataset, plain_config):
