@@ -55,7 +55,17 @@ SLOW_MODULES = {
 }
 
 
+# The modules that take longest, which are run first so that pytest-xdist's workers end together.
+LONGEST_FIRST = (
+    *("docs", "parity", "tutorial", "ops", "training", "processes", "trainer", "accuracy", "checkpoint"),
+    *("normalization", "export", "pretrained", "faults", "datasets", "extending", "weights_files", "weights_keras"),
+    *("weights_hostile", "loggers", "augment", "predict", "network_report", "parallel", "symmetry", "models"),
+)
+
+
 def pytest_collection_modifyitems(items):
+    rank = {f"test_{name}": number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
     for item in items:
         if item.path.stem.removeprefix("test_") in SLOW_MODULES:
             item.add_marker(pytest.mark.slow)

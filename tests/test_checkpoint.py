@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import resource
 import shutil
@@ -94,15 +95,21 @@ def test_a_key_of_an_earlier_version_is_restored(state, save, tmp_path, monkeypa
     np.testing.assert_array_equal(jax.random.key_data(restored.rng), jax.random.key_data(state.rng))
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
-def test_any_damaged_file_of_the_latest_is_survived(damage, state, history, save, tmp_path, capsys):
-    """The run resumes from the previous checkpoint, with one warning, and keeps the damaged one."""
+DAMAGES = ("flip", "truncate", "delete")
+
+
+@pytest.mark.parametrize("damages", [DAMAGES, *(pytest.param((one,), marks=pytest.mark.long) for one in DAMAGES)])
+def test_any_damaged_file_of_the_latest_is_survived(damages, state, history, save, tmp_path, capsys):
+    """The run resumes from the previous checkpoint, with one warning, and keeps the damaged one.
+
+    Each file is damaged in one way, the next file in the next way.
+    """
     workdir = tmp_path / "run"
     for step in (1, 2):
         save(Checkpoints(workdir), step, 0.5)
     files = [file for file in (workdir / "checkpoints" / "2").rglob("*") if file.is_file()]
     assert len(files) > 10
-    for damaged in files:
+    for damaged, damage in zip(sorted(files), itertools.cycle(damages)):
         whole = damaged.read_bytes()
         data = bytearray(whole)
         data[len(data) // 2] ^= 0x55

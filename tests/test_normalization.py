@@ -24,7 +24,7 @@ from cifar_jax.train_step import create_train_state, create_train_step, cross_en
 from cifar_jax.trainer import Trainer
 from cifar_jax.weights.files import load_weights
 
-pytestmark = pytest.mark.usefixtures("direct_convolutions", "no_figures")
+pytestmark = pytest.mark.usefixtures("direct_convolutions", "compiled_once", "no_figures")
 
 
 def random_network(name, dtype):
@@ -192,9 +192,9 @@ def test_a_symmetric_run_stays_so(plain_config, tiny_dataset):
         assert_trees_close(jax.device_get(mirror(params, LeNet5.LAYERS)), params, 1e-4)
 
 
-def test_a_run_resumes_and_is_released_as_the_plain_network(tiny_config, tiny_dataset, run_command, tmp_path, capsys,
+def test_a_run_resumes_and_is_released_as_the_plain_network(plain_config, tiny_dataset, run_command, tmp_path, capsys,
                                                              use_tiny_dataset):  # fmt: skip
-    config = dataclasses.replace(tiny_config, normalization="batch", ema_decay=0.9, num_epochs=2)
+    config = dataclasses.replace(plain_config, normalization="batch", ema_decay=0.9, num_epochs=2)
     summary = train_and_evaluate(config, tiny_dataset)
     assert summary["num_parameters"] == 395_006
     resumed = dataclasses.replace(config, workdir=f"{config.workdir}-resumed")

@@ -362,7 +362,7 @@ def test_a_program_gets_the_form_of_its_platform(name, plain, monkeypatch):
     trace = lambda: jax.jit(jax.value_and_grad(loss)).trace(params)
     lowered = lambda program, platform: operations(program.lower(lowering_platforms=(platform,)).as_text())
     program, plain_program = trace(), plain(trace)
-    for platform in ("cuda", "tpu") if name == "all_cnn" else ("cuda", "rocm", "tpu"):
+    for platform in ("tpu",) if name == "all_cnn" else ("cuda", "rocm", "tpu"):
         ours, laxs = lowered(program, platform), lowered(plain_program, platform)
         for operation in ("convolution", "reduce_window", "select_and_scatter", "dot_general", "reverse", "while"):
             assert ours.get(operation) == laxs.get(operation), operation

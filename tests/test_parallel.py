@@ -14,7 +14,10 @@ from cifar_jax.parallel import select_devices
 pytestmark = pytest.mark.usefixtures("direct_convolutions")
 
 
-@pytest.mark.parametrize(("recipe", "mixup_alpha"), [("lenet5_reference", 0.4), ("all_cnn_reference", 0.0)])
+@pytest.mark.parametrize(
+    ("recipe", "mixup_alpha"),
+    [("lenet5_reference", 0.4), pytest.param("all_cnn_reference", 0.0, marks=pytest.mark.long)],
+)
 def test_four_devices_train_like_one(recipe, mixup_alpha, tiny_dataset):
     """Same global batches, augmentation, dropout and mixing. The last batch is partial, on some devices empty."""
     config = dataclasses.replace(RECIPES[recipe], learning_rate=0.01, mixup_alpha=mixup_alpha)

@@ -127,7 +127,7 @@ def test_what_one_process_can_not_do_is_refused_by_all(tmp_path):
     assert "name a writable folder" in results[0][2]
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_an_error_in_one_process_is_said_and_ends_all(tmp_path, failing):
     fails = ["yes" if number == failing else "no" for number in range(2)]
     with started(2, 1, ["--workdir", str(tmp_path / "run")], TINY_FAILS=fails) as running:
