@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from frameworks import keras, needs_frameworks, torch
+from weight_files import read_here
 
 from cifar_jax import export, export_formats, load_pretrained
 from cifar_jax.errors import UserError
@@ -24,6 +25,11 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 
 pytestmark = pytest.mark.usefixtures("direct_convolutions")
+
+
+@pytest.fixture(autouse=True)
+def _read_here(monkeypatch):
+    read_here(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 from frameworks import keras as keras_api
 from frameworks import keras_layers, torch
-from weight_files import random_weights
+from weight_files import random_weights, read_here
 
 from cifar_jax import convert, evaluate, sources
 from cifar_jax.errors import UserError
@@ -20,6 +20,11 @@ from cifar_jax.weights.files import load_weights, save_weights
 from cifar_jax.weights.params import layers_from_params
 
 KINDS = ("safetensors", "pth", "pt", "h5", "hdf5", "weights.h5", "keras")
+
+
+@pytest.fixture(autouse=True)
+def _read_here(monkeypatch):
+    read_here(monkeypatch)
 
 
 def assert_same(left, right):
