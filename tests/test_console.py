@@ -120,17 +120,17 @@ def test_what_python_writes_at_its_end_goes_nowhere(tmp_path):
     console.silence(None)
 
 
-@pytest.mark.usefixtures("direct_convolutions", "no_figures")
+@pytest.mark.usefixtures("direct_convolutions", "no_figures", "compiled_once")
 @pytest.mark.parametrize("failure", ["later", "pipe", "closed", "none"])
-def test_a_training_goes_on_to_its_end(failure, tiny_config, tiny_dataset, monkeypatch):
-    config = dataclasses.replace(tiny_config, num_epochs=2)
+def test_a_training_goes_on_to_its_end(failure, plain_config, tiny_dataset, monkeypatch):
+    config = dataclasses.replace(plain_config, num_epochs=2)
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, FAILURES[failure]())
     assert train_and_evaluate(config, tiny_dataset)["epochs"] == 2
     assert len(read_metrics(Path(config.workdir))) == 2
 
 
-@pytest.mark.usefixtures("direct_convolutions", "no_figures")
+@pytest.mark.usefixtures("no_steps", "no_figures")
 def test_a_closed_pipe_loses_no_epoch(use_tiny_dataset, tmp_path, monkeypatch):
     """With `| head` the command continues and ends normally."""
     arguments = ("quickstart", "--workdir", str(tmp_path / "run"), "--num-devices", "1", "--num-epochs", "2")

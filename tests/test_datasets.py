@@ -263,6 +263,7 @@ def test_hold_out(tiny_dataset):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_real_cifar10_through_tfds(cifar10):
     assert cifar10.train_images.shape == (50_000, 32, 32, 3)
     np.testing.assert_array_equal(np.bincount(cifar10.train_labels), [5000] * 10)

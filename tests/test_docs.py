@@ -301,7 +301,10 @@ def test_every_command_has_an_entry_and_every_entry_a_command():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
-def test_the_commands_of_a_page_run(page, reader, execute, monkeypatch):
+def test_the_commands_of_a_page_run(page, reader, execute, monkeypatch, request):
+    """Only the README's trainings take steps."""
+    if page != "README.md":
+        request.getfixturevalue("no_steps")
     monkeypatch.setitem(RECIPES, "mine", snippet_recipe())
     monkeypatch.setitem(DESCRIPTIONS, "mine", "A recipe of the reader's own.")
     for name, command in GIVEN.items():
@@ -331,6 +334,7 @@ SNIPPETS = [
 ]
 
 
+@pytest.mark.usefixtures("no_steps", "no_figures")
 @pytest.mark.parametrize("page", SNIPPETS)
 def test_the_snippets_of_a_page_run(page, reader):
     for number, code in enumerate(blocks(page, "python")):

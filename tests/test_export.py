@@ -1,6 +1,7 @@
 """Exported files compute what the network computes, in their own runtimes."""
 
 import dataclasses
+import functools
 import json
 import sys
 
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from frameworks import keras, needs_frameworks, torch
+from weight_files import read_here
 
-from cifar_jax import export, export_formats, load_pretrained
+from cifar_jax import export, export_formats, load_dataset, load_pretrained
 from cifar_jax.errors import UserError
 from cifar_jax.models.all_cnn import AllCNN
 from cifar_jax.onnx_graph import to_onnx
@@ -27,8 +29,22 @@ pytestmark = pytest.mark.usefixtures("direct_convolutions")
 
 
 @pytest.fixture(autouse=True)
+def _read_here(monkeypatch):
+    read_here(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
 def few_images(monkeypatch, tiny_dataset):
-    monkeypatch.setattr(export, "load_dataset", lambda *_: tiny_dataset)
+    few = dataclasses.replace(tiny_dataset, test_images=tiny_dataset.test_images[:7])
+    monkeypatch.setattr(export, "load_dataset", lambda *_: few)
+
+
+@functools.cache
+def seven_logits(network):
+    """Returns a released network's scaled images, the first seven test digits, and its logits."""
+    model, variables, preprocess = load_pretrained(network)
+    images = np.asarray(preprocess(load_dataset("digits").test_images[:7]))
+    return images, np.asarray(jax.jit(model.apply)(variables, images))
 
 
 def run_file(path, images):
@@ -41,10 +57,8 @@ def run_file(path, images):
 @pytest.mark.parametrize("name", ["net.onnx", "net.stablehlo"])
 def test_a_file_gives_the_networks_logits(name, tmp_path, tiny_dataset, run_command):
     """For scaled pixels as for uint8 images, and for any number of them."""
-    model, variables, preprocess = load_pretrained("lenet5")
-    images = tiny_dataset.test_images[:7]
-    expected = np.asarray(model.apply(variables, preprocess(images)))
-    for flags, inputs in ((), np.asarray(preprocess(images))), (("--uint8",), images):
+    scaled, expected = seven_logits("lenet5")
+    for flags, inputs in ((), scaled), (("--uint8",), tiny_dataset.test_images[:7]):
         path = tmp_path / f"{len(flags)}-{name}"
         status, output, _ = run_command(export.main, path, "--pretrained", "lenet5", *flags)
         assert (status, str(path) in output) == (0, True)
@@ -54,13 +68,16 @@ def test_a_file_gives_the_networks_logits(name, tmp_path, tiny_dataset, run_comm
 
 
 @needs_frameworks
-@pytest.mark.parametrize("name", ["net.pth", "net.keras", "net.h5", "net.weights.h5", "net.safetensors"])
-@pytest.mark.parametrize("network", ["lenet5", "all_cnn"])
-def test_a_weight_file_gives_the_networks_logits(network, name, tmp_path, tiny_dataset, run_command):
+@pytest.mark.parametrize(
+    ("network", "name"),
+    [
+        *(("lenet5", name) for name in ("net.pth", "net.keras", "net.h5", "net.weights.h5", "net.safetensors")),
+        *(("all_cnn", name) for name in ("net.pth", "net.keras", "net.safetensors")),
+    ],
+)
+def test_a_weight_file_gives_the_networks_logits(network, name, tmp_path, run_command):
     """Opened as a reader would open it."""
-    model, variables, preprocess = load_pretrained(network)
-    images = np.asarray(preprocess(tiny_dataset.test_images[:7]))
-    expected = np.asarray(jax.jit(model.apply)(variables, images))
+    images, expected = seven_logits(network)
     status, output, _ = run_command(export.main, tmp_path / name, "--pretrained", network)
     assert (status, "0.2435" in output) == (0, True)
     if name == "net.pth":

@@ -94,7 +94,7 @@ def test_another_end_is_found(lab):
 def test_falling_back_otherwise_is_found(method, outcome, lab, monkeypatch):
     owner = checkpoint.Checkpoints if method == "_set_aside" else checkpoint
     monkeypatch.setattr(owner, method, lambda *_, **__: "nowhere")
-    outcomes = list(disks.latest_checkpoint(lab, 2, np.random.default_rng(0)))
+    outcomes = list(disks.latest_checkpoint(lab, 1, np.random.default_rng(0)))
     assert any(outcome in found for found in outcomes), outcomes
 
 

@@ -16,6 +16,8 @@ from cifar_jax.sources import load_run
 from cifar_jax.train import train_and_evaluate
 from cifar_jax.weights.files import load_weights, save_weights
 
+pytestmark = pytest.mark.usefixtures("direct_convolutions")
+
 
 @pytest.fixture
 def files(tmp_path, tiny_dataset):
@@ -60,8 +62,9 @@ def test_a_weight_file_goes_with_its_scaling(files, tmp_path, run_command):
     assert "symmetric" in error
 
 
-def test_a_run_classifies_with_its_average_scaling_and_classes(files, tiny_config, tiny_dataset, run_command, capsys):
-    config = dataclasses.replace(tiny_config, num_epochs=1, ema_decay=0.9, input_scaling="standardized")
+@pytest.mark.usefixtures("no_figures")
+def test_a_run_classifies_with_its_average_scaling_and_classes(files, plain_config, tiny_dataset, run_command, capsys):
+    config = dataclasses.replace(plain_config, num_epochs=1, ema_decay=0.9, input_scaling="standardized")
     train_and_evaluate(config, tiny_dataset)
     capsys.readouterr()
     _, output, _ = run_command(predict.main, "--workdir", config.workdir, "--top", 10, "--json", files[0])

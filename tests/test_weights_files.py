@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 from frameworks import keras as keras_api
 from frameworks import keras_layers, torch
-from weight_files import random_weights
+from weight_files import random_weights, read_here
 
 from cifar_jax import convert, evaluate, sources
 from cifar_jax.errors import UserError
@@ -20,6 +20,11 @@ from cifar_jax.weights.files import load_weights, save_weights
 from cifar_jax.weights.params import layers_from_params
 
 KINDS = ("safetensors", "pth", "pt", "h5", "hdf5", "weights.h5", "keras")
+
+
+@pytest.fixture(autouse=True)
+def _read_here(monkeypatch):
+    read_here(monkeypatch)
 
 
 def assert_same(left, right):
@@ -448,6 +453,7 @@ def test_convert_refuses_in_one_line(tmp_path, monkeypatch, run_command, lenet5,
     assert (tmp_path / "a.safetensors").read_bytes() == before
 
 
+@pytest.mark.usefixtures("direct_convolutions")
 def test_evaluate_weights(tmp_path, run_command, use_tiny_dataset, tiny_dataset, lenet5):
     """The file's accuracy equals PyTorch's, computed on the same images."""
     path = tmp_path / "file.pth"
@@ -501,8 +507,8 @@ def test_flags_that_do_not_apply_are_refused(tmp_path, run_command):
 
 
 @pytest.mark.usefixtures("direct_convolutions", "use_tiny_dataset", "no_figures")
-def test_a_run_converts_with_its_average_and_scaling(tmp_path, run_command, tiny_config, monkeypatch):
-    config = dataclasses.replace(tiny_config, num_epochs=1, ema_decay=0.9, input_scaling="standardized")
+def test_a_run_converts_with_its_average_and_scaling(tmp_path, run_command, plain_config, monkeypatch):
+    config = dataclasses.replace(plain_config, num_epochs=1, ema_decay=0.9, input_scaling="standardized")
     summary = train_and_evaluate(config)
     asked = []
     load_run = sources.load_run

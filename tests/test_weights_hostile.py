@@ -42,7 +42,7 @@ def refused(path, match):
 
 
 def pth_of(path, data_pkl, records=(), compression=zipfile.ZIP_STORED):
-    with zipfile.ZipFile(path, "w", compression) as archive:
+    with zipfile.ZipFile(path, "w", compression, compresslevel=1) as archive:
         archive.writestr("archive/data.pkl", data_pkl)
         for name, data in dict(records).items():
             archive.writestr(f"archive/data/{name}", data)

@@ -1,5 +1,6 @@
 """Networks unknown to weights/, other numbers of classes, and unknown network names."""
 
+import functools
 from typing import ClassVar
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from frameworks import keras as keras_api
 from frameworks import torch
-from weight_files import random_weights
+from weight_files import random_weights, read_here
 
 from cifar_jax.errors import UserError
 from cifar_jax.models import MODELS
@@ -33,13 +34,21 @@ class Eleven(nn.Module):
         return nn.Conv(self.num_classes, (1, 1))(x).mean((1, 2))
 
 
+@pytest.fixture(autouse=True)
+def _read_here(monkeypatch):
+    read_here(monkeypatch)
+
+
+@functools.cache
+def eleven_params(num_classes):
+    params = jax.jit(Eleven(num_classes=num_classes).init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    return jax.tree.map(lambda x: np.asarray(x) + np.float32(0.01), params)
+
+
 @pytest.fixture(params=[10, 100])
 def eleven(monkeypatch, request):
     monkeypatch.setitem(MODELS, "eleven", Eleven)
-    images = jnp.zeros((1, 32, 32, 3))
-    params = jax.jit(Eleven(num_classes=request.param).init)(jax.random.key(0), images)["params"]
-    params = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.01), params)
-    return Weights("eleven", params, "symmetric")
+    return Weights("eleven", eleven_params(request.param), "symmetric")
 
 
 def assert_same(left, right):

@@ -14,6 +14,7 @@ import re
 import struct
 import sys
 import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 MAX_BYTES = 2**27  # limit of all weights and of an archive's member; weights and optimizer state have about 20 MB
@@ -174,13 +175,8 @@ def read(path: str, h5py: Any, numpy: Any) -> tuple[dict[str, Any], list[Any]]:
     return header, arrays
 
 
-def main() -> None:
-    path, *folders = sys.argv[1:]
-    sys.path += folders
-    import h5py
-    import numpy
-
-    limit()
+def answer(path: str, h5py: Any, numpy: Any) -> Iterator[bytes]:
+    """Yields the parts of the output."""
     arrays: list[Any] = []
     try:
         header, arrays = read(path, h5py, numpy)
@@ -189,9 +185,20 @@ def main() -> None:
     except Exception as error:  # h5py and zipfile can raise anything for a damaged file
         header = {"error": f"damaged or not a Keras file ({str(error).strip() or type(error).__name__:.200})"}
     encoded = json.dumps(header).encode()
-    sys.stdout.buffer.write(struct.pack("<Q", len(encoded)) + encoded)
+    yield struct.pack("<Q", len(encoded)) + encoded
     for array in arrays:
-        sys.stdout.buffer.write(numpy.ascontiguousarray(array).tobytes())
+        yield numpy.ascontiguousarray(array).tobytes()
+
+
+def main() -> None:
+    path, *folders = sys.argv[1:]
+    sys.path += folders
+    import h5py
+    import numpy
+
+    limit()
+    for part in answer(path, h5py, numpy):
+        sys.stdout.buffer.write(part)
 
 
 if __name__ == "__main__":

@@ -46,8 +46,8 @@ class KerasFile:
     metadata: dict[str, str] | None
 
 
-def read_keras(path: Path) -> KerasFile:
-    """Reads a Keras file. Raises: UserError if it is damaged, too large, or takes too long."""
+def run_worker(path: Path) -> bytes:
+    """Returns the output of `hdf5_worker` for a file. Raises: UserError if the process fails or takes too long."""
     folders = {str(Path(str(importlib.util.find_spec(name).origin)).parent.parent) for name in ("numpy", "h5py")}  # type: ignore[union-attr]
     command = [sys.executable, "-I", hdf5_worker.__file__, str(path.absolute()), *folders]
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "HDF5_USE_FILE_LOCKING": "FALSE"}
@@ -58,11 +58,16 @@ def read_keras(path: Path) -> KerasFile:
         )
     except subprocess.TimeoutExpired as error:
         raise UserError(f"reading takes more than {TIMEOUT} seconds: damaged, or on a slow disk") from error
-    output = result.stdout
-    if result.returncode or len(output) < 8:
+    if result.returncode or len(result.stdout) < 8:
         ended = f"status {result.returncode}" if result.returncode >= 0 else signal.Signals(-result.returncode).name
         line = (result.stderr.decode(errors="replace").strip().splitlines() or [ended])[-1]
         raise UserError(f"damaged or not a Keras file: the process that read it failed ({line:.200})")
+    return result.stdout
+
+
+def read_keras(path: Path) -> KerasFile:
+    """Reads a Keras file. Raises: UserError if it is damaged, too large, or takes too long."""
+    output = run_worker(path)
     (length,) = struct.unpack("<Q", output[:8])
     header = json.loads(output[8 : 8 + length])
     if "error" in header:
