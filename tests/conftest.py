@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import importlib.metadata
 import os
+import signal
 
 # Compiled quickly rather than well: compilation is what the tests spend their time on.
 _flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
@@ -231,10 +232,13 @@ def run_command(monkeypatch, capsys):
 
     def run(main, *arguments):
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        on_interrupt = signal.getsignal(signal.SIGINT)
         try:
             status = main()
         except SystemExit as stop:
             status = stop.code
+        finally:
+            signal.signal(signal.SIGINT, on_interrupt)  # a command's process would end now
         output = capsys.readouterr()
         return status, output.out, output.err
 
