@@ -83,6 +83,7 @@ def test_bad_flags(arguments, named, run_command):
 # --- Each fault can fail: it detects a defect of the package ---
 
 
+@pytest.mark.long
 def test_another_end_is_found(lab):
     assert lab.finish(lab.new_folder(), seed=1) == "other parameters, optimizer, batch_loss.npy, metrics.csv"
     shutil.copytree(lab.half, workdir := lab.new_folder())
@@ -116,6 +117,7 @@ def test_a_signal_that_is_lost_is_found(lab, monkeypatch):
     assert list(stops.garbage_collection(lab, 1, np.random.default_rng(0))) == ["status 0, , left []"]
 
 
+@pytest.mark.long
 def test_the_small_datasets_are_whole(tmp_path):
     """Unchanged, each layout is read as it was: else mutations would be refused for nothing."""
     for name, make in {**layouts.LAYOUTS, **layouts.RECORDS, "image folder": layouts.image_folder}.items():
@@ -188,6 +190,7 @@ def test_mutations_change_bytes():
     assert all(isinstance(mutate(b"", rng), bytes) for _ in range(100))
 
 
+@pytest.mark.long
 def test_crafted_files_are_small():
     weights, folders = weight_files.crafted_files(), data_files.crafted_folders()
     contents = [*weights.values(), *(content for folder in folders.values() for content in folder.values())]

@@ -102,7 +102,7 @@ def test_final_relu_changes_logits_not_parameters():
 
 
 @pytest.mark.usefixtures("direct_convolutions")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param("all_cnn", marks=pytest.mark.long), "lenet5"])
 def test_lsuv_gives_every_layers_outputs_unit_variance(name):
     model = MODELS[name](initializer="lsuv")
     images = jax.random.normal(jax.random.key(1), (4, *size_of(model), 3)) * 3 + 1

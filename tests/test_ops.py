@@ -131,7 +131,9 @@ def test_max_pool_is_laxs(images, window, stride, ties):
     assert_close(actual[1], expected[1], 1e-6)
 
 
-@pytest.mark.parametrize(("size", "padding"), [(3, "SAME"), (5, "VALID"), (1, "SAME")])
+@pytest.mark.parametrize(
+    ("size", "padding"), [(3, "SAME"), (5, "VALID"), pytest.param(1, "SAME", marks=pytest.mark.long)]
+)
 def test_conv_is_flax_conv(size, padding):
     """Initial parameters, outputs and gradients."""
     init = nn.initializers.normal(1), nn.initializers.uniform(1)
@@ -281,7 +283,7 @@ def test_forward_mode_of_a_released_network():
 # --- transformations ---
 
 
-@pytest.mark.parametrize("axes", [(0, None), (None, 0), (3, 2)])
+@pytest.mark.parametrize("axes", [*(pytest.param(x, marks=pytest.mark.long) for x in ((0, None), (None, 0))), (3, 2)])
 def test_vmap_is_laxs(axes):
     """Of a convolution and its gradients, and the gradients of a vmap."""
     with jax.enable_x64(True):
@@ -322,7 +324,7 @@ def test_checkpoint_and_scan():
     assert_close(jax.jit(jax.grad(scanned))(params), expected, 1e-5)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.long)])
 def test_sharded_batches(axis_type):
     """By jit and by shard_map, which checks over which devices values vary: gradients are those of one device."""
     images, kernel = normal(0, (8, 9, 9, 6)), normal(1, (3, 3, 6, 8))

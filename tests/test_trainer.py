@@ -193,7 +193,7 @@ def test_the_step_is_traced_once(tiny_dataset, plain_config, monkeypatch):
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize("num_devices", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_sam_steps_by_the_gradient_up_the_slope(num_devices, tiny_dataset, plain_config):
     """Compares one step on one batch with the formula of arXiv:2010.01412."""
     config = dataclasses.replace(
