@@ -73,6 +73,7 @@ def test_a_step_is_the_body_of_the_loop_with_as_many_rounds():
     assert hlo.cycles(program, program.step) == (1000 + 64 * 7, 1)
     assert hlo.cycles(program, program.entry) == (500, 0)
     assert hlo.loops(program) == [{"operation": "vmap()/gather", "times": 64, "cycles": 448}]
+    assert hlo.loops(changed(("body/vmap()", "body/closed_call/vmap()"))) == hlo.loops(program)
     one = hlo.parse(HLO.replace("constant(196)", "constant(3)"), 1)
     assert one.step == one.entry  # the call is one step, and the loop is part of it
     assert hlo.cycles(one, one.step) == (500 + 3 * 1448, 3)

@@ -88,8 +88,7 @@ def loops(results: Results) -> str:
         if longest is not None:
             share = f"{100 * longest['cycles'] / program['cycles']:.0f} %"
             cells = [f"`{program['recipe']}`", program["topology"], f"{program['images_per_chip']}"]
-            operation = longest["operation"].removeprefix("closed_call/")  # the body of the loop over steps
-            rows.append([*cells, f"`{operation}`", f"{longest['times']}", share])
+            rows.append([*cells, f"`{longest['operation']}`", f"{longest['times']}", share])
     return table(["recipe", "topology", "images a chip", "longest loop", "rounds", "share of the cycles"], rows)
 
 
