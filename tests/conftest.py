@@ -23,6 +23,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compilation_cache.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 
+import h5py
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +41,7 @@ from cifar_jax.datasets import DATASETS, Dataset, load_dataset
 from cifar_jax.datasets.cifar import CIFAR
 from cifar_jax.ops import winograd
 from cifar_jax.trainer import Trainer
+from cifar_jax.weights import hdf5_worker, keras_files
 
 # JAX keeps what it traced, so the heap grows to gigabytes, and collecting it over and over takes a fifth of the time.
 gc.disable()
@@ -171,14 +173,6 @@ def cifar10_dir():
 
 
 @pytest.fixture(scope="session")
-def cifar10(cifar10_dir):
-    """The real CIFAR-10, decoded for all tests of all workers into one folder, beside their compiled programs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CIFAR_JAX_CACHE", os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], "cifar10"))
-        return load_dataset("cifar10", cifar10_dir)
-
-
-@pytest.fixture(scope="session")
 def tiny_dataset():
     """90 training and 30 test digits."""
     digits = load_dataset("digits")
@@ -263,6 +257,16 @@ def small_cifar(monkeypatch):
 def small_batches(small_cifar):
     """CIFAR-10 with 20 images a batch: (train images, train labels, test images, test labels)."""
     return small_cifar["cifar10"]
+
+
+@pytest.fixture
+def keras_files_read_here(monkeypatch):
+    """Keras' files are read in this process, since another takes a quarter of a second to start.
+
+    test_weights_hostile.py tests the other process, its limits and its end.
+    """
+    answer = lambda path: b"".join(hdf5_worker.answer(str(path.absolute()), h5py, np))
+    monkeypatch.setattr(keras_files, "run_worker", answer)
 
 
 @pytest.fixture(scope="module")

@@ -264,7 +264,8 @@ def test_hold_out(tiny_dataset):
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_real_cifar10_through_tfds(cifar10):
+def test_real_cifar10_through_tfds(cifar10_dir):
+    cifar10 = load_dataset("cifar10", cifar10_dir)
     assert cifar10.train_images.shape == (50_000, 32, 32, 3)
     np.testing.assert_array_equal(np.bincount(cifar10.train_labels), [5000] * 10)
     np.testing.assert_array_equal(np.bincount(cifar10.test_labels), [1000] * 10)

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from frameworks import keras, needs_frameworks, torch
-from weight_files import read_here
 
 from cifar_jax import export, export_formats, load_dataset, load_pretrained
 from cifar_jax.errors import UserError
@@ -25,12 +24,7 @@ pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 
-pytestmark = pytest.mark.usefixtures("direct_convolutions")
-
-
-@pytest.fixture(autouse=True)
-def _read_here(monkeypatch):
-    read_here(monkeypatch)
+pytestmark = pytest.mark.usefixtures("direct_convolutions", "keras_files_read_here")
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 from frameworks import keras as keras_api
 from frameworks import keras_layers, torch
-from weight_files import random_weights, read_here
+from weight_files import random_weights
 
 from cifar_jax import convert, evaluate, sources
 from cifar_jax.errors import UserError
@@ -19,12 +19,8 @@ from cifar_jax.weights import keras, pytorch
 from cifar_jax.weights.files import load_weights, save_weights
 from cifar_jax.weights.params import layers_from_params
 
+pytestmark = pytest.mark.usefixtures("keras_files_read_here")
 KINDS = ("safetensors", "pth", "pt", "h5", "hdf5", "weights.h5", "keras")
-
-
-@pytest.fixture(autouse=True)
-def _read_here(monkeypatch):
-    read_here(monkeypatch)
 
 
 def assert_same(left, right):

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from frameworks import torch
-from weight_files import random_weights, read_here
+from weight_files import random_weights
 
 from cifar_jax.errors import UserError
 from cifar_jax.weights import hdf5_worker, keras, keras_files, pytorch, torch_pickle
@@ -268,8 +268,8 @@ def test_one_tensor_named_many_times(tmp_path):
 
 @pytest.mark.parametrize("attribute", [3, b"abc", np.zeros((2, 2)), h5py.Empty("S1"), np.array([1.5]), "é"])
 @pytest.mark.parametrize("name", ["layer_names", "weight_names", "model_config", "backend", "cifar_jax"])
-def test_attributes_of_other_types(tmp_path, lenet5, name, attribute, monkeypatch):
-    read_here(monkeypatch)
+@pytest.mark.usefixtures("keras_files_read_here")
+def test_attributes_of_other_types(tmp_path, lenet5, name, attribute):
     path = tmp_path / "x.h5"
     save_weights(path, lenet5)
     with h5py.File(path, "a") as file:

@@ -19,7 +19,7 @@ import pytest
 import safetensors
 from frameworks import keras as api
 from frameworks import keras_layers as L
-from weight_files import random_weights, read_here
+from weight_files import random_weights
 
 from cifar_jax.batches import pixel_statistics, scale_images
 from cifar_jax.errors import UserError
@@ -27,14 +27,10 @@ from cifar_jax.models import MODELS
 from cifar_jax.weights import keras
 from cifar_jax.weights.files import load_weights, save_weights
 
+pytestmark = pytest.mark.usefixtures("keras_files_read_here")
 FIXTURES = Path(__file__).parent / "fixtures"
 KINDS = ("keras", "weights.h5", "h5")
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
-
-
-@pytest.fixture(autouse=True)
-def _read_here(monkeypatch):
-    read_here(monkeypatch)
 
 
 @functools.cache

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from frameworks import keras as keras_api
 from frameworks import torch
-from weight_files import random_weights, read_here
+from weight_files import random_weights
 
 from cifar_jax.errors import UserError
 from cifar_jax.models import MODELS
 from cifar_jax.weights import keras, pytorch
 from cifar_jax.weights.files import Weights, load_weights, save_weights
 from cifar_jax.weights.params import expected_shapes, layers_from_params
+
+pytestmark = pytest.mark.usefixtures("keras_files_read_here")
 
 
 class Eleven(nn.Module):
@@ -32,11 +34,6 @@ class Eleven(nn.Module):
         for _ in range(10):
             x = nn.relu(nn.Conv(8, (3, 3))(x))
         return nn.Conv(self.num_classes, (1, 1))(x).mean((1, 2))
-
-
-@pytest.fixture(autouse=True)
-def _read_here(monkeypatch):
-    read_here(monkeypatch)
 
 
 @functools.cache
