@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from jax.scipy.ndimage import map_coordinates
 
 from cifar_jax.batches import pixel_statistics, scale_images
 from cifar_jax.configs.base import Config
+from cifar_jax.mixing import Mixture, mix
 
 
 def affine(image: jax.Array, angle: jax.Array, shift_y: jax.Array, shift_x: jax.Array) -> jax.Array:
@@ -56,10 +56,15 @@ def random_affine(key: jax.Array, image: jax.Array, rotation_degrees: float, shi
     return affine(image, *draw_affine(key, rotation_degrees, shift_fraction, *image.shape[:2]))
 
 
+def crop_offset(key: jax.Array, padding: int) -> jax.Array:
+    """Draws the (row, column) at which `random_crop` cuts, int32 [2], uniform from 0 to 2·padding."""
+    return jax.random.randint(key, (2,), 0, 2 * padding + 1)
+
+
 def random_crop(key: jax.Array, image: jax.Array, padding: int) -> jax.Array:
     """Pads by reflection and crops at a uniform whole-pixel offset, which shifts by up to ±padding pixels."""
     padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
-    y, x = jax.random.randint(key, (2,), 0, 2 * padding + 1)
+    y, x = crop_offset(key, padding)
     sliced, selected = (partial(form, padding=padding) for form in (slice_window, select_window))
     return jax.lax.platform_dependent(padded, y, x, cpu=sliced, default=selected)
 
@@ -152,36 +157,16 @@ def trivial_augment(key: jax.Array, image: jax.Array) -> jax.Array:
     return jnp.clip(jax.lax.select_n(kind, *results), 0, 255)
 
 
-def mix(
-    keys: jax.Array, images: jax.Array, others: jax.Array, mixup_alpha: float, cutmix_alpha: float
-) -> tuple[jax.Array, jax.Array]:
-    """Mixes each image with another by mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899).
-
-    Args: keys [N]; images, others: float [N, H, W, C]; mixup_alpha, cutmix_alpha: exactly one is above 0.
-    Returns: (mixed images [N, H, W, C], weight of each image's own label, float32 [N]).
-    """
-    _, height, width, _ = images.shape
-    share_keys, y_keys, x_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
-    alpha = mixup_alpha or cutmix_alpha
-    share = jax.vmap(lambda key: jax.random.beta(key, alpha, alpha))(share_keys)
-    if mixup_alpha:
-        weight = share.reshape(-1, 1, 1, 1).astype(images.dtype)
-        return weight * images + (1 - weight) * others, share
-
-    def inside(keys: jax.Array, length: int) -> jax.Array:
-        centre = jax.vmap(lambda key: jax.random.uniform(key, (1,)))(keys) * length
-        half = length * jnp.sqrt(1 - share)[:, None] / 2
-        return jnp.abs(jnp.arange(0.5, length)[None, :] - centre) < half
-
-    box = inside(y_keys, height)[:, :, None] & inside(x_keys, width)[:, None, :]  # clipped at the edges: count pixels
-    return jnp.where(box[..., None], others, images), 1 - box.mean((1, 2))
+def part_keys(key: jax.Array) -> jax.Array:
+    """Returns an image's four keys, for the affine warp, the crop, the flip and the cutout."""
+    return jax.random.split(key, 4)
 
 
 def create_augment(config: Config) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Returns the recipe's augmentation of scaled images: (keys [N], float images [N, H, W, C]) → images."""
 
     def augment_one(key: jax.Array, image: jax.Array) -> jax.Array:
-        affine_key, crop_key, flip_key, cutout_key = jax.random.split(key, 4)
+        affine_key, crop_key, flip_key, cutout_key = part_keys(key)
         if config.rotation_degrees or config.shift_fraction:
             image = random_affine(affine_key, image, config.rotation_degrees, config.shift_fraction)
         if config.crop_padding:
@@ -207,13 +192,6 @@ def augmentation_keys(rng: jax.Array, step: jax.Array | int, positions: jax.Arra
     """
     augment_rng, _ = step_keys(rng, step)
     return jax.vmap(lambda i: jax.random.fold_in(augment_rng, i))(positions)
-
-
-class Mixture(NamedTuple):
-    """How a batch was mixed: each image's partner, int32 [N], and the weight of its own label, float32 [N]."""
-
-    partner: jax.Array
-    share: jax.Array
 
 
 def create_input_transform(config: Config, image_size: int) -> Callable[..., tuple[jax.Array, Mixture | None]]:

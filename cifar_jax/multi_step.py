@@ -41,6 +41,7 @@ def create_train_steps(
 
     (state, history, images, labels, order, start, count) → (state, history, loss of the last step).
 
+    With a teacher, its logits, float16 [N, views, C], come after the labels.
     Args: constant: each call runs steps_per_call steps, whatever its count, in a loop with constant bounds.
     """
     train_step = create_train_step(config, image_size)
@@ -48,13 +49,17 @@ def create_train_steps(
     share = create_averaging_share(config, steps_per_epoch)
     wrap = config.normalization == "batch"
 
-    def train_steps(state, history, images, labels, order, start, count, device):  # type: ignore[no-untyped-def]
+    def train_steps(state, history, images, labels, *rest):  # type: ignore[no-untyped-def]
+        *teacher, order, start, count, device = rest
+
         def one(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
             state, history = carry
             first = i * config.batch_size + device * per_device_batch_size
             batch = take_batch(images, labels, order, first, per_device_batch_size, wrap=wrap)
             epoch = jnp.asarray(state.step // steps_per_epoch)
             batch |= {"epoch": epoch, "averaging_share": share(state.step + 1)}
+            if teacher:
+                batch["teacher_logits"] = teacher[0][batch["index"]]
             state, metrics = train_step(state, batch)
             return state, _record(history, i, metrics)
 

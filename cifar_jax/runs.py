@@ -160,14 +160,19 @@ def identify(dataset: Dataset) -> dict[str, Any]:
     return sizes | {f"{name} labels' SHA-256": _checksum(labels) for name, labels in sets.items()}
 
 
-def check_same_data(workdir: Path, dataset: Dataset, resumes: bool) -> None:
-    """Checks that a resumed run sees the same training data, and records the data's identity in dataset.json.
+def check_same_data(workdir: Path, dataset: Dataset, resumes: bool, teacher: str | None = None) -> None:
+    """Checks that a resumed run sees the same training data and teacher, and records their identity in dataset.json.
 
-    Raises: UserError, see refuse_other_data.
+    Args: teacher: its SHA-256, see `teacher.identify_teacher`. Raises: UserError, see refuse_other_data.
     """
     if resumes:
         refuse_other_data(workdir, dataset)
+        if (_read_identity(workdir) or {}).get("teacher_sha256", teacher) != teacher:
+            raise UserError(
+                f"{workdir}: --teacher has changed since this run began: restore it, or use another --workdir"
+            )
     identity = {"source": dataset.source, "train_labels_sha256": _checksum(dataset.train_labels)}
+    identity |= {"teacher_sha256": teacher} if teacher else {}
     write_json(workdir / "dataset.json", identity)
 
 

@@ -17,6 +17,7 @@ from cifar_jax.augment import create_input_transform, step_keys
 from cifar_jax.batches import pixel_statistics, scale_images, split_seed
 from cifar_jax.configs.base import Config
 from cifar_jax.datasets import DATASETS
+from cifar_jax.distillation import create_view_numbers, distillation_loss
 from cifar_jax.models import get_model, unit_variance, whitening_kernel
 from cifar_jax.normalization import Moments, Statistics, add_scales, apply_normalized
 from cifar_jax.optimizer import create_tx
@@ -120,18 +121,23 @@ def create_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the recipe's train_step(state, batch) → (state, metrics) for images resized to image_size.
 
-    It runs under the mapped axis AXIS. batch: the result of `take_batch`, 'epoch' (int32 from 0, for alternating flips)
-    and 'averaging_share' (float32, if parameters are averaged). metrics: of the global batch before the update: 'loss'
-    (float32, the recipe's mean loss with dropout on), 'correct' (int32) and 'count' (int32).
+    It runs under the mapped axis AXIS. batch: the result of `take_batch`, 'epoch' (int32 from 0, for alternating
+    flips), 'averaging_share' (float32, if parameters are averaged) and 'teacher_logits' (float16 [n, views, C], if
+    there is a teacher). metrics: of the global batch before the update: 'loss' (float32, the recipe's mean loss with
+    dropout on), 'correct' (int32) and 'count' (int32).
     """
     transform = create_input_transform(config, image_size)
     model, normalized = create_model(config), config.normalization == "batch"
+    view_numbers = create_view_numbers(config)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         device, num_devices = lax.axis_index(AXIS), lax.axis_size(AXIS)
         images, mixture = transform(state.rng, state.step, device, batch)
         _, dropout_rng = step_keys(state.rng, state.step)
         count = lax.psum(batch["mask"].sum(), AXIS)
+        if config.teacher is not None:
+            views = view_numbers(state.rng, state.step, device, batch)
+            teacher_logits = jnp.take_along_axis(batch["teacher_logits"], views[:, None, None], axis=1)[:, 0]
 
         def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
             options: dict[str, Any] = {"train": True, "rngs": {"dropout": jax.random.fold_in(dropout_rng, 0)}}
@@ -144,6 +150,9 @@ def create_train_step(
             if mixture is not None:
                 others = cross_entropy(logits, batch["label"][mixture.partner], config.label_smoothing)
                 losses = mixture.share * losses + (1 - mixture.share) * others
+            if config.teacher is not None:
+                taught = distillation_loss(logits, teacher_logits.astype(jnp.float32), config.teacher_temperature)
+                losses = config.teacher_share * taught + (1 - config.teacher_share) * losses
             # The factor num_devices makes pmean give the mean over the global batch, even if it is partly padding.
             return (losses * batch["mask"]).sum() * num_devices / count, logits
 

@@ -61,9 +61,14 @@ class Trainer:
         self.history: Metrics = {}
         self.clear_history()
         self._data = replicate((images, labels), devices)
+        self._teacher_logits: tuple[jax.Array, ...] = ()
         self._num_images = len(labels)
         self._compiled: dict[tuple[int, bool], Callable[..., Any]] = {}
         self._statistics: Callable[..., Any] | None = None
+
+    def teach(self, logits: np.ndarray) -> None:
+        """Takes the logits of the recipe's teacher, float16 [N, views, C] (see `teacher.compute_teacher_logits`)."""
+        self._teacher_logits = (replicate(logits, self.devices),)
 
     def clear_history(self) -> None:
         """Resets the metrics at the start of an epoch."""
@@ -83,7 +88,7 @@ class Trainer:
             lengths = self.steps_per_epoch, self.steps_per_call
             steps = create_train_steps(self.config, self.devices, image_size, *lengths, constant)
             self._compiled[image_size, constant] = steps.compile(
-                self.state, self.history, *self._data, order, np.int32(0), np.int32(0)
+                self.state, self.history, *self._data, *self._teacher_logits, order, np.int32(0), np.int32(0)
             )
         return self._compiled[image_size, constant]
 
@@ -94,7 +99,7 @@ class Trainer:
         """
         run = self.compile(image_size, order, count)
         self.state, self.history, loss = run(
-            self.state, self.history, *self._data, order, np.int32(start), np.int32(count)
+            self.state, self.history, *self._data, *self._teacher_logits, order, np.int32(start), np.int32(count)
         )
         return loss
 

@@ -26,6 +26,7 @@ from cifar_jax.processes import agree, any_of, check_same, on_main
 from cifar_jax.profiler import Profiler
 from cifar_jax.runs import check_same_data, identify, probe_workdir, read_config, read_summary, summarize
 from cifar_jax.steps import count_steps_per_epoch
+from cifar_jax.teacher import compute_teacher_logits, identify_teacher, load_teacher
 from cifar_jax.trainer import Evaluator, Trainer
 
 
@@ -50,6 +51,7 @@ class Run:
         self.tested = "held-out" if config.holdout else "test"
         self.steps_per_epoch = count_steps_per_epoch(config, len(self.dataset.train_labels), len(devices))
         on_main(self._open_checkpoints)
+        self.teacher = None if config.teacher is None else load_teacher(config.teacher, self.num_classes)
         self.trainer = Trainer(config, self.dataset.train_images, self.dataset.train_labels, devices)
         self.num_parameters = sum(leaf.size for leaf in jax.tree.leaves(self.trainer.state.eval_params))
         self.progress, self.log = Progress(), RunLog()
@@ -64,7 +66,7 @@ class Run:
         if (summary := on_main(lambda: self._complete(resumes))) is not None:
             return summary
         on_main(lambda: self._prepare(resumes))
-        if not self.stop():
+        if not self.stop() and self._teach():
             with self.logger, self.profiler:
                 self.logger.log(self.log.rows)
                 self._train_epochs()
@@ -128,7 +130,7 @@ class Run:
         if resumes:
             epoch, step, _ = self.progress
             began = read_config(self.workdir).num_devices
-            check_same_data(self.workdir, self.dataset, resumes)
+            check_same_data(self.workdir, self.dataset, resumes, identify_teacher(self.teacher))
             say(f"resuming after {epoch} epochs and {step}/{self.steps_per_epoch} steps")
             if began != config.num_devices and config.normalization == "batch":
                 say(
@@ -142,7 +144,16 @@ class Run:
         if resumes:
             self.log.write(self.workdir)
         else:
-            check_same_data(self.workdir, self.dataset, resumes)
+            check_same_data(self.workdir, self.dataset, resumes, identify_teacher(self.teacher))
+
+    def _teach(self) -> bool:
+        """Gives the trainer the logits of the recipe's teacher, if it has one. Returns: False if it was stopped."""
+        if self.teacher is not None:
+            logits = compute_teacher_logits(self.config, self.teacher, self.dataset, self.devices, self.stop)
+            if logits is None:
+                return False
+            self.trainer.teach(logits)
+        return True
 
     def _train_epochs(self) -> None:
         """Compiles all steps, then trains to the last epoch or until the run is stopped."""

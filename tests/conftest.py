@@ -51,8 +51,8 @@ TFDS_DATA_DIR = os.environ.get("TFDS_DATA_DIR", "")
 
 # Modules whose tests train, compile whole networks or start commands: `pytest -m "not slow"` leaves them out.
 SLOW_MODULES = {
-    *("accuracy", "augment", "calibration", "checkpoint", "console", "early_training", "evaluate", "export"),
-    *("extending", "faults", "gpu", "kernels_benchmark", "loggers", "lowering", "models", "network_report"),
+    *("accuracy", "augment", "calibration", "checkpoint", "console", "distillation", "early_training", "evaluate"),
+    *("export", "extending", "faults", "gpu", "kernels_benchmark", "loggers", "lowering", "models", "network_report"),
     *("normalization", "ops", "parallel", "parity", "predict", "pretrained", "processes", "symmetry", "throughput"),
     *("train", "trainer", "training", "weights_files", "weights_hostile", "weights_keras"),
 }

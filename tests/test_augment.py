@@ -8,7 +8,7 @@ import pytest
 import scipy.ndimage
 from PIL import Image, ImageEnhance, ImageOps
 
-from cifar_jax import augment
+from cifar_jax import augment, mixing
 from cifar_jax.configs import RECIPES
 
 
@@ -122,18 +122,18 @@ def keys(seed, count):
 
 def test_mixup_weighs_pixels_and_labels_alike():
     images = jnp.arange(4.0).reshape(4, 1, 1, 1) * jnp.ones((4, 8, 8, 3))
-    mixed, share = augment.mix(keys(0, 4), images, images[::-1], 0.4, 0.0)
+    mixed, share = mixing.mix(keys(0, 4), images, images[::-1], 0.4, 0.0)
     own, other = np.arange(4.0), np.arange(4.0)[::-1]
     expected = share * own + (1 - share) * other
     np.testing.assert_allclose(mixed, expected.reshape(4, 1, 1, 1) * np.ones((4, 8, 8, 3)), rtol=1e-5)
     many = jnp.zeros((40_000, 1, 1, 1))
-    shares = augment.mix(keys(1, 40_000), many, many, 0.4, 0.0)[1]
+    shares = mixing.mix(keys(1, 40_000), many, many, 0.4, 0.0)[1]
     np.testing.assert_allclose([shares.mean(), shares.var()], [0.5, 0.25 / 1.8], atol=0.01)  # Beta(0.4, 0.4)
 
 
 def test_cutmix_pastes_a_rectangle_of_the_other_image():
     images = jnp.concatenate([jnp.zeros((200, 16, 16, 3)), jnp.ones((200, 16, 16, 3))])
-    mixed, share = augment.mix(keys(0, 400), images, images[::-1], 0.0, 1.0)
+    mixed, share = mixing.mix(keys(0, 400), images, images[::-1], 0.0, 1.0)
     pasted = np.asarray(mixed != images)
     assert (pasted == pasted[..., :1]).all()
     pasted = pasted[..., 0]

@@ -120,6 +120,9 @@ COMMANDS = {
     "python -m cifar_jax.predict photos 'more/*.png' --csv": Run(),
     "python -m cifar_jax.train lenet5 --holdout 5000 --workdir runs/calibrated": Run(f"{TINY} --holdout 30"),
     "python -m cifar_jax.convert runs/calibrated calibrated.safetensors": Run(),
+    "python -m cifar_jax.train lenet5 --teacher all_cnn --crop-padding 2 --workdir runs/taught": Run(
+        f"{TINY} --teacher lenet5 --crop-padding 0"
+    ),
     "python -m cifar_jax.predict photo.jpg --weights calibrated.safetensors": Run(),
     "python -m cifar_jax.report --out report --pretrained lenet5": Run("--disturbed-images 0"),
     "python -m cifar_jax.convert runs/mine lenet5.pth": Run(),

@@ -106,6 +106,14 @@ class Config:
     label_smoothing: float = 0.0
     """Share of each target that is spread evenly over all classes."""
 
+    teacher: str | None = None
+    """Also learn the logits of a trained network: a released one's name, a run's folder or a weight file
+    (arXiv:1503.02531). It computes them once for all flips and crops of the training images, which are cached."""
+    teacher_share: float = 0.9
+    """Share of the teacher in the loss. The labels have the rest."""
+    teacher_temperature: float = 4.0
+    """Temperature of the probabilities that are compared with the teacher's."""
+
     rotation_degrees: float = 0.0
     """Random affine warp: largest rotation in degrees."""
     shift_fraction: float = 0.0
@@ -188,6 +196,11 @@ class Config:
         check(self.mixup_alpha == 0 or self.cutmix_alpha == 0, "mixup_alpha", "0 with --cutmix-alpha")
         resizes = not self.image_sizes or model.RESIZABLE
         check(resizes, "image_sizes", f"empty for {self.model}, which takes only 32×32 pixels")
+        check(0 < self.teacher_share <= 1, "teacher_share", "above 0 and at most 1")
+        check(0 < self.teacher_temperature < math.inf, "teacher_temperature", "a number above 0")
+        taught = self.teacher is not None
+        for field in ("rotation_degrees", "shift_fraction", "mixup_alpha", "cutmix_alpha", "trivial_augment"):
+            check(not (taught and getattr(self, field)), field, "off with --teacher, which sees only flips and crops")
         check(not (self.alternating_flip and self.random_flip), "alternating_flip", "False with --random-flip")
         sizes_fit = all(14 <= size <= 32 and epochs >= 1 for size, epochs in self.image_sizes)
         check(sizes_fit, "image_sizes", "pairs of a size from 14 to 32 and a number of epochs")
