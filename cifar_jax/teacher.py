@@ -92,7 +92,9 @@ def compute_teacher_logits(
                 return None
             logits = on_main(lambda view=view: _read(folder, view, table[:, 0].shape))  # type: ignore[misc]
             if logits is None:
-                compute = compute or _create_compute(config, teacher, dataset, devices)
+                if compute is None:
+                    say(f"computing the logits of {config.teacher} for {len(views) - number} views of the images")
+                    compute = _create_compute(config, teacher, dataset, devices)
                 if (logits := compute(view, stop)) is None:
                     return None
                 if not np.isfinite(logits).all():
