@@ -240,6 +240,18 @@ def run_command(monkeypatch, capsys):
 
 
 @pytest.fixture
+def default_signals():
+    """Ctrl-C and hang-ups end a process. Under nohup, or in the background of a script, pytest ignores them."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    ignored = [number for number in defaults if signal.getsignal(number) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, defaults[number])
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@pytest.fixture
 def small_cifar(monkeypatch):
     """CIFAR-10 and 100 with 100 training and 20 test images: {name: (train images, train labels, test images, …)}."""
     data = {}

@@ -12,6 +12,8 @@ import pytest
 from cifar_jax import __main__, interrupt
 from cifar_jax.cli import command
 
+pytestmark = pytest.mark.usefixtures("default_signals")
+
 COMMANDS = [["cifar_jax"], *([f"cifar_jax.{name}"] for name in __main__.COMMANDS)]
 COMMANDS += [["cifar_jax", name] for name in __main__.COMMANDS]
 

@@ -17,7 +17,7 @@ from cifar_jax.configs import RECIPES
 from cifar_jax.train import parse_command
 from cifar_jax.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("direct_convolutions", "no_figures")
+pytestmark = pytest.mark.usefixtures("default_signals", "direct_convolutions", "no_figures")
 QUICK = ("quickstart", "--num-devices", 1, "--steps-per-call", 1)
 
 
