@@ -114,13 +114,20 @@ def has_constant_bounds(devices: Sequence[jax.Device]) -> bool:
 def choose_steps_per_call(config: Config, devices: Sequence[jax.Device], num_steps: int) -> int:
     """Returns the largest number of steps that one compiled call runs in a pass of `num_steps`.
 
-    It is the recipe's number; else the network's on a CPU; else up to ACCELERATOR_STEPS_PER_CALL, and no less than half
-    of them if the calls of a pass can then be equally long, which needs one program only.
+    It is the recipe's number; else on a CPU the network's, elsewhere that of `accelerator_steps_per_call`.
     """
     if config.steps_per_call is not None:
         return min(config.steps_per_call, num_steps)
     if devices[0].platform == "cpu":
         return min(get_model(config.model).CPU_STEPS_PER_CALL, num_steps)
+    return accelerator_steps_per_call(num_steps)
+
+
+def accelerator_steps_per_call(num_steps: int) -> int:
+    """Returns the steps of a call on an accelerator, in a pass of `num_steps`: at most ACCELERATOR_STEPS_PER_CALL.
+
+    It is no less than half of them if the calls of a pass can then be equally long, which needs one program only.
+    """
     most = min(ACCELERATOR_STEPS_PER_CALL, num_steps)
     return max((count for count in range(most // 2, most + 1) if count and num_steps % count == 0), default=most)
 

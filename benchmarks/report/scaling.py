@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.report.results import Results, measured_by, table, three_digits
 from benchmarks.scaling import CHIPS, TOPOLOGIES, Step, predict
-from cifar_jax.parallel import ACCELERATOR_STEPS_PER_CALL
+from cifar_jax.parallel import accelerator_steps_per_call
 
 Program = dict[str, Any]
 CHIP = "v5e"  # of the model
@@ -110,7 +110,7 @@ def model(results: Results, recipe: str, weak: bool) -> list[tuple[Step, int]]:
     for shape in TOPOLOGIES:
         batch_size = several["batch_size"] * (math.prod(shape) if weak else 1)
         steps_per_epoch = -(-several["num_images"] // batch_size)
-        per_call = several["cycles_per_call"], min(ACCELERATOR_STEPS_PER_CALL, steps_per_epoch)
+        per_call = several["cycles_per_call"], accelerator_steps_per_call(steps_per_epoch)
         step = predict(CHIPS[CHIP], shape, batch_size / math.prod(shape), cycles, sizes, *per_call)
         steps.append((step, steps_per_epoch))
     return steps
@@ -132,7 +132,7 @@ def _scaling(results: Results, weak: bool) -> str:
             parts = {name: getattr(step, name) for name in PARTS}
             efficiency = rate / (step.chips * rates[0])
             epoch = step.seconds * steps_per_epoch
-            calls = 1 / (step.seconds * min(ACCELERATOR_STEPS_PER_CALL, steps_per_epoch))
+            calls = 1 / (step.seconds * accelerator_steps_per_call(steps_per_epoch))
             batch = f"{step.chips * step.images_per_chip:,.0f}"
             cells = [f"`{recipe}`", f"{step.chips}", batch, f"{step.images_per_chip:,.0f}"]
             cells += [three_digits(1000 * seconds) for seconds in (*parts.values(), step.seconds)]
@@ -170,7 +170,7 @@ def dispatch(results: Results) -> str:
     for recipe in RECIPES:
         seconds = result["dispatch_seconds"][recipe]
         steps = model(results, recipe, weak=False)
-        needed = max(1 / (step.seconds * min(ACCELERATOR_STEPS_PER_CALL, number)) for step, number in steps)
+        needed = max(1 / (step.seconds * accelerator_steps_per_call(number)) for step, number in steps)
         one = max(1 / step.seconds for step, _ in steps)
         cells = [f"`{recipe}`", three_digits(1000 * seconds), f"{1 / seconds:,.0f}"]
         rows.append([*cells, three_digits(needed), f"{one:,.0f}"])
