@@ -59,7 +59,7 @@ def create_train_steps(
             epoch = jnp.asarray(state.step // steps_per_epoch)
             batch |= {"epoch": epoch, "averaging_share": share(state.step + 1)}
             if teacher:
-                batch["teacher_logits"] = teacher[0][batch["index"]]
+                batch["teacher_logits"] = teacher[0]
             state, metrics = train_step(state, batch)
             return state, _record(history, i, metrics)
 

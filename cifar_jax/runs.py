@@ -131,10 +131,15 @@ def check_same_config(workdir: Path, config: Config) -> None:
     if not has_checkpoints and not results and not in_restarts:
         return  # the run saved nothing, for example if memory ran out: its batch size may change
     old, new = dataclasses.asdict(saved), dataclasses.asdict(config)
-    fields = [name for name in old if name not in EXECUTION_FIELDS and old[name] != new[name]]
-    if fields:
+    if fields := _differing(old, new):
         changes = ", ".join(f"{name} {old[name]} → {new[name]}" for name in fields)
         raise UserError(f"{workdir}: holds a run with another config ({changes}): name another --workdir")
+
+
+def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Returns the fields that make another run. A teacher may have moved: dataset.json tells it from another one."""
+    moved = {"teacher"} if old.get("teacher") and new["teacher"] else set()
+    return [name for name in old if name not in {*EXECUTION_FIELDS, *moved} and old[name] != new[name]]
 
 
 def _read_identity(workdir: Path) -> dict[str, Any] | None:
@@ -219,8 +224,7 @@ def read_summary(workdir: Path, config: Config) -> dict[str, Any] | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         summary = read_json(workdir / "summary.json")
         fields = json.loads(json.dumps(dataclasses.asdict(config)))
-        same = all(fields[name] == value for name, value in summary["config"].items())
-        if same and summary["epochs"] == config.num_epochs:
+        if not _differing(summary["config"], fields) and summary["epochs"] == config.num_epochs:
             return summary
     return None
 

@@ -122,9 +122,9 @@ def create_train_step(
     """Returns the recipe's train_step(state, batch) → (state, metrics) for images resized to image_size.
 
     It runs under the mapped axis AXIS. batch: the result of `take_batch`, 'epoch' (int32 from 0, for alternating
-    flips), 'averaging_share' (float32, if parameters are averaged) and 'teacher_logits' (float16 [n, views, C], if
-    there is a teacher). metrics: of the global batch before the update: 'loss' (float32, the recipe's mean loss with
-    dropout on), 'correct' (int32) and 'count' (int32).
+    flips), 'averaging_share' (float32, if parameters are averaged) and 'teacher_logits' (float16 [N, views, C] of all
+    training images, if there is a teacher). metrics: of the global batch before the update: 'loss' (float32, the
+    recipe's mean loss with dropout on, without the teacher's part), 'correct' (int32) and 'count' (int32).
     """
     transform = create_input_transform(config, image_size)
     model, normalized = create_model(config), config.normalization == "batch"
@@ -137,7 +137,7 @@ def create_train_step(
         count = lax.psum(batch["mask"].sum(), AXIS)
         if config.teacher is not None:
             views = view_numbers(state.rng, state.step, device, batch)
-            teacher_logits = jnp.take_along_axis(batch["teacher_logits"], views[:, None, None], axis=1)[:, 0]
+            teacher_logits = batch["teacher_logits"][batch["index"], views].astype(jnp.float32)
 
         def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
             options: dict[str, Any] = {"train": True, "rngs": {"dropout": jax.random.fold_in(dropout_rng, 0)}}
@@ -151,7 +151,7 @@ def create_train_step(
                 others = cross_entropy(logits, batch["label"][mixture.partner], config.label_smoothing)
                 losses = mixture.share * losses + (1 - mixture.share) * others
             if config.teacher is not None:
-                taught = distillation_loss(logits, teacher_logits.astype(jnp.float32), config.teacher_temperature)
+                taught = distillation_loss(logits, teacher_logits, config.teacher_temperature)
                 losses = config.teacher_share * taught + (1 - config.teacher_share) * losses
             # The factor num_devices makes pmean give the mean over the global batch, even if it is partly padding.
             return (losses * batch["mask"]).sum() * num_devices / count, logits
@@ -164,6 +164,9 @@ def create_train_step(
         if state.ema_params is not None:
             average = optax.incremental_update(state.params, state.ema_params, batch["averaging_share"])
             state = state.replace(ema_params=average)
+        if config.teacher is not None:  # the labels' loss tells whether a training has stalled
+            losses = cross_entropy(logits, batch["label"], config.label_smoothing)
+            loss = (losses * batch["mask"]).sum() * num_devices / count
         correct = (is_correct(logits, batch["label"]) * batch["mask"]).sum()
         metrics = {
             "loss": lax.pmean(loss, AXIS),

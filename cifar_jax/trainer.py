@@ -12,6 +12,7 @@ import numpy as np
 
 from cifar_jax.batches import epoch_order
 from cifar_jax.configs.base import Config
+from cifar_jax.errors import UserError
 from cifar_jax.multi_step import (
     create_eval_steps,
     create_statistics_steps,
@@ -84,6 +85,8 @@ class Trainer:
         Each size compiles once. Where loops have constant bounds, it compiles once more for all shorter calls.
         """
         constant = has_constant_bounds(self.devices) and count in (None, self.steps_per_call)
+        if self.config.teacher is not None and not self._teacher_logits:
+            raise UserError("only cifar_jax.train can train a recipe with a teacher")
         if (image_size, constant) not in self._compiled:
             lengths = self.steps_per_epoch, self.steps_per_call
             steps = create_train_steps(self.config, self.devices, image_size, *lengths, constant)

@@ -28,6 +28,7 @@ from cifar_jax.runs import check_same_data, identify, probe_workdir, read_config
 from cifar_jax.steps import count_steps_per_epoch
 from cifar_jax.teacher import compute_teacher_logits, identify_teacher, load_teacher
 from cifar_jax.trainer import Evaluator, Trainer
+from cifar_jax.weights.files import Weights
 
 
 class Run:
@@ -51,7 +52,6 @@ class Run:
         self.tested = "held-out" if config.holdout else "test"
         self.steps_per_epoch = count_steps_per_epoch(config, len(self.dataset.train_labels), len(devices))
         on_main(self._open_checkpoints)
-        self.teacher = None if config.teacher is None else load_teacher(config.teacher, self.num_classes)
         self.trainer = Trainer(config, self.dataset.train_images, self.dataset.train_labels, devices)
         self.num_parameters = sum(leaf.size for leaf in jax.tree.leaves(self.trainer.state.eval_params))
         self.progress, self.log = Progress(), RunLog()
@@ -65,8 +65,9 @@ class Run:
             raise self._stalled(self.progress.epoch)  # earlier calls without --auto-restart trained on after it stalled
         if (summary := on_main(lambda: self._complete(resumes))) is not None:
             return summary
-        on_main(lambda: self._prepare(resumes))
-        if not self.stop() and self._teach():
+        teacher = None if config.teacher is None else load_teacher(config.teacher, self.dataset.info)
+        on_main(lambda: self._prepare(resumes, teacher))
+        if not self.stop() and self._teach(teacher):
             with self.logger, self.profiler:
                 self.logger.log(self.log.rows)
                 self._train_epochs()
@@ -124,13 +125,13 @@ class Run:
             say(f"its checkpoints are missing: remove {file} to train it again")
         return summary
 
-    def _prepare(self, resumes: bool) -> None:
+    def _prepare(self, resumes: bool, teacher: Weights | None) -> None:
         """Checks that the run can continue here, and writes config.json and dataset.json."""
-        config = self.config
+        config, identity = self.config, None if teacher is None else identify_teacher(teacher)
         if resumes:
             epoch, step, _ = self.progress
             began = read_config(self.workdir).num_devices
-            check_same_data(self.workdir, self.dataset, resumes, identify_teacher(self.teacher))
+            check_same_data(self.workdir, self.dataset, resumes, identity)
             say(f"resuming after {epoch} epochs and {step}/{self.steps_per_epoch} steps")
             if began != config.num_devices and config.normalization == "batch":
                 say(
@@ -144,12 +145,12 @@ class Run:
         if resumes:
             self.log.write(self.workdir)
         else:
-            check_same_data(self.workdir, self.dataset, resumes, identify_teacher(self.teacher))
+            check_same_data(self.workdir, self.dataset, resumes, identity)
 
-    def _teach(self) -> bool:
-        """Gives the trainer the logits of the recipe's teacher, if it has one. Returns: False if it was stopped."""
-        if self.teacher is not None:
-            logits = compute_teacher_logits(self.config, self.teacher, self.dataset, self.devices, self.stop)
+    def _teach(self, teacher: Weights | None) -> bool:
+        """Gives the trainer the teacher's logits, if there is a teacher. Returns: False if it was stopped."""
+        if teacher is not None:
+            logits = compute_teacher_logits(self.config, teacher, self.dataset, self.devices, self.stop)
             if logits is None:
                 return False
             self.trainer.teach(logits)
@@ -162,8 +163,7 @@ class Run:
             if self.stop():
                 return
             trainer.compile(image_size, trainer.order(epoch))
-        images, labels = self.dataset.test_images, self.dataset.test_labels
-        evaluator = Evaluator(config, trainer.state, images, labels, self.devices)
+        evaluator = Evaluator(config, trainer.state, self.dataset.test_images, self.dataset.test_labels, self.devices)
         while self.progress.epoch < config.num_epochs and not self.stop() and self._train_epoch(evaluator):
             pass
 

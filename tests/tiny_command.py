@@ -47,7 +47,7 @@ def load_tiny(name, data_dir):
     rng = np.random.default_rng(int(os.environ.get("TINY_SEED", "0")))
     images = rng.integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)
     labels = rng.integers(0, 10, 50, dtype=np.int32)
-    return Dataset(images[:42], labels[:42], images[42:], labels[42:], DATASETS["digits"], "random images")
+    return Dataset(images[:42], labels[:42], images[42:], labels[42:], DATASETS["cifar10"], "random images")
 
 
 def main():
@@ -56,7 +56,7 @@ def main():
     from cifar_jax.configs import RECIPES
     from cifar_jax.configs.base import Config
 
-    create_config = partial(Config, dataset="digits", model="tiny", dropout_rates=(0.2,), input_scaling="symmetric")
+    create_config = partial(Config, dataset="cifar10", model="tiny", dropout_rates=(0.2,), input_scaling="symmetric")
     RECIPES["tiny"] = create_config(workdir="run", batch_size=8, num_epochs=2, learning_rate=0.05)
     training.load_dataset = load_tiny
     plots.plot_run = lambda workdir: None

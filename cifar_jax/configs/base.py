@@ -107,8 +107,8 @@ class Config:
     """Share of each target that is spread evenly over all classes."""
 
     teacher: str | None = None
-    """Also learn the logits of a trained network: a released one's name, a run's folder or a weight file
-    (arXiv:1503.02531). It computes them once for all flips and crops of the training images, which are cached."""
+    """Also learn the logits of a trained network (arXiv:1503.02531): a released one's name, a run's folder or a weight
+    file. Its logits of all flips and crops of the training images are computed once and cached."""
     teacher_share: float = 0.9
     """Share of the teacher in the loss. The labels have the rest."""
     teacher_temperature: float = 4.0
@@ -197,7 +197,8 @@ class Config:
         resizes = not self.image_sizes or model.RESIZABLE
         check(resizes, "image_sizes", f"empty for {self.model}, which takes only 32×32 pixels")
         check(0 < self.teacher_share <= 1, "teacher_share", "above 0 and at most 1")
-        check(0 < self.teacher_temperature < math.inf, "teacher_temperature", "a number above 0")
+        check(0.1 <= self.teacher_temperature <= 100, "teacher_temperature", "from 0.1 to 100")
+        check(self.teacher != "", "teacher", "a released network's name, a run's folder or a weight file")
         taught = self.teacher is not None
         for field in ("rotation_degrees", "shift_fraction", "mixup_alpha", "cutmix_alpha", "trivial_augment"):
             check(not (taught and getattr(self, field)), field, "off with --teacher, which sees only flips and crops")
