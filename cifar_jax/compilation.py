@@ -19,7 +19,7 @@ from cifar_jax.datasets.files import cache_folder
 from cifar_jax.errors import UserError
 
 MAX_BYTES = 256 * 2**20  # of all entries; a recipe's are about 2 MB
-_MIN_COMPILE_SECONDS = 0.1  # JAX's default of 1 second leaves out programs that add up to seconds
+_MIN_COMPILE_SECONDS = 0.0  # JAX's default of 1 second leaves out programs that add up to seconds
 
 
 def use_compilation_cache() -> None:
