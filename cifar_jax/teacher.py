@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from cifar_jax.augment import slice_window
 from cifar_jax.batches import pixel_statistics, scale_images, take_batch
 from cifar_jax.configs.base import Config
 from cifar_jax.console import progress_bar, say
@@ -131,8 +132,7 @@ def _create_compute(
         mirrored, y, x = view
         seen = jnp.where(mirrored == 1, seen[:, :, ::-1], seen)
         seen = jnp.pad(seen, ((0, 0), (padding, padding), (padding, padding), (0, 0)), mode="reflect")
-        zero = jnp.zeros_like(y)
-        seen = lax.dynamic_slice(seen, (zero, y + padding, x + padding, zero), (size, *images.shape[1:]))
+        seen = jax.vmap(lambda image: slice_window(image, y + padding, x + padding, padding))(seen)
         logits = model.apply({"params": params}, scale_images(seen, *statistics))
         return lax.all_gather(logits.astype(jnp.float16), AXIS, tiled=True)
 
