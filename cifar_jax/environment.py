@@ -17,6 +17,7 @@ import jax
 import cifar_jax
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "flax", "optax", "orbax-checkpoint")
+VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX"}  # flags of /proc/cpuinfo, the widest first
 
 
 def describe_command(program: str, arguments: Sequence[str]) -> str:
@@ -26,12 +27,15 @@ def describe_command(program: str, arguments: Sequence[str]) -> str:
 
 
 def _processor() -> str:
-    """Returns the CPU's architecture and, on Linux, its model name."""
+    """Returns the CPU's architecture and, on Linux, its model name and its widest vector instructions, if on x86."""
+    found: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{platform.machine()}, {line.partition(':')[2].strip()}"
-    return platform.machine()
+            name, _, value = line.partition(":")
+            found.setdefault(name.strip(), value.strip())
+    flags = found.get("flags", "").split()
+    vectors = next((title for flag, title in VECTORS.items() if flag in flags), None)
+    return ", ".join(part for part in (platform.machine(), found.get("model name"), vectors) if part)
 
 
 def describe_environment(devices: Sequence[jax.Device], packages: Sequence[str] = PACKAGES) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 import platform
 import types
+from functools import partial
 
 import jax
 
@@ -7,12 +8,14 @@ from cifar_jax import environment
 
 
 def test_the_processor_is_told_where_the_system_tells_it(monkeypatch):
-    text = "processor: 0\nmodel name\t: An Abacus: 9\nmodel name\t: other\n"
+    text = "processor: 0\nmodel name\t: An Abacus: 9\nflags\t: FLAGS\nmodel name\t: other\n"
     monkeypatch.setattr(environment.os, "cpu_count", lambda: 8)
     monkeypatch.setattr(platform, "machine", lambda: "z80")
     hardware = lambda: environment.describe_environment(jax.local_devices())["hardware"]
-    monkeypatch.setattr(environment, "Path", lambda name: types.SimpleNamespace(read_text=lambda: text))
-    assert hardware() == "4 × cpu, 8 CPU cores (z80, An Abacus: 9)"
+    for flags, vectors in (("avx avx2 sse", ", AVX2"), ("avx2 avx512f", ", AVX-512"), ("sse", ""), ("", "")):
+        file = types.SimpleNamespace(read_text=partial(text.replace, "FLAGS", flags))
+        monkeypatch.setattr(environment, "Path", {"/proc/cpuinfo": file}.get)
+        assert hardware() == f"4 × cpu, 8 CPU cores (z80, An Abacus: 9{vectors})"
 
     def absent(name):
         raise FileNotFoundError
