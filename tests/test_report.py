@@ -48,7 +48,7 @@ def test_a_changed_result_is_found_and_written(copy, run_command):
     assert "README.md" not in errors
     assert run_command(report.main)[0] == 0
     assert "12.34 % of 360 test images" in (copy / "docs/results.md").read_text()
-    drawn = {"accuracy.png", "parity_lenet5.png", "processes.png", "throughput.png"}
+    drawn = {"accuracy.png", "parity_lenet5.png", "processes.png", "throughput.png", "throughput_avx2.png"}
     shown = {Path(path).name for path in tutorial.files(copy) if path.endswith(".png")}
     assert {path.name for path in (copy / "docs/figures").iterdir()} == drawn | shown
     assert run_command(report.main, "--check")[0] == 0
