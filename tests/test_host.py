@@ -20,8 +20,10 @@ def test_freed_memory_is_kept_where_the_library_can(monkeypatch):
 
 
 @pytest.mark.parametrize(("batch_size", "num_devices", "limited"), [(256, 1, True), (520, 1, False), (520, 2, True)])
-def test_temporary_arrays_come_in_blocks_that_are_kept(batch_size, num_devices, limited):
-    """The option is set only on a CPU, for single steps, and if no array exceeds it, as XLA would print a warning."""
+def test_temporary_arrays_come_in_blocks_that_are_kept(batch_size, num_devices, limited, monkeypatch):
+    """The option is set only on a CPU, for single steps, without huge pages, and if no array exceeds it, as XLA would
+    print a warning."""
+    monkeypatch.setattr(host, "has_huge_pages", lambda: False)
     lenet5, gpus = RECIPES["lenet5"], [types.SimpleNamespace(platform="gpu")] * num_devices
     options = host.compiler_options(lenet5, batch_size, jax.local_devices()[:num_devices])
     assert options == ({"xla_multiheap_size_constraint_per_heap": 60 * 2**20} if limited else {})
@@ -30,6 +32,30 @@ def test_temporary_arrays_come_in_blocks_that_are_kept(batch_size, num_devices, 
     assert host.compiler_options(deterministic, batch_size, gpus) == {"xla_gpu_deterministic_ops": True}
     assert host.compiler_options(deterministic, batch_size, jax.local_devices()[:num_devices]) == options
     assert not host.compiler_options(lenet5, batch_size, jax.local_devices()[:num_devices], steps_per_call=16)
+    monkeypatch.setattr(host, "has_huge_pages", lambda: True)
+    assert not host.compiler_options(lenet5, batch_size, jax.local_devices()[:num_devices])
+
+
+@pytest.mark.parametrize(
+    ("setting", "tunables", "huge"),
+    [
+        ("[always] madvise never", None, True),
+        ("always [madvise] never", None, False),
+        ("always [madvise] never", "glibc.malloc.check=3:glibc.malloc.hugetlb=1", True),
+        ("always [madvise] never", "glibc.malloc.hugetlb=0", False),
+        ("always madvise [never]", "glibc.malloc.hugetlb=1", False),
+        (None, "glibc.malloc.hugetlb=1", False),
+    ],
+)
+def test_huge_pages_are_seen(setting, tunables, huge, tmp_path, monkeypatch):
+    file = tmp_path / "enabled"
+    if setting is not None:
+        file.write_text(f"{setting}\n")
+    monkeypatch.setattr(host, "Path", {"/sys/kernel/mm/transparent_hugepage/enabled": file}.get)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if tunables is not None:
+        monkeypatch.setenv("GLIBC_TUNABLES", tunables)
+    assert host.has_huge_pages() == huge
 
 
 def test_every_core_becomes_a_device_unless_the_user_says_otherwise(monkeypatch):
