@@ -18,6 +18,7 @@ from jax import lax
 
 from cifar_jax.configs.base import Config
 from cifar_jax.errors import UserError
+from cifar_jax.host import release_memory
 from cifar_jax.keys import plain, with_keys
 from cifar_jax.models import get_model
 from cifar_jax.processes import broadcast
@@ -153,7 +154,9 @@ class Parallel:
         numbers = np.arange(len(self.devices), dtype=np.int32)
         each = _sharding(self.devices, jax.sharding.PartitionSpec(AXIS))  # pmap takes whole arrays across processes
         index = jax.make_array_from_callback(numbers.shape, each, lambda part: numbers[part])
+        release_memory()  # what earlier steps need again, so that it does not add to what the compiler needs
         compiled = self._lower(args, index).compile(self.options)
+        release_memory()
         return lambda *args: compiled(*args, index)
 
     def _lower(self, args: Sequence[Any], index: Any) -> jax.stages.Lowered:

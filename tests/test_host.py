@@ -9,14 +9,18 @@ from cifar_jax.configs import RECIPES
 from cifar_jax.errors import UserError
 
 
-def test_freed_memory_is_kept_where_the_library_can(monkeypatch):
+def test_freed_memory_is_kept_and_released_where_the_library_can(monkeypatch):
     calls = []
-    library = types.SimpleNamespace(mallopt=lambda *arguments: calls.append(arguments))
+    function = lambda *arguments: calls.append(arguments)
+    library = types.SimpleNamespace(mallopt=function, malloc_trim=function)
     monkeypatch.setattr(host.ctypes, "CDLL", lambda name: library)
     host.keep_memory()
     assert calls == [(-4, 0), (-1, -1), (-2, 2**28)]  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
+    host.release_memory()
+    assert calls[3:] == [(0,)]
     monkeypatch.setattr(host.ctypes, "CDLL", lambda name: object())
     host.keep_memory()
+    host.release_memory()
 
 
 @pytest.mark.parametrize(("batch_size", "num_devices", "limited"), [(256, 1, True), (520, 1, False), (520, 2, True)])

@@ -76,3 +76,12 @@ def test_steps_a_call():
     assert parallel.choose_steps_per_call(lenet5, gpu, 12500) == 625  # calls of equal length need one program
     assert parallel.choose_steps_per_call(lenet5, gpu, 10007) == 1000  # a prime number
     assert parallel.choose_steps_per_call(dataclasses.replace(lenet5, steps_per_call=7), gpu, 12500) == 7
+
+
+def test_compiling_uses_free_memory_and_leaves_none(monkeypatch):
+    order = []
+    monkeypatch.setattr(parallel, "release_memory", lambda: order.append("released"))
+    lowered = types.SimpleNamespace(compile=lambda options: order.append("compiled"))
+    monkeypatch.setattr(parallel.Parallel, "_lower", lambda *_: lowered)
+    parallel.Parallel(None, jax.local_devices()[:1], (), {}).compile()
+    assert order == ["released", "compiled", "released"]
