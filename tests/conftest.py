@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import importlib.metadata
 import os
+import shutil
 import signal
 
 # Compiled quickly rather than well: compilation is what the tests spend their time on.
@@ -22,6 +23,11 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _compilation_cache = tempfile.TemporaryDirectory(prefix="cifar_jax-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compilation_cache.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+# Checkpoints wait for the disk. In memory, where there is room, the tests that write them take an eighth less time.
+MEMORY = "/dev/shm"
+if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 2 * 2**30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY)
 
 import h5py
 import jax
