@@ -79,3 +79,15 @@ def test_the_tables_divide_the_batch_or_give_it_to_each_chip(tmp_path):
     assert weak[-1][0].per_call == pytest.approx(1.5e6 / clock)
     rates = scaling._rates(Results(tmp_path), "lenet5", weak=True)
     assert rates[-1] == pytest.approx(50_000 / weak[-1][0].seconds)  # the batch has 65,536 places
+
+
+def test_bfloat16_is_compared_with_the_same_program(tmp_path):
+    sizes = {"bytes_accessed": 8e6, "temporary_bytes": 4e6}
+    halves = {"cycles": 0.34e6, "bytes_accessed": 2e6, "temporary_bytes": 3e6}
+    programs = [program("v5e:1x1", 1, 2.6e6) | sizes, program("v5e:2x2", 4, 0.68e6) | sizes]
+    measured = {"command": "COMMAND", "hardware": "-", "versions": {}, "date": "-"}
+    for name, found in (("tpu_compile", programs), ("tpu_compile_bfloat16", [programs[1] | halves])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(measured | {"programs": found}))
+    lines = scaling.bfloat16(Results(tmp_path)).splitlines()
+    assert lines[2] == "| `lenet5` | v5e:2x2 | training | 340 | 0.50 | 0.25 | 0.75 |"
+    assert "COMMAND" in lines[-1]

@@ -39,6 +39,7 @@ PAGES: dict[str, dict[str, Section]] = {
         "processes": processes.processes,
         "kills": processes.kills,
         "programs": scaling.programs,
+        "bfloat16": scaling.bfloat16,
         "collectives": scaling.collectives,
         "loops": scaling.loops,
         "strong": scaling.strong,

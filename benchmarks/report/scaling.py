@@ -65,6 +65,21 @@ def _copy(program: Program) -> str:
     )
 
 
+def bfloat16(results: Results) -> str:
+    """The programs that were compiled in bfloat16 too, as a share of the same programs in float32."""
+    result, rows = results.load("tpu_compile_bfloat16"), []
+    key = lambda program: tuple(program[name] for name in ("recipe", "topology", "phase", "scaling"))
+    whole = {key(program): program for program in results.load("tpu_compile")["programs"]}
+    kinds = "cycles", "bytes_accessed", "temporary_bytes"
+    for program in result["programs"]:
+        shares = [f"{program[kind] / whole[key(program)][kind]:.2f}" for kind in kinds]
+        cycles = f"{program['cycles'] / 1000:,.0f}"
+        rows.append([f"`{program['recipe']}`", program["topology"], program["phase"], cycles, *shares])
+    header = ["recipe", "topology", "step of", "thousand cycles"]
+    header += [f"{kind} ÷ float32's" for kind in ("cycles", "bytes moved", "temporaries")]
+    return "\n\n".join([table(header, rows), measured_by(result)])
+
+
 def collectives(results: Results) -> str:
     """The collectives of each program in its optimised HLO."""
     result, rows = results.load("tpu_compile"), []
