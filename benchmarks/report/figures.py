@@ -7,7 +7,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.report.performance import PHASE_TITLES, backends, images_per_second, workload_title
+from benchmarks.report.performance import (
+    PHASE_TITLES,
+    backends,
+    images_per_second,
+    workload_title,
+    workloads_of,
+)
 from benchmarks.report.results import (
     FRAMEWORKS,
     KERAS_CURVE,
@@ -87,7 +93,7 @@ def draw_parity_lenet5(results: Results, path: Path) -> None:
 
 def draw_throughput(result: dict[str, Any], path: Path) -> None:
     """Draws bars of images per second: one row of charts per workload, one chart per phase."""
-    workloads = list(result["workloads"].values())
+    workloads = workloads_of(result)
     phases = list(backends(workloads[0])["jax"]["phases"])
     heights = [len(backends(workload)) for workload in workloads]
     size = (4 * len(phases), 0.28 * sum(height + 2 for height in heights) + 0.5)

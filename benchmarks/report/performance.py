@@ -25,8 +25,13 @@ def images_per_second(workload: Workload, backend: str, phase: str) -> float:
     return backends(workload)[backend]["phases"][phase]["images_per_second"]
 
 
+def workloads_of(result: dict[str, Any]) -> list[Workload]:
+    """Returns the workloads of a throughput*.json, ordered by network and batch size."""
+    return sorted(result["workloads"].values(), key=lambda workload: (workload["model"], workload["batch_size"]))
+
+
 def phases_of(result: dict[str, Any]) -> list[str]:
-    first = next(iter(result["workloads"].values()))
+    first = workloads_of(result)[0]
     return [phase for phase in PHASE_TITLES if phase in backends(first)["jax"]["phases"]]
 
 
@@ -36,7 +41,7 @@ def workload_title(workload: Workload) -> str:
 
 def throughput_table(result: dict[str, Any]) -> str:
     """The table of a throughput*.json, with absent backends and the conditions of the measurement."""
-    workloads, phases = result["workloads"].values(), phases_of(result)
+    workloads, phases = workloads_of(result), phases_of(result)
     rows = [_backend_row(workload, name, phases) for workload in workloads for name in backends(workload)]
     header = ["", "", *(PHASE_TITLES[phase] for phase in phases), "first calls, s", "peak memory, MiB"]
     absent = [
@@ -68,7 +73,7 @@ def _backend_row(workload: Workload, name: str, phases: list[str]) -> list[str]:
 def _single_rounds(result: dict[str, Any], phases: list[str]) -> list[str]:
     """The range over the rounds of the ratio of jax to the best PyTorch, in at most one line."""
     ranges = []
-    for workload in result["workloads"].values():
+    for workload in workloads_of(result):
         for phase in phases:
             best = best_pytorch(workload, phase)
             if best is not None:
@@ -88,7 +93,7 @@ def throughput_summary(results: Results) -> str:
     """Images per second of jax, with the ratio to the best PyTorch."""
     result = results.load("throughput")
     phases, rows = phases_of(result), []
-    for workload in result["workloads"].values():
+    for workload in workloads_of(result):
         cells = []
         for phase in phases:
             rate, best = images_per_second(workload, "jax", phase), best_pytorch(workload, phase)
