@@ -1,4 +1,4 @@
-"""JAX's persistent compilation cache, in the user's cache folder: a second start of a recipe compiles nothing.
+"""JAX's persistent compilation cache, in the user's cache folder: a second start compiles little or nothing.
 
 JAX compiles again where an entry is missing or unreadable, and works without a cache where the folder can't be written.
 """

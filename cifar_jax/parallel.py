@@ -154,7 +154,7 @@ class Parallel:
         numbers = np.arange(len(self.devices), dtype=np.int32)
         each = _sharding(self.devices, jax.sharding.PartitionSpec(AXIS))  # pmap takes whole arrays across processes
         index = jax.make_array_from_callback(numbers.shape, each, lambda part: numbers[part])
-        release_memory()  # what earlier steps need again, so that it does not add to what the compiler needs
+        release_memory()  # what earlier steps have freed would add to what the compiler needs
         compiled = self._lower(args, index).compile(self.options)
         release_memory()
         return lambda *args: compiled(*args, index)
