@@ -125,6 +125,9 @@ COMMANDS = {
     ),
     "python -m cifar_jax.predict photo.jpg --weights calibrated.safetensors": Run(),
     "python -m cifar_jax.report --out report --pretrained lenet5": Run("--disturbed-images 0"),
+    "python -m cifar_jax.report --out report --pretrained all_cnn --disturbed-images 0": Stops(
+        "--out photo.jpg", "tests/test_network_report.py"
+    ),
     "python -m cifar_jax.convert runs/mine lenet5.pth": Run(),
     "python -m cifar_jax.convert model.pth model.keras": Run(),
     "python -m cifar_jax.convert runs/first first.safetensors --checkpoint best": Run(),

@@ -77,6 +77,8 @@ def test_every_card_says_what_it_must(name):
     for kind, title in {"float32": "float32", "bfloat16": "bfloat16", "flip_tta": mirror}.items():
         measured = MEASURED.load(f"pretrained_{name}_{kind}")["test_accuracy"]
         assert f"| Test accuracy, {title} | {percent(measured)} % |" in text
+    measured = MEASURED.load(f"pretrained_{name}_report")["calibration_error"]
+    assert f"| Expected calibration error, float32 | {percent(measured)} % |" in text
 
 
 TENSORS = {  # SHA-256 of the bytes after the header

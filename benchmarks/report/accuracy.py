@@ -126,9 +126,12 @@ def pretrained(results: Results) -> str:
     for name in results.names("pretrained_"):
         if name.endswith("_float32"):
             runs = [results.load(name.removesuffix("float32") + kind) for kind in RELEASED]
-            rows.append([f"`{runs[0]['weights']}`", *(percent(run["test_accuracy"]) for run in runs)])
-            measured |= {environment(run) for run in runs}
-    return "\n\n".join([table(["network", *RELEASED.values()], rows), *sorted(measured)])
+            report = results.load(name.removesuffix("float32") + "report")
+            cells = [run["test_accuracy"] for run in runs] + [report["calibration_error"]]
+            rows.append([f"`{report['weights']}`", *map(percent, cells)])
+            measured |= {environment(run) for run in (*runs, report)}
+    header = ["network", *RELEASED.values(), "expected calibration error"]
+    return "\n\n".join([table(header, rows), *sorted(measured)])
 
 
 def exports(results: Results) -> str:
