@@ -171,12 +171,12 @@ def load_run(
     return config, state, progress
 
 
-def load_file(weights: Weights, dtype: Dtype) -> tuple[Config, TrainState]:
-    """Returns a config for evaluating these weights, and a state that holds them on every local device.
+def evaluation_config(weights: Weights, dtype: Dtype) -> Config:
+    """Returns a config for evaluating these weights.
 
     The dataset is the file's, or CIFAR-10 if the file names none. The dropout rates are the network's defaults.
     """
-    config = Config(
+    return Config(
         workdir="runs/none",  # not used without training
         model=weights.model,
         dropout_rates=get_model(weights.model)().dropout_rates,
@@ -187,6 +187,11 @@ def load_file(weights: Weights, dtype: Dtype) -> tuple[Config, TrainState]:
         dataset=weights.dataset if weights.dataset in DATASETS else "cifar10",
         dtype=dtype,
     )
+
+
+def load_file(weights: Weights, dtype: Dtype) -> tuple[Config, TrainState]:
+    """Returns `evaluation_config`, and a state that holds the weights on every local device."""
+    config = evaluation_config(weights, dtype)
     model = weights.create_module(dropout_rates=config.dropout_rates, dtype=jnp.dtype(dtype))
     _, rng, _ = split_seed(config.seed)
     state = TrainState.create(apply_fn=model.apply, params=weights.params, tx=optax.identity(), rng=rng)

@@ -22,7 +22,7 @@ from cifar_jax.augment import slice_window
 from cifar_jax.batches import pixel_statistics, scale_images, take_batch
 from cifar_jax.configs.base import Config
 from cifar_jax.console import progress_bar, say
-from cifar_jax.datasets import DATASETS, Dataset, DatasetInfo
+from cifar_jax.datasets import Dataset, DatasetInfo
 from cifar_jax.datasets.files import cache_folder
 from cifar_jax.distillation import View, list_views
 from cifar_jax.errors import UserError
@@ -32,7 +32,7 @@ from cifar_jax.multi_step import round_eval_batch_size
 from cifar_jax.parallel import AXIS, Parallel, local, replicate
 from cifar_jax.pretrained import pretrained_names
 from cifar_jax.processes import on_main
-from cifar_jax.sources import SourceFlags, load_file, load_source
+from cifar_jax.sources import SourceFlags, evaluation_config, load_source
 from cifar_jax.weights.files import Weights
 
 MAX_BYTES = 2**31  # of the logits of all views
@@ -70,15 +70,12 @@ def _load(name: str, info: DatasetInfo) -> Weights:
 
 def identify_teacher(teacher: Weights) -> str:
     """Returns the SHA-256 of a network's parameters and of what it computes from them."""
-    facts = (teacher.model, _statistics(teacher), teacher.final_relu)
+    config = evaluation_config(teacher, "float32")
+    facts = (teacher.model, pixel_statistics(config.input_scaling, config.dataset), teacher.final_relu)
     stamp = hashlib.sha256(repr(facts).encode())
     for path, leaf in jax.tree.leaves_with_path(teacher.params):
         stamp.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
     return stamp.hexdigest()
-
-
-def _statistics(teacher: Weights) -> tuple[Sequence[float], Sequence[float]]:
-    return pixel_statistics(teacher.input_scaling, teacher.dataset if teacher.dataset in DATASETS else "cifar10")
 
 
 def compute_teacher_logits(
@@ -121,7 +118,9 @@ def _create_compute(
     config: Config, teacher: Weights, dataset: Dataset, devices: Sequence[jax.Device]
 ) -> Callable[[View, Callable[[], bool]], np.ndarray | None]:
     """Returns compute(view, stop) → float16 [N, C], compiled once; None if stopped."""
-    count, padding, statistics = len(dataset.train_labels), config.crop_padding, _statistics(teacher)
+    count, padding = len(dataset.train_labels), config.crop_padding
+    applied = dataclasses.replace(evaluation_config(teacher, "float32"), deterministic=config.deterministic)
+    statistics = pixel_statistics(applied.input_scaling, applied.dataset)
     size = round_eval_batch_size(config, devices, count) // len(devices)
     model = teacher.create_module()
 
@@ -138,8 +137,6 @@ def _create_compute(
 
     params, *data = replicate((teacher.params, dataset.train_images, dataset.train_labels), devices)
     arguments = lambda start, view: (params, *data, np.int32(start), tuple(map(np.int32, view)))
-    applied, _ = load_file(teacher, "float32")
-    applied = dataclasses.replace(applied, deterministic=config.deterministic)
     options = compiler_options(applied, size * len(devices), devices)
     run = Parallel(step, devices, (), options).compile(*arguments(0, View(0, 0, 0)))
 
