@@ -104,8 +104,9 @@ def compiler_options(
     """
     if devices[0].platform == "gpu" and config.deterministic:
         return {"xla_gpu_deterministic_ops": True}
-    too_large = batch_size // len(devices) * _largest_activation(config.model) > _HEAP_BYTES
-    if devices[0].platform != "cpu" or steps_per_call > 1 or too_large or has_huge_pages():
+    if devices[0].platform != "cpu" or steps_per_call > 1 or has_huge_pages():
+        return {}
+    if batch_size // len(devices) * _largest_activation(config.model) > _HEAP_BYTES:
         return {}
     return {"xla_multiheap_size_constraint_per_heap": _HEAP_BYTES}
 
