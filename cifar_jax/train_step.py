@@ -139,6 +139,10 @@ def create_train_step(
             views = view_numbers(state.rng, state.step, device, batch)
             teacher_logits = batch["teacher_logits"][batch["index"], views].astype(jnp.float32)
 
+        def mean(losses: jax.Array) -> jax.Array:
+            # The factor num_devices makes pmean give the mean over the global batch, even if it is partly padding.
+            return (losses * batch["mask"]).sum() * num_devices / count
+
         def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
             options: dict[str, Any] = {"train": True, "rngs": {"dropout": jax.random.fold_in(dropout_rng, 0)}}
             with ops.number_images(device * images.shape[0]):
@@ -153,8 +157,7 @@ def create_train_step(
             if config.teacher is not None:
                 taught = distillation_loss(logits, teacher_logits, config.teacher_temperature)
                 losses = config.teacher_share * taught + (1 - config.teacher_share) * losses
-            # The factor num_devices makes pmean give the mean over the global batch, even if it is partly padding.
-            return (losses * batch["mask"]).sum() * num_devices / count, logits
+            return mean(losses), logits
 
         (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         grad_fn = lambda params, _: jax.grad(loss_fn, has_aux=True)(params)[0]
@@ -165,8 +168,7 @@ def create_train_step(
             average = optax.incremental_update(state.params, state.ema_params, batch["averaging_share"])
             state = state.replace(ema_params=average)
         if config.teacher is not None:  # the labels' loss tells whether a training has stalled
-            losses = cross_entropy(logits, batch["label"], config.label_smoothing)
-            loss = (losses * batch["mask"]).sum() * num_devices / count
+            loss = mean(cross_entropy(logits, batch["label"], config.label_smoothing))
         correct = (is_correct(logits, batch["label"]) * batch["mask"]).sum()
         metrics = {
             "loss": lax.pmean(loss, AXIS),
