@@ -125,8 +125,7 @@ def pretrained(results: Results) -> str:
     rows, measured = [], set()
     for name in results.names("pretrained_"):
         if name.endswith("_float32"):
-            runs = [results.load(name.removesuffix("float32") + kind) for kind in RELEASED]
-            report = results.load(name.removesuffix("float32") + "report")
+            *runs, report = (results.load(name.removesuffix("float32") + kind) for kind in (*RELEASED, "report"))
             cells = [run["test_accuracy"] for run in runs] + [report["calibration_error"]]
             rows.append([f"`{report['weights']}`", *map(percent, cells)])
             measured |= {environment(run) for run in (*runs, report)}

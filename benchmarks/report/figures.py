@@ -11,6 +11,7 @@ from benchmarks.report.performance import (
     PHASE_TITLES,
     backends,
     images_per_second,
+    phases_of,
     workload_title,
     workloads_of,
 )
@@ -94,7 +95,7 @@ def draw_parity_lenet5(results: Results, path: Path) -> None:
 def draw_throughput(result: dict[str, Any], path: Path) -> None:
     """Draws bars of images per second: one row of charts per workload, one chart per phase."""
     workloads = workloads_of(result)
-    phases = list(backends(workloads[0])["jax"]["phases"])
+    phases = phases_of(result)
     heights = [len(backends(workload)) for workload in workloads]
     size = (4 * len(phases), 0.28 * sum(height + 2 for height in heights) + 0.5)
     figure = Figure(figsize=size, layout="constrained")

@@ -19,6 +19,10 @@ def _megabytes(size: float) -> str:
     return three_digits(size / 1e6)
 
 
+def _thousands(cycles: float) -> str:
+    return f"{cycles / 1000:,.0f}"
+
+
 def _milliseconds(cycles: float, topology: str) -> str:
     clock = CHIPS[topology.partition(":")[0]].clock
     return "–" if clock is None else three_digits(1000 * cycles / clock)
@@ -35,7 +39,7 @@ def programs(results: Results) -> str:
         sizes = [program[f"{kind}_bytes"] for kind in ("argument", "temporary", "output")]
         used = sum(sizes) - program["donated_bytes"] + program["program_bytes"]
         images = f"{program['images_per_chip']}{'' if program['scaling'] == 'strong' else ' (weak)'}"
-        cycles = f"{program['cycles'] / 1000:,.0f}"
+        cycles = _thousands(program["cycles"])
         rows.append(
             [
                 *(f"`{program['recipe']}`", program["topology"], program["phase"], images),
@@ -61,7 +65,7 @@ def _copy(program: Program) -> str:
     return (
         f"`{program['recipe']}` on {topology}: copies at the start of a training call read and write "
         f"{_megabytes(program['bytes_copied_per_call'])} MB. The part of a call outside of its steps takes "
-        f"{program['cycles_per_call'] / 1000:,.0f} thousand cycles{estimate}."
+        f"{_thousands(program['cycles_per_call'])} thousand cycles{estimate}."
     )
 
 
@@ -73,7 +77,7 @@ def bfloat16(results: Results) -> str:
     kinds = "cycles", "bytes_accessed", "temporary_bytes"
     for program in result["programs"]:
         shares = [f"{program[kind] / whole[key(program)][kind]:.2f}" for kind in kinds]
-        cycles = f"{program['cycles'] / 1000:,.0f}"
+        cycles = _thousands(program["cycles"])
         rows.append([f"`{program['recipe']}`", program["topology"], program["phase"], cycles, *shares])
     header = ["recipe", "topology", "step of", "thousand cycles"]
     header += [f"{kind} ÷ float32's" for kind in ("cycles", "bytes moved", "temporaries")]
