@@ -14,15 +14,19 @@ mkdir -p "$1" && OUT=$(cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 runs=$(mktemp -d)
 trap 'rm -rf "$runs"' EXIT
-trap 'kill "$running" 2>/dev/null; wait; exit 130' INT TERM  # each part has its own process group
-running= failed=()
+trap stop INT TERM
+failed=()
+
+stop() {  # each part's process group outlives a `timeout` that the signal met while it forked
+  for job in $(jobs -p); do kill "$job"; wait "$job"; kill -- "-$job"; done 2>/dev/null
+  exit 130
+}
 
 part() {  # NAME SECONDS COMMAND…
   local name=$1 seconds=$2
   shift 2
   timeout -k 5 "$seconds" "$PYTHON" "$@" >"$OUT/$name.txt" 2>"$OUT/$name.log" &
-  running=$!
-  wait "$running" || failed+=("$name: exit status $?, see $name.log")
+  wait $! || failed+=("$name: exit status $?, see $name.log")
 }
 
 train() {  # RECIPE SECONDS: trains a recipe, then measures it on the test set
