@@ -115,7 +115,7 @@ FAULTS = (
         companions.devices, (companions.CLOSE,), 2, 0,
     ),
     Fault(
-        "second process of a cluster", "`jax.process_count()` is 2",
+        "unconnected process of a cluster", "`jax.process_count()` is 2, and the command did not connect the processes",
         companions.second_process, (REFUSED,), 1, 1,
     ),
     Fault(

@@ -122,15 +122,22 @@ def ablation(results: Results) -> str:
 
 
 def pretrained(results: Results) -> str:
-    rows, measured = [], set()
+    columns = [*RELEASED.values(), "expected calibration error"]
+    rows: list[list[str]] = []
+    measured: dict[str, dict[str, list[str]]] = {}  # by environment, the columns of each network
     for name in results.names("pretrained_"):
         if name.endswith("_float32"):
             *runs, report = (results.load(name.removesuffix("float32") + kind) for kind in (*RELEASED, "report"))
             cells = [run["test_accuracy"] for run in runs] + [report["calibration_error"]]
-            rows.append([f"`{report['weights']}`", *map(percent, cells)])
-            measured |= {environment(run) for run in (*runs, report)}
-    header = ["network", *RELEASED.values(), "expected calibration error"]
-    return "\n\n".join([table(header, rows), *sorted(measured)])
+            network = f"`{report['weights']}`"
+            rows.append([network, *map(percent, cells)])
+            for column, result in zip(columns, (*runs, report), strict=True):
+                measured.setdefault(environment(result), {}).setdefault(network, []).append(column)
+    lines = []
+    for where, networks in sorted(measured.items()):
+        parts = [f"{network}: {'; '.join(names)}." for network, names in networks.items()]
+        lines.append(" ".join([*parts, where]))
+    return "\n\n".join([table(["network", *columns], rows), *lines])
 
 
 def exports(results: Results) -> str:

@@ -11,7 +11,9 @@ Check = dict[str, Any]
 
 
 def _number(value: float | None) -> str:
-    return "NaN" if value is None else f"{value:.1e}"
+    if value is None:
+        return "NaN"
+    return f"{value:.1e}" if value else "0"
 
 
 def parity_table(result: dict[str, Any]) -> str:
