@@ -18,7 +18,7 @@ import shlex
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -100,7 +100,7 @@ def parse_command(arguments: list[str]) -> tuple[Config, Processes]:
     recipe = tyro.extras.subcommand_type_from_defaults(RECIPES, DESCRIPTIONS, prefix_names=False)
     unprefixed = tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[recipe]]  # type: ignore[valid-type]
     return parse_arguments(
-        tuple[unprefixed, tyro.conf.OmitArgPrefixes[Processes]],
+        tuple[unprefixed, Annotated[tyro.conf.OmitArgPrefixes[Processes], tyro.conf.arg(name="several processes")]],
         prog="python -m cifar_jax.train",
         description=f"Trains a recipe. Without a name: {DEFAULT_RECIPE}. RECIPE --help lists its flags.",
         args=arguments,

@@ -234,7 +234,7 @@ class Run:
         summary = summarize(self.config, rows, self.num_parameters, self.devices, self.dataset.source)
         if rows:
             self._draw()
-            write_json(self.workdir / "summary.json", summary)  # last: its presence means that the run is complete
+            write_json(self.workdir / "summary.json", summary)
         return summary
 
     def _draw(self) -> None:

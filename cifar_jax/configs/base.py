@@ -69,8 +69,8 @@ class Config:
     whitening: bool = False
     """The first layer's first filters whiten the patches of 256 training images. These filters are not trained."""
     mirror_symmetry: bool = False
-    """Give an image and its mirror image the same logits: half of the units have the other half's kernels, mirrored
-    (see symmetry.py). Flips then have no effect on lenet5."""
+    """Give an image and its mirror image the same logits (all_cnn: nearly the same): half of the units have the other
+    half's kernels, mirrored (see symmetry.py). Flips then have no effect on lenet5."""
     optimizer: Literal["sgd", "keras_sgd", "muon"] = "sgd"
     """sgd: SGD with momentum; keras_sgd: the same with the learning rate inside the velocity, as in Keras; muon:
     orthogonalised steps for kernels (scaled as in arXiv:2502.16982), and Adam (NAdam with --nesterov) for biases and
@@ -140,9 +140,9 @@ class Config:
     eval_batch_size: int = 500
     """Images per evaluation step, over all devices."""
     num_devices: int | None = None
-    """Number of local devices; None: all, but no more CPU cores than can get 16 images each."""
+    """Number of devices of all processes; None: all, but no more CPU cores than can get 16 images each."""
     steps_per_call: int | None = None
-    """Training steps per compiled call; None: on a CPU the network's own number, elsewhere 1,000."""
+    """Training steps per compiled call; None: on a CPU the network's own number, elsewhere up to 1000."""
     deterministic: bool = False
     """On a GPU, use only operations for training and test that give the same bits each time, at the cost of speed."""
     logger: Literal["none", "tensorboard", "wandb"] = "none"
