@@ -95,6 +95,12 @@ COMMANDS = {
         f"{TINY} --holdout 30"
     ),
     "python -m cifar_jax.train lenet5_reference": Run(TINY),
+    "python -m cifar_jax.train lenet5 --dataset cifar100 --workdir runs/cifar100": Stops(
+        "--data-dir nowhere", "tests/test_extending.py"
+    ),
+    "python -m cifar_jax.train all_cnn_fast --dtype bfloat16 --workdir runs/gpu": Stops(
+        "--num-epochs 0", "tests/test_trainer.py"
+    ),
     "python -m cifar_jax.train all_cnn_reference --auto-restart": Run(f"{TINY} --image-sizes 14 1"),
     "python -m cifar_jax.train all_cnn_reference --seed 0": Run(f"{TINY} --image-sizes 14 1"),
     "python -m cifar_jax.train lenet5 --data-dir path/to/folder": Run(f"{TINY} --data-dir ."),
@@ -133,6 +139,7 @@ COMMANDS = {
     "python -m cifar_jax.convert runs/first first.safetensors --checkpoint best": Run(),
     "python -m cifar_jax.export all_cnn.onnx --pretrained all_cnn": EXPORT,
     "python -m cifar_jax.export all_cnn.onnx --pretrained all_cnn --uint8": EXPORT,
+    "python -m cifar_jax.export all_cnn.keras --pretrained all_cnn": EXPORT,
     "python -m cifar_jax.export lenet5.stablehlo --pretrained lenet5": EXPORT,
     "python -m cifar_jax.export pytorch_model.bin --format pytorch --pretrained lenet5": EXPORT,
     "python -m benchmarks.accuracy --recipe all_cnn_fast --seeds 0 1 2 --out benchmarks/results --runs runs": ACCURACY,
