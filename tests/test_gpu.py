@@ -1,6 +1,10 @@
 """What only a GPU can show, in a minute: CIFAR_JAX_TEST_PLATFORMS=cuda,cpu pytest -n 0 -m gpu"""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +22,7 @@ from cifar_jax.train import train_and_evaluate
 from cifar_jax.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,6 +70,31 @@ def test_a_run_stops_and_resumes(tmp_path, tiny_config, tiny_dataset):
     with pytest.raises(Interrupted):
         train_and_evaluate(config, tiny_dataset, stop_at(8))
     assert train_and_evaluate(config, tiny_dataset)["epochs"] == 2
+
+
+CPU_RUN = """
+import contextlib, dataclasses, itertools, sys
+from cifar_jax.configs import RECIPES
+from cifar_jax.outcomes import Interrupted
+from cifar_jax.train import train_and_evaluate
+
+calls = itertools.count()
+config = dataclasses.replace(RECIPES["quickstart"], workdir=sys.argv[1], num_epochs=2, num_devices=1, steps_per_call=1)
+with contextlib.suppress(Interrupted):
+    train_and_evaluate(config, stop=lambda: next(calls) == 40)
+"""
+
+
+def test_a_run_that_a_cpu_began_goes_on(tmp_path, capsys):
+    workdir = str(tmp_path / "run")
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", CPU_RUN, workdir], cwd=ROOT, env=environment, check=True)
+    config = dataclasses.replace(RECIPES["quickstart"], workdir=workdir, num_epochs=2, num_devices=1)
+    train_and_evaluate(config)
+    assert "resuming after 0 epochs" in capsys.readouterr().out
+    losses = np.load(tmp_path / "run" / "batch_loss.npy")
+    assert len(losses) == 90
+    assert losses[40:50].mean() < losses[:10].mean() - 0.2
 
 
 def test_released_networks_load():
