@@ -205,12 +205,10 @@ def create_eval_step(
     statistics = pixel_statistics(config.input_scaling, config.dataset)
 
     def eval_step(state: TrainState, batch: Batch) -> Metrics:
-        rng = jax.random.fold_in(jax.random.fold_in(state.rng, batch["start"]), lax.axis_index(AXIS))
-        images = scale_images(batch["image"], *statistics)
-        apply = lambda images: state.apply_fn(
-            {"params": state.eval_params}, images, train=dropout, rngs={"dropout": rng}
-        )
-        logits = (apply(images) + apply(images[:, :, ::-1])) / 2 if flip_tta else apply(images)
+        images, rngs = scale_images(batch["image"], *statistics), {"dropout": jax.random.fold_in(state.rng, 2**32 - 1)}
+        apply = lambda images: state.apply_fn({"params": state.eval_params}, images, train=dropout, rngs=rngs)
+        with ops.number_images(batch["start"]):
+            logits = (apply(images) + apply(images[:, :, ::-1])) / 2 if flip_tta else apply(images)
         labels, mask = batch["label"], batch["mask"]
         values = cross_entropy(logits, labels), is_correct(logits, labels), jnp.ones_like(mask)
         loss, correct, count = (lax.psum((x * mask).sum(), AXIS) for x in values)

@@ -23,7 +23,7 @@ from cifar_jax.normalization import fold, merge
 from cifar_jax.parallel import choose_steps_per_call, has_constant_bounds, replicate
 from cifar_jax.train_step import Metrics, TrainState, create_train_state
 
-FOLD_IMAGES = 2500  # training images for the statistics that `fold` uses
+FOLD_IMAGES, FOLD_BATCH = 2500, 250  # training images for `fold`'s statistics, in all and on a device at a time
 MAX_PENDING_CALLS = 2  # calls queued on the device; JAX would queue 32, which delays the response to a signal
 
 
@@ -82,8 +82,11 @@ class Trainer:
     def compile(self, image_size: int, order: jax.Array, count: int | None = None) -> Callable[..., Any]:
         """Returns the compiled call of `count` steps, or of steps_per_call, for images of this size.
 
-        Each size compiles once. Where loops have constant bounds, it compiles once more for all shorter calls.
+        Each size compiles once. Where loops have constant bounds, it compiles once more for all shorter calls: without
+        `count` if an epoch ends with one.
         """
+        if count is None and (last := self.steps_per_epoch % self.steps_per_call):
+            self.compile(image_size, order, last)
         constant = has_constant_bounds(self.devices) and count in (None, self.steps_per_call)
         if self.config.teacher is not None and not self._teacher_logits:
             raise UserError("only cifar_jax.train can train a recipe with a teacher")
@@ -140,14 +143,15 @@ class Trainer:
         """With normalisation, computes state.folded_params from the averaged parameters and FOLD_IMAGES images."""
         if self.config.normalization == "none":
             return
-        params, statistics = self.state.averaged_params, []
-        count = min(FOLD_IMAGES, self._num_images) // len(self.devices)
-        size = min(self.config.eval_batch_size // len(self.devices), count)
+        params, devices = self.state.averaged_params, len(self.devices)
+        count = max(1, min(FOLD_IMAGES, self._num_images) // devices)  # of each device
+        batches = -(-count // FOLD_BATCH)
+        size = count // batches
         if self._statistics is None:
             step = create_statistics_steps(self.config, self.devices, size)
             self._statistics = step.compile(params, *self._data, np.int32(0))
-        for start in range(0, count - size + 1, size):
-            statistics.append(self._statistics(params, *self._data, np.int32(start * len(self.devices))))
+        starts = [np.int32(number * size * devices) for number in range(batches)]
+        statistics = [self._statistics(params, *self._data, start) for start in starts]
         self.state = self.state.replace(folded_params=jax.jit(fold)(params, jax.jit(merge)(statistics)))
 
 

@@ -137,7 +137,7 @@ def compiled_once():
         return jax.tree.map(jnp.copy, states[key])
 
     def shared_steps(self, image_size, order, count=None):
-        length = count if trainer.has_constant_bounds(self.devices) else None
+        length = (count or self.steps_per_call) if trainer.has_constant_bounds(self.devices) else None
         key = jax.tree.structure(self.state), image_size, len(order), self.steps_per_call, tuple(self.devices), length
         if key not in programs:
             programs[key] = compile_steps(self, image_size, order, count)

@@ -110,7 +110,7 @@ COMMANDS = {
     "python -m cifar_jax.evaluate --workdir runs/first": Run(),
     "python -m cifar_jax.evaluate --workdir runs/first --checkpoint best --json": Run(),
     "python -m cifar_jax.evaluate --workdir runs/first --eval-dropout": Run(),
-    "python -m cifar_jax.evaluate --workdir runs/lenet5_reference --eval-dropout --json": Run(),
+    "python -m cifar_jax.evaluate --pretrained lenet5_reference --eval-dropout --json": Run(),
     "python -m cifar_jax.evaluate --weights model.pth --input-scaling symmetric": Run(),
     "python -m cifar_jax.evaluate --weights released.pth --input-scaling standardized": Run(),
     "python -m cifar_jax.evaluate --pretrained lenet5": Run(),

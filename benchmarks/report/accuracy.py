@@ -165,7 +165,8 @@ def lenet5_reference(results: Results) -> str:
         for row, log, again in zip(result["metrics"], NOTEBOOK_LOG, pytorch, strict=True)
     ]
     last = (
-        f"With dropout left on, as the notebook tests, the last epoch has {percent(dropout['test_accuracy'])} %. "
+        f"With dropout left on, as the notebook tests, this run's weights, the released `{dropout['weights']}`, have "
+        f"{percent(dropout['test_accuracy'])} %: {environment(dropout)}\n\n"
         f"{result['training_seconds']:.0f} s of training. Seed {result['config']['seed']}; {environment(result)}"
     )
     return f"{table(columns, rows)}\n\n{last}"
