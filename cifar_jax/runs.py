@@ -36,8 +36,6 @@ def read_config(workdir: Path) -> Config:
     path = workdir / "config.json"
     try:
         fields = read_json(path)
-        fields["dropout_rates"] = tuple(fields["dropout_rates"])
-        fields["image_sizes"] = tuple(map(tuple, fields.get("image_sizes", ())))
         return Config(**fields)
     except FileNotFoundError as error:
         raise UserError(f"{workdir}: not a run's workdir: it has no config.json") from error
@@ -195,11 +193,13 @@ def refuse_other_data(workdir: Path, dataset: Dataset) -> None:
 
 
 def restarted(config: Config, number: int) -> Config:
-    """Returns the config of restart `number`: its own folder, the rate halved `number` times, seed + number."""
+    """Returns the config of restart `number`: its own folder, the rates halved `number` times, seed + number."""
+    adam_rate = config.adam_learning_rate
     return dataclasses.replace(
         config,
         workdir=str(Path(config.workdir) / f"restart{number}"),
         learning_rate=config.learning_rate / 2**number,
+        adam_learning_rate=None if adam_rate is None else adam_rate / 2**number,
         swa_learning_rate=config.swa_learning_rate / 2**number,
         seed=(config.seed + number) % 2**32,
     )

@@ -53,6 +53,8 @@ def train_and_evaluate(
     Raises: UserError for errors that the user can fix; Interrupted if `stop` ended the run before its last epoch's end.
     """
     config = dataclasses.replace(config, workdir=resolve_workdir(config.workdir))
+    if dataset is not None and (name := dataset.info.name) != config.dataset:  # whose classes would be recorded
+        raise UserError(f"the images are of {name}, and the recipe's dataset is {config.dataset}: set it to {name}")
     check_same_devices()
     check_same("recipe or version", _facts(config))
     if any_of(stop()):

@@ -204,9 +204,11 @@ def test_a_damaged_identity_of_the_data_is_written_anew(content, tiny_config, ti
 
 def test_attempts_go_on_with_the_last_restart_that_began(tiny_config):
     config = dataclasses.replace(tiny_config, auto_restart=True, seed=2**32 - 1)
+    config = dataclasses.replace(config, optimizer="muon", adam_learning_rate=0.01)
     tries = attempts(config)
     assert [Path(attempt.workdir).name for attempt in tries] == ["run", "restart1", "restart2", "restart3"]
     assert [attempt.learning_rate for attempt in tries] == [0.05, 0.025, 0.0125, 0.00625]
+    assert [attempt.adam_learning_rate for attempt in tries] == [0.01, 0.005, 0.0025, 0.00125]
     assert [attempt.seed for attempt in tries] == [2**32 - 1, 0, 1, 2]
     (Path(config.workdir) / "restart2").mkdir(parents=True)
     assert attempts(config) == tries[2:]
@@ -223,6 +225,12 @@ def test_a_summary_is_of_this_recipe_and_complete(tiny_config, tmp_path):
     ):
         (tmp_path / "summary.json").write_text(json.dumps(summary))
         assert (read_summary(tmp_path, tiny_config) is not None) == read
+
+
+def test_images_of_another_dataset_are_refused(tiny_config, tiny_dataset):
+    with pytest.raises(UserError, match=r"images are of digits.*cifar10"):
+        train_and_evaluate(dataclasses.replace(tiny_config, dataset="cifar10"), tiny_dataset)
+    assert not Path(tiny_config.workdir).exists()
 
 
 def test_processes_that_are_not_connected_are_refused(tiny_config, tiny_dataset, monkeypatch):
