@@ -74,6 +74,8 @@ class Checkpoints:
         try:
             self._open()
         except Exception as error:  # Orbax raises many types
+            if _is_the_systems(error):
+                raise
             raise UserError(f"{self.directory}: can't open them ({error}): use another --workdir") from error
 
     def _open(self) -> None:
@@ -221,10 +223,16 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise many types
             if not folder.exists():
                 raise UserError(f"{folder}: removed by a training run in progress: try again") from error
-            if isinstance(error, UserError):
+            if isinstance(error, UserError) or _is_the_systems(error):
                 raise
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise DamagedCheckpoint(f"{folder}: damaged, or saved from another model ({reason})") from error
+
+
+def _is_the_systems(error: Exception) -> bool:
+    """Tells whether files that can't be read may be intact: too little memory, too many open files, no permission."""
+    errors = errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in errors)
 
 
 def _progress(saved: dict[str, Any]) -> Progress:

@@ -122,7 +122,8 @@ def describe_failure(error: Exception) -> tuple[str | None, int | None]:
         place = f"{error.filename}: " if error.filename else ""
         advice = "free disk space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "name another place"
         return f"{place}{error.strerror}: {advice}", 2
-    if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
+    exhausted = type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
+    if exhausted or isinstance(error, MemoryError):
         return "out of memory: lower --batch-size or --eval-batch-size", 2
     return None, None
 

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import itertools
 import json
 import resource
@@ -131,6 +132,21 @@ def test_any_damaged_file_of_the_latest_is_survived(damages, state, history, sav
         aside.rename(workdir / "checkpoints" / "2")
         damaged.write_bytes(whole)
     assert int(Checkpoints(workdir).restore_run(state, history).state.step) == 2
+
+
+def test_an_error_of_the_system_is_no_damage(state, history, save, tmp_path, monkeypatch):
+    save(Checkpoints(tmp_path), 1, 0.5)
+
+    def fail(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(checkpoint, "find_damage", fail)
+    for read in (Checkpoints, lambda _: checkpoints.restore_run(state, history)):
+        with pytest.raises(OSError, match="Too many"):
+            read(tmp_path)
+    monkeypatch.undo()
+    assert int(Checkpoints(tmp_path).restore_run(state, history).state.step) == 1
 
 
 def damage(folder):
