@@ -23,11 +23,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import tyro
+from scipy.special import softmax
 from tqdm import tqdm
 
 from cifar_jax.cli import command, parse_arguments
@@ -52,17 +52,23 @@ def find_images(names: Iterable[Path]) -> list[Path]:
     found: list[Path] = []
     for name in names:
         path = user_path(name)
-        if path.is_dir():
-            below = [Path(folder) / file for folder, _, files in os.walk(path) for file in files]
-            matches = sorted(file for file in below if file.suffix.lower() in PIL.Image.EXTENSION)
-        elif not path.exists() and glob.has_magic(str(path)):
-            matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+        if not path.exists() and glob.has_magic(str(path)):
+            paths = map(Path, sorted(glob.glob(str(path), recursive=True)))
+            matches = list(dict.fromkeys(file for match in paths for file in _files(match)))  # ** finds files twice
         else:
-            matches = [path]
+            matches = _files(path)
         if not matches:
             raise UserError(f"{path}: no image file there")
         found += matches
     return found
+
+
+def _files(path: Path) -> list[Path]:
+    """Returns a folder's image files, also in its subfolders, or any other path itself."""
+    if not path.is_dir():
+        return [path]
+    below = [Path(folder) / file for folder, _, files in os.walk(path) for file in files]
+    return sorted(file for file in below if file.suffix.lower() in PIL.Image.EXTENSION)
 
 
 def load_image(path: Path) -> np.ndarray:
@@ -117,12 +123,10 @@ def create_classifier(source: Source) -> Classify:
 
     classify raises UserError if they are not finite.
     """
-    temperature = 1.0 if source.temperature is None else source.temperature
-    probabilities = jax.jit(lambda images: jax.nn.softmax(source.logits(images) / temperature))
+    temperature, logits = source.temperature or 1.0, source.create_predictor()
 
     def classify(images: np.ndarray) -> np.ndarray:
-        parts = [probabilities(images[start : start + BATCH_SIZE]) for start in range(0, len(images), BATCH_SIZE)]
-        result = np.concatenate(parts)
+        result = softmax(logits(images) / temperature, axis=-1).astype(np.float32)
         if not np.isfinite(result).all():
             raise UserError(f"{source.name}: some probabilities are not finite: the weights are too large")
         return result

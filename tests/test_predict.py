@@ -147,6 +147,7 @@ def test_folders_patterns_and_standard_input(files, run_command, monkeypatch):
     names = [str(folder / name) for name in ("a.png", "b.PNG", "more/c.png")]
     assert read(folder) == names
     assert read(f"{folder}/**/*.png") == [names[0], names[2]]
+    assert read(f"{folder}/*.[pP]*", f"{folder}/m*") == read(f"{folder.parent}/ph**") == names
     assert read(names[2], names[0], names[2]) == [names[2], names[0], names[2]]
     expected = json.loads(predict_json(names[0]))[0]["probabilities"]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(Path(names[0]).read_bytes())))
