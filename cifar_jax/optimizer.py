@@ -86,7 +86,7 @@ def create_tx(config: Config, steps_per_epoch: int) -> optax.GradientTransformat
     if frozen:
         tx = optax.chain(tx, *frozen)
     if config.sam_rho:
-        climb = optax.chain(*symmetric, optax.contrib.normalize(), optax.sgd(config.sam_rho))
+        climb = optax.chain(*frozen, *symmetric, optax.contrib.normalize(), optax.sgd(config.sam_rho))
         tx = optax.contrib.sam(tx, climb, opaque_mode=True, batch_axis_name=AXIS)
     return optax.with_extra_args_support(tx)
 

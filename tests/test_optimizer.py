@@ -9,6 +9,7 @@ from small_runs import assert_trees_close
 
 from cifar_jax.configs import RECIPES
 from cifar_jax.optimizer import create_averaging_share, create_schedule, create_tx, swa_steps
+from cifar_jax.parallel import AXIS
 from cifar_jax.train_step import create_train_state
 
 
@@ -182,3 +183,21 @@ def test_muon_decays_all_parameters_by_the_rate_and_remembers_gradients():
             second, _ = update(jax.tree.map(lambda g, s=share: -s * g, gradients), opt_state, still)
             product = (first["Dense_0"]["kernel"] * second["Dense_0"]["kernel"]).sum()
             assert np.sign(product) == expected
+
+
+def test_sam_climbs_without_frozen_parameters():
+    config = dataclasses.replace(RECIPES["lenet5_reference"], sam_rho=0.5, whitening=True)
+    tx, params = create_tx(config, 1), create_train_state(config, 1).params
+    gradients = jax.tree.map(jnp.ones_like, params)
+    climbed = []
+
+    def update(_):
+        grad_fn = lambda params, _: climbed.append(params) or gradients
+        tx.update(gradients, tx.init(params), params, grad_fn=grad_fn)
+        return climbed[0]
+
+    with jax.numpy_dtype_promotion("standard"):
+        seen = jax.vmap(update, axis_name=AXIS)(jnp.zeros(1))
+    for layer, moves in (("Conv_0", False), ("Conv_1", True)):
+        change = np.abs(seen[layer]["kernel"][0] - params[layer]["kernel"]).max()
+        assert (change > 1e-4) == moves, layer
