@@ -51,12 +51,15 @@ def processor_id() -> str:
 
 def prune(folder: Path, max_bytes: int = MAX_BYTES) -> None:
     """Removes damaged entries, which JAX would neither read nor replace, and the oldest ones above max_bytes."""
-    entries = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    total = 0
-    for path in entries:
-        total += path.stat().st_size
-        if total > max_bytes or _is_damaged(path):
-            path.unlink(missing_ok=True)
+    entries, total = [], 0
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process prunes too
+            entries.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+    for _, size, path in sorted(entries, reverse=True):
+        total += size
+        with contextlib.suppress(OSError):
+            if total > max_bytes or _is_damaged(path):
+                path.unlink()
 
 
 def _is_damaged(path: Path) -> bool:

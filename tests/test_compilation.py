@@ -55,7 +55,11 @@ def test_damaged_and_old_entries_are_removed(tmp_path):
         (tmp_path / name).write_bytes(data)
         os.utime(tmp_path / name, (1000 - age, 1000 - age))
     (tmp_path / "empty").touch()
+    (tmp_path / "gone").symlink_to("nowhere")  # as if another process had removed it after it was listed
+    (tmp_path / "folder").mkdir()
     prune(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"new", "old"}
+    assert {path.name for path in tmp_path.iterdir()} == {"new", "old", "gone", "folder"}
+    (tmp_path / "gone").unlink()
+    (tmp_path / "folder").rmdir()
     prune(tmp_path, max_bytes=len(good))
     assert {path.name for path in tmp_path.iterdir()} == {"new"}
