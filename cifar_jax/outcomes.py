@@ -12,7 +12,7 @@ class Interrupted(Exception):
 
     def __init__(self, progress: Progress, steps_per_epoch: int) -> None:
         where = f"saved after {progress.epoch} epochs and {progress.step}/{steps_per_epoch} steps"
-        super().__init__(where if progress != Progress() else "stopped before the first step: nothing was saved")
+        super().__init__(where if progress != Progress() else "stopped before a new step: there is nothing to save")
 
 
 class FailedTraining(UserError):

@@ -1,10 +1,12 @@
 import dataclasses
 import importlib
+import json
 
 import pytest
 
 from cifar_jax import configs
 from cifar_jax.configs import DESCRIPTIONS, FAULTY, RECIPES
+from cifar_jax.configs.base import Config
 from cifar_jax.errors import UserError
 from cifar_jax.train import parse_command
 
@@ -96,12 +98,21 @@ def test_the_reference_recipes_are_the_originals():
         ({"image_sizes": ((24, 2),)}, "--image-sizes .*lenet5"),
         ({"model": "all_cnn", "dropout_rates": (0.0,) * 3, "image_sizes": ((9, 2),)}, "--image-sizes .* 14 to 32"),
         ({"random_flip": True, "alternating_flip": True}, "--alternating-flip True: .* --random-flip"),
+        ({"whitening": True, "initializer": "lsuv"}, "--whitening True: .* --initializer lsuv"),
         ({"warmup_fraction": 0.1, "schedule": "constant"}, "--warmup-fraction 0.1: .* --schedule cosine or one_cycle"),
     ],
 )
 def test_impossible_values_are_refused(changes, named):
     with pytest.raises(UserError, match=named):
         dataclasses.replace(RECIPES["lenet5"], **changes)
+
+
+def test_lists_are_tuples():
+    config = Config(**json.loads(json.dumps(dataclasses.asdict(RECIPES["all_cnn_fast"]))))
+    assert config == RECIPES["all_cnn_fast"]
+    assert hash(config) == hash(RECIPES["all_cnn_fast"])
+    with pytest.raises(UserError, match="sequences"):
+        dataclasses.replace(config, dropout_rates=0.5)
 
 
 def test_the_size_of_an_epochs_images():

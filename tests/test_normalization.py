@@ -11,6 +11,7 @@ from jax import lax
 from small_runs import assert_trees_close, first_images, latest_state, stop_at, untimed_rows
 
 from cifar_jax import convert, evaluate, train_step
+from cifar_jax import trainer as trainer_module
 from cifar_jax.batches import pixel_statistics, scale_images, take_batch
 from cifar_jax.metrics import read_metrics
 from cifar_jax.models import MODELS, LeNet5
@@ -113,9 +114,12 @@ def test_merged_moments_are_those_of_all():
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])
-def test_a_trainer_folds_statistics_of_the_same_images(num_devices, plain_config, tiny_dataset):
+def test_a_trainer_folds_statistics_of_the_same_images(num_devices, plain_config, tiny_dataset, monkeypatch):
     """Statistics of the averaged parameters on the first 88 of 90 images, in parts of 8, divided over the devices."""
+    monkeypatch.setattr(trainer_module, "FOLD_IMAGES", 88)
+    monkeypatch.setattr(trainer_module, "FOLD_BATCH", 8 // num_devices)
     config = dataclasses.replace(plain_config, normalization="batch", ema_decay=0.9, num_devices=num_devices)
+    config = dataclasses.replace(config, eval_batch_size=1)  # makes no difference
     trainer = Trainer(config, tiny_dataset.train_images, tiny_dataset.train_labels, select_devices(config))
     averaged = jax.tree.map(lambda x: 1.25 * x, trainer.state.params)
     trainer.state = trainer.state.replace(ema_params=averaged)

@@ -209,7 +209,7 @@ def test_other_devices_are_said_where_they_matter(tiny_dataset, tiny_config, no_
 
 def test_a_run_without_a_step_may_change(tiny_config, tiny_dataset, no_steps):
     """The first attempt may have run out of memory, after which the user lowers the batch size."""
-    with pytest.raises(Interrupted, match="nothing was saved"):
+    with pytest.raises(Interrupted, match="nothing to save"):
         train_and_evaluate(tiny_config, tiny_dataset, stop_at(START))
     finished = dataclasses.replace(tiny_config, batch_size=10, num_epochs=1)
     train_and_evaluate(finished, tiny_dataset)
@@ -264,13 +264,13 @@ def test_a_finished_run_without_its_checkpoints_is_left_alone(removed, copied, t
     assert f"remove {workdir}/summary.json" in output
     assert {path.name: path.read_bytes() for path in workdir.iterdir() if path.is_file()} == before
     (workdir / "summary.json").unlink()
-    with pytest.raises(Interrupted, match="nothing was saved"):  # without a checkpoint an unfinished run starts over
+    with pytest.raises(Interrupted, match="nothing to save"):  # without a checkpoint an unfinished run starts over
         train_and_evaluate(copied, tiny_dataset, stop_at(START))
     assert "training from the start" in capsys.readouterr().err
     (workdir / "summary.json").write_bytes(before["summary.json"])
     other = dataclasses.replace(copied, seed=1)
     (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(other)))
-    with pytest.raises(Interrupted, match="nothing was saved"):  # another recipe's summary is not this run's
+    with pytest.raises(Interrupted, match="nothing to save"):  # another recipe's summary is not this run's
         train_and_evaluate(other, tiny_dataset, stop_at(START))
 
 
@@ -352,7 +352,7 @@ def test_stalled_training_is_warned_of_or_restarted(tiny_config, tiny_dataset, n
     assert warning.startswith("warning: training stalled in epoch 1")
     assert "--auto-restart" in warning
     answers = iter((True,))  # resumed with the flag, as advised
-    with pytest.raises(Interrupted, match="nothing was saved"):
+    with pytest.raises(Interrupted, match="nothing to save"):
         train_and_evaluate(dataclasses.replace(config, auto_restart=True), tiny_dataset, stop_at(START))
     assert f"starting again in {config.workdir}/restart1" in capsys.readouterr().err
 

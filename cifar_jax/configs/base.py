@@ -156,6 +156,11 @@ class Config:
                 flag = "--" + field.replace("_", "-")
                 raise UserError(f"{flag} {getattr(self, field)}: must be {rule}")
 
+        try:  # lists, as in JSON, would not be hashable
+            object.__setattr__(self, "dropout_rates", tuple(self.dropout_rates))
+            object.__setattr__(self, "image_sizes", tuple(map(tuple, self.image_sizes)))
+        except TypeError as error:
+            raise UserError(f"dropout_rates and image_sizes must be sequences ({error})") from error
         check(self.workdir != "", "workdir", "a folder's name")
         for field, kind in get_type_hints(type(self)).items():
             value = getattr(self, field)
@@ -185,6 +190,7 @@ class Config:
         check(normalized or not self.normalize_kernels, "normalize_kernels", "False unless --normalization batch")
         check(normalized or self.normalization_scale == "learnt", "normalization_scale", "learnt without normalization")
         check(not (self.whitening and self.mirror_symmetry), "whitening", "False with --mirror-symmetry")
+        check(not (self.whitening and self.initializer == "lsuv"), "whitening", "False with --initializer lsuv")
         check(self.momentum > 0 or not self.nesterov, "momentum", "above 0 with --nesterov")
         check(0 <= self.crop_padding < 32, "crop_padding", "from 0 to 31")
         check(0 <= self.cutout_size <= 64, "cutout_size", "from 0 to 64")
