@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,8 @@ def take_batch(
     return {"image": images[indices], "label": labels[indices], "index": indices, "mask": mask}
 
 
-INPUT_SCALINGS = ("unit", "symmetric", "standardized")
+InputScaling = Literal["unit", "symmetric", "standardized"]
+INPUT_SCALINGS: tuple[str, ...] = get_args(InputScaling)
 
 
 def pixel_statistics(input_scaling: str, dataset: str) -> tuple[Sequence[float], Sequence[float]]:

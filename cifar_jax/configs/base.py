@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
+from cifar_jax.batches import InputScaling
 from cifar_jax.datasets import DATASETS
 from cifar_jax.errors import UserError
 from cifar_jax.models import MODELS, get_model
@@ -18,7 +19,6 @@ else:  # the names that a flag accepts
     ModelName = Literal[tuple(MODELS)]
     DatasetName = Literal[tuple(DATASETS)]
 REGISTRIES: dict[str, Mapping[str, Any]] = {"model": MODELS, "dataset": DATASETS}
-InputScaling = Literal["unit", "symmetric", "standardized"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from cifar_jax.configs.base import InputScaling
+from cifar_jax.batches import InputScaling
 from cifar_jax.errors import UserError
 from cifar_jax.io import write_atomically
 from cifar_jax.models import get_model
