@@ -49,7 +49,7 @@ def main() -> int:
     positional = (tyro.conf.PositionalRequiredArgs,)
     arguments = parse_arguments(Arguments, prog="python -m cifar_jax.convert", config=positional)
     check_devices()
-    if arguments.input.is_dir():
+    if arguments.input.is_dir() and not (arguments.input / "saved_model.pb").is_file():  # its advice is load_weights'
         arguments.weight_file.refuse(without="a weight file as IN")
         source = load_source(SourceFlags(workdir=arguments.input, checkpoint=arguments.checkpoint))
         weights = calibrate(source).weights()

@@ -45,10 +45,7 @@ class WeightFileFlags:
 
     def load(self, path: Path) -> Weights:
         """Reads a weight file with these flags: see load_weights."""
-        weights = load_weights(path, self.model, self.architecture, self.input_scaling)
-        if self.dataset is None or self.dataset == weights.dataset:
-            return weights
-        return dataclasses.replace(weights, dataset=self.dataset, class_names=None)
+        return load_weights(path, self.model, self.architecture, self.input_scaling, self.dataset)
 
     def refuse(self, without: str) -> None:
         """Raises: UserError if any of these flags is given. Args: without: the missing thing that the flags need."""

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 from frameworks import keras as keras_api
 from frameworks import keras_layers, torch
 from weight_files import random_weights
@@ -292,6 +293,17 @@ def test_safetensors_with_other_names(tmp_path, names):
         load_weights(path)
 
 
+def test_state_dicts_as_safetensors(tmp_path, lenet5, capsys):
+    """Also in bfloat16, with the notebook's second key and PyTorch's bookkeeping, as in .pth files."""
+    state_dict = pytorch.file_state_dict(lenet5.params, "lenet5")
+    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in state_dict.items()}
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()} | {"n_averaged": torch.tensor(3)}
+    torch.save(tensors, tmp_path / "a.pth")
+    (tmp_path / "a.safetensors").write_bytes(safetensors.torch.save(tensors))
+    assert_same(load_weights(tmp_path / "a.safetensors"), load_weights(tmp_path / "a.pth"))
+    assert capsys.readouterr().err.count("dropped tensor n_averaged") == 2
+
+
 def test_foreign_safetensors(tmp_path):
     path = tmp_path / "file.safetensors"
     path.write_bytes(safetensors.numpy.save({"a": np.zeros(3, np.float32)}))
@@ -391,9 +403,13 @@ def test_the_notebooks_second_key_behind_a_prefix(tmp_path, lenet5):
     assert_same(load_weights(tmp_path / "x.pth"), lenet5)
 
 
-def test_places_that_are_no_file(tmp_path, lenet5):
+def test_places_that_are_no_file(tmp_path, lenet5, run_command):
     with pytest.raises(UserError, match=r"is a folder: .* --workdir"):
         load_weights(tmp_path)
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "saved_model.pb").touch()
+    status, _, error = run_command(convert.main, tmp_path / "saved", tmp_path / "out.pth")
+    assert (status, "SavedModel: load it with Keras 2" in error) == (2, True)
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="exists"):
         save_weights(tmp_path / "link.safetensors", lenet5)

@@ -39,7 +39,8 @@ def jitted_apply(model):
 
 
 def logits(weights, scaling=None):
-    images = scale_images(jnp.asarray(IMAGES), *pixel_statistics(scaling or weights.input_scaling, "cifar10"))
+    statistics = pixel_statistics(scaling or weights.input_scaling, weights.dataset or "cifar10")
+    images = scale_images(jnp.asarray(IMAGES), *statistics)
     return np.asarray(jitted_apply(weights.model)({"params": weights.params}, images))
 
 
@@ -304,6 +305,28 @@ def test_layers_that_scale_pixels_are_read(tmp_path, case, model, capsys, reques
     assert load_weights(tmp_path / "x.keras", input_scaling=scaling).input_scaling == scaling
     with pytest.raises(UserError, match="--input-scaling"):
         load_weights(tmp_path / "x.keras", input_scaling="unit" if scaling != "unit" else "symmetric")
+
+
+@pytest.mark.parametrize("dataset", [None, "cifar10", "cifar100"])
+def test_the_numbers_of_the_named_dataset_are_compared(tmp_path, lenet5, dataset):
+    """CIFAR-10's statistics are not CIFAR-100's `standardized`: the difference goes into the first convolution."""
+    twin = keras.create_model("lenet5")
+    normalization = L.Normalization(mean=MEAN, variance=STD**2)
+    network = api.Sequential([L.Input((32, 32, 3)), L.Rescaling(1 / 255), normalization, *twin.layers])
+    twin.set_weights(keras.params_to_keras(lenet5.params))
+    network.save(tmp_path / "x.keras")
+    loaded = load_weights(tmp_path / "x.keras", dataset=dataset)
+    expected = network(IMAGES.astype(np.float32), training=False).detach().numpy()
+    assert_close(logits(loaded), expected)
+    same = np.array_equal(loaded.params["Conv_0"]["kernel"], lenet5.params["Conv_0"]["kernel"])
+    assert (same, loaded.dataset) == (dataset != "cifar100", dataset)
+
+
+def test_a_variable_of_the_network_itself_is_one_line(tmp_path):
+    with h5py.File(tmp_path / "x.weights.h5", "w") as file:
+        file["vars/0"] = np.zeros(3, np.float32)
+    with pytest.raises(UserError, match=r"x\.weights\.h5"):
+        load_weights(tmp_path / "x.weights.h5")
 
 
 def test_an_adapted_normalization_in_every_file(tmp_path, lenet5):

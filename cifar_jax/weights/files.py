@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
-import sys
 import zipfile
 from pathlib import Path
 from typing import IO, Any, cast
@@ -25,6 +24,7 @@ import jax
 import numpy as np
 
 from cifar_jax.batches import InputScaling
+from cifar_jax.console import say
 from cifar_jax.errors import UserError
 from cifar_jax.io import write_atomically
 from cifar_jax.models import get_model
@@ -34,7 +34,7 @@ from cifar_jax.weights.keras_import import Found, check_architecture, import_ker
 from cifar_jax.weights.keras_layers import Architecture
 from cifar_jax.weights.metadata import FORMAT, read_metadata, write_metadata
 from cifar_jax.weights.params import create_module, has_final_relu, num_classes_of
-from cifar_jax.weights.pytorch_files import LEGACY_MAGIC, read_tensors
+from cifar_jax.weights.pytorch_files import BOOKKEEPING, LEGACY_MAGIC, read_tensors
 
 NAMES = (".safetensors", ".pth", ".pt", ".weights.h5", ".h5", ".hdf5", ".keras")
 
@@ -70,12 +70,13 @@ def load_weights(
     model: str | None = None,
     architecture: Path | None = None,
     input_scaling: InputScaling | None = None,
+    dataset: str | None = None,
 ) -> Weights:
     """Reads a weight file. Notes on stderr report assumed facts, and dropped or reordered tensors.
 
     Args: model: None: found by the tensors' shapes; architecture: Keras JSON for an `.h5` that holds only weights,
     which tells whether there is a final ReLU (.keras and full-model files contain it); input_scaling: None: the one
-    stored in the file, else the one of the model's original program.
+    stored in the file, else the one of the model's original program; dataset: None: the one stored in the file.
     Raises: UserError naming the file, and the tensor if one is missing, surplus, misshapen or not finite; OSError if
     the file can't be opened.
     """
@@ -84,7 +85,7 @@ def load_weights(
     declared = None if architecture is None else load_architecture(architecture)
     _check_place(path)
     try:
-        found = _read(path, model, declared)
+        found = _read(path, model, declared, dataset)
         if found.scales and input_scaling not in (None, found.input_scaling):
             raise UserError(f"its own layers scale pixels ({found.input_scaling}): omit --input-scaling")
         if found.final_relu and not has_final_relu(found.model):
@@ -104,10 +105,10 @@ def load_weights(
     if final_relu is None and has_final_relu(found.model):
         notes.append("does not tell whether it has a final ReLU: assuming none, or use --architecture")
     for note in notes:
-        print(f"{path}: {note}", file=sys.stderr)
+        say(f"{path}: {note}", error=True)
     params = jax.tree.map(lambda array: array.astype(np.float32), found.params)
     scaling = cast("InputScaling", input_scaling or found.input_scaling or original)
-    names = found.dataset, found.class_names
+    names = (found.dataset, found.class_names) if dataset in (None, found.dataset) else (dataset, None)
     return Weights(found.model, params, scaling, bool(final_relu), *names, found.temperature)
 
 
@@ -151,14 +152,14 @@ def _check_place(path: Path) -> None:
     path.open("rb").close()  # reports a missing permission, which would look like damage below
 
 
-def _read(path: Path, model: str | None, declared: Architecture | None) -> Found:
+def _read(path: Path, model: str | None, declared: Architecture | None, dataset: str | None) -> Found:
     """Reads a file by the format of its content."""
     with path.open("rb") as file:
         head = file.read(4096)
         members = _members(file) if head.startswith(b"PK") else []
     is_hdf5 = any(head[start:].startswith(b"\x89HDF\r\n\x1a\n") for start in (0, 512, 1024, 2048))
     if is_hdf5 or {"config.json", "model.weights.h5"} & set(members):
-        return import_keras_file(read_keras(path), model, declared)
+        return import_keras_file(read_keras(path), model, declared, dataset)
     if any(name.endswith("data.pkl") for name in members) or head.startswith(LEGACY_MAGIC):
         tensors, notes = read_tensors(path)
         params, found, more = pytorch.params_from_arrays(tensors, model)
@@ -180,10 +181,12 @@ def _members(file: IO[bytes]) -> list[str]:
 def _read_safetensors(path: Path, model: str | None) -> Found:
     tensors, metadata = safetensors_files.read_safetensors(path)
     if metadata.get("format") != FORMAT:
-        if not all(name.endswith((".weight", ".bias")) for name in tensors):
+        if not any(name.endswith((".weight", ".bias")) for name in tensors):
             raise UserError("neither written by cifar_jax nor a PyTorch state_dict")
-        params, found, notes = pytorch.params_from_arrays(list(tensors.items()), model)
-        return Found(found, params, notes=tuple(notes))
+        dropped = [name for name in tensors if name.rpartition(".")[2] in BOOKKEEPING]
+        named = [(name, tensor) for name, tensor in tensors.items() if name not in dropped]
+        params, found, notes = pytorch.params_from_arrays(named, model)
+        return Found(found, params, notes=(*(f"dropped tensor {name}" for name in dropped), *notes))
     params, found = safetensors_files.own_params(tensors, metadata)
     if model not in (None, found):
         raise UserError(f"holds weights of {found}, not of {model}: use --model {found}")

@@ -57,10 +57,11 @@ def load_architecture(path: Path) -> Architecture:
         raise UserError(f"{path}: not a Keras architecture ({error})") from error
 
 
-def import_keras_file(file: KerasFile, model: str | None, declared: Architecture | None) -> Found:
+def import_keras_file(file: KerasFile, model: str | None, declared: Architecture | None, dataset: str | None) -> Found:
     """Converts a Keras file to params of a network.
 
-    Args: model: None: found by the tensors' shapes; declared: the user's architecture, which replaces the file's.
+    Args: model: None: found by the tensors' shapes; declared: the user's architecture, which replaces the file's;
+    dataset: the one whose statistics a Normalization layer may have; None: CIFAR-10.
     Raises: UserError if the tensors or the architecture fit no network.
     """
     notes: list[str] = []
@@ -90,7 +91,7 @@ def import_keras_file(file: KerasFile, model: str | None, declared: Architecture
         if architecture.normalization:
             _add_statistics(architecture, statistics)
         padded = architecture.first_is_padded
-        layers, scaling, line = absorb_scaling(layers, architecture.scale, architecture.offset, padded)
+        layers, scaling, line = absorb_scaling(layers, architecture.scale, architecture.offset, padded, dataset)
         notes.append(line)
     params = params_from_layers(layers, paired.model)
     final_relu = check_architecture(own, params, paired.model) if own and not declared else None
@@ -125,7 +126,7 @@ def _without_statistics(tensors: list[Named]) -> tuple[list[Named], dict[str, np
         *path, last = name.split("/")
         if last.split(":")[0] in ("mean", "variance", "count"):
             statistics[last.split(":")[0]] = tensor
-        elif path[-1:] == ["vars"] and path[-2].startswith("normalization"):
+        elif path[1:] and path[-1] == "vars" and path[-2].startswith("normalization"):
             statistics[{"0": "mean", "1": "variance"}.get(last, "count")] = tensor
         else:
             rest.append((name, tensor))

@@ -25,9 +25,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
     try:
         with safetensors.safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (safetensors.SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"damaged or not a safetensors file ({error})") from error
+    wide = lambda tensor: tensor.astype(np.float32) if tensor.dtype.name == "bfloat16" else tensor
+    return {name: wide(tensor) for name, tensor in tensors.items()}, metadata
 
 
 def own_params(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> tuple[Params, str]:
