@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -201,19 +202,20 @@ def test_files_are_on_the_disk_before_the_entry_has_its_name(small_batches, tmp_
 
 def test_what_killed_processes_left_is_cleared_but_nothing_of_a_live_one(small_batches, tmp_path, cache):
     old = time.time() - 7200
-    for name in ("partial-abandoned", "partial-fresh", "cifar10-0123"):
+    abandoned, fresh, users = f"partial-{uuid.uuid4()}", f"partial-{uuid.uuid4()}", "partial-results"
+    for name in (abandoned, fresh, users, "cifar10-0123"):
         (cache / name).mkdir(parents=True)
         (cache / name / "train_images.npy").touch()
-        os.utime(cache / name, (old, old) if name != "partial-fresh" else None)
+        os.utime(cache / name, (old, old) if name != fresh else None)
     with partial_folder(cache) as mine:
         os.utime(mine, (old, old))
-        assert not (cache / "partial-abandoned").exists()
+        assert not (cache / abandoned).exists()
         write_python(tmp_path / "cifar-10-batches-py", small_batches)
         assert_loads(small_batches, tmp_path)
         assert mine.exists()
     left = set(os.listdir(cache))
-    assert {"partial-fresh", "cifar10-0123"} < left
-    assert len(left) == 3
+    assert {fresh, users, "cifar10-0123"} < left
+    assert len(left) == 4
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF])
@@ -222,10 +224,17 @@ def test_file_systems_without_locks(number, small_batches, tmp_path, cache, monk
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    for name, age in (("partial-hours", 7200), ("partial-days", 200_000)):
+    hours, days = (f"partial-{uuid.uuid4()}" for _ in range(2))
+    for name, age in ((hours, 7200), (days, 200_000)):
         (cache / name).mkdir(parents=True)
         os.utime(cache / name, (time.time() - age,) * 2)
     write_python(tmp_path / "cifar-10-batches-py", small_batches)
     assert_loads(small_batches, tmp_path)
     assert sorted(name.partition("-")[0] for name in os.listdir(cache)) == ["cifar10", "partial"]
-    assert (cache / "partial-hours").exists()
+    assert (cache / hours).exists()
+
+
+def test_a_folder_that_is_not_utf8(small_batches, tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    write_python(folder / "cifar-10-batches-py", small_batches)
+    assert_loads(small_batches, folder)

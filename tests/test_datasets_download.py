@@ -2,7 +2,9 @@ import dataclasses
 import http.server
 import os
 import socket
+import sys
 import threading
+import uuid
 from pathlib import Path
 
 import pooch
@@ -60,8 +62,26 @@ def test_a_wrong_download_is_refused_and_leaves_nothing(server, tmp_path):
 
 
 def test_what_a_killed_download_left_does_not_stand_in_the_way(server, small_batches, tmp_path):
-    (tmp_path / "mine" / "partial-1").mkdir(parents=True)
+    (tmp_path / "mine" / f"partial-{uuid.uuid4()}").mkdir(parents=True)
     assert_loads(small_batches, tmp_path / "mine")
+
+
+def test_a_users_own_partial_folder_is_no_leftover(server, tmp_path):
+    (tmp_path / "mine" / "partial-results").mkdir(parents=True)
+    with pytest.raises(UserError, match="mine"):
+        load_dataset("cifar10", tmp_path / "mine")
+
+
+def test_others_may_read_the_download(server, small_batches, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setattr(sys, "stderr", None)  # closed
+    mask = os.umask(0o022)
+    try:
+        assert_loads(small_batches, tmp_path / "mine")
+    finally:
+        os.umask(mask)
+    archive = tmp_path / "mine" / "cifar-10-python.tar.gz"
+    assert archive.stat().st_mode & 0o777 == 0o644
 
 
 def test_no_network(monkeypatch, run_command):

@@ -3,6 +3,7 @@ import io
 import os
 import shutil
 import struct
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -34,6 +35,10 @@ def test_npz(name, small_cifar, tmp_path):
     assert_loads(small_cifar[name], path.rename(tmp_path / "any name"), name)
     labels = {"y_train": small_cifar[name][1].astype(np.int64), "y_test": small_cifar[name][3]}
     assert_loads(small_cifar[name], write_npz(tmp_path / "flat.npz", small_cifar[name], **labels), name)
+    with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
+        archive.writestr("cifar-10-batches-py/data_batch_1", b"")
+    with pytest.raises(UserError, match=r"archive.zip: a zip archive.*unpack"):
+        load_dataset(name, tmp_path / "archive.zip")
 
 
 @every_cifar

@@ -58,7 +58,8 @@ def _key(files: Iterable[Path]) -> str:
     stamp, real_path = hashlib.sha256(), functools.cache(os.path.realpath)
     for file in files:
         status = file.stat()
-        stamp.update(f"{real_path(file.parent)}/{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        place = os.fsencode(f"{real_path(file.parent)}/{file.name}")  # the name may not be UTF-8
+        stamp.update(place + f" {status.st_size} {status.st_mtime_ns}\n".encode())
     return stamp.hexdigest()[:16]
 
 

@@ -20,13 +20,14 @@ def download(info: Cifar, folder: Path) -> Path:
     import requests
 
     hint = f"download {info.url} elsewhere and name its folder with --data-dir"
-    fetch = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=30)
+    fetch = pooch.HTTPDownloader(progressbar=bool(sys.stderr and sys.stderr.isatty()), timeout=30)
     pooch.get_logger().setLevel("WARNING")  # its messages name the temporary folder
     say(f"downloading {info.url} to {folder}", error=True)
     try:
         with partial_folder(folder) as partial:
             name = info.python.archive
             pooch.retrieve(info.url, info.checksum, fname=name, path=partial, downloader=fetch)
+            (partial / name).chmod(partial.stat().st_mode & 0o666)  # pooch makes it private
             return (partial / name).rename(folder / name)
     except requests.exceptions.RequestException as error:
         raise UserError(

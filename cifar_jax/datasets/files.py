@@ -15,7 +15,7 @@ from cifar_jax.datasets.cifar import IMAGE_SHAPE, Cifar
 from cifar_jax.datasets.download import download
 from cifar_jax.datasets.info import SPLITS, Arrays, Dataset
 from cifar_jax.datasets.layout import Layout
-from cifar_jax.datasets.partial import PREFIX
+from cifar_jax.datasets.partial import is_partial
 from cifar_jax.errors import UserError
 from cifar_jax.io import user_path
 
@@ -66,7 +66,7 @@ def _find(info: Cifar, place: Path, named: bool) -> tuple[Layout, Path] | None:
 def _is_empty(folder: Path) -> bool:
     """Tells whether a folder has only hidden files and leftovers of a download. Raises: UserError if unreadable."""
     try:
-        return all(name.startswith((".", PREFIX)) for name in os.listdir(folder))
+        return all(name.startswith(".") or is_partial(name) for name in os.listdir(folder))
     except FileNotFoundError as error:
         raise UserError(
             f"--data-dir {folder} does not exist: name the dataset's folder, or create it to download the dataset there"

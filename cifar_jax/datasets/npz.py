@@ -31,11 +31,15 @@ def read(info: Cifar, path: Path) -> Arrays:
     arrays: Arrays = {}
     try:
         with zipfile.ZipFile(path) as archive:
+            if not any(name.endswith(".npy") for name in archive.namelist()):
+                raise UserError(f"{path}: a zip archive, not a .npz file: unpack it and name the folder")
             for split in SPLITS:
                 count = info.size(split)
                 arrays[f"{split}_images"] = _read_array(archive, f"x_{split}", [(count, *IMAGE_SHAPE)], "u")
                 labels = _read_array(archive, f"y_{split}", [(count,), (count, 1)], "iu")
                 arrays[f"{split}_labels"] = labels.reshape(count)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can raise anything

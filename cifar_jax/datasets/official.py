@@ -106,6 +106,8 @@ def _read_members(info: Cifar, path: Path) -> dict[str, memoryview]:
         if len(data) > limit:
             raise UserError(f"{path}: unpacks to more than {limit} bytes, too many for {info.title}: {info.advice}")
         return {name: content for name, content in _plain_files(data) if name in wanted}
+    except PermissionError as error:
+        raise UserError(f"{path}: {error.strerror}: make it readable, or name another copy") from error
     except (EOFError, OSError, ValueError, zlib.error) as error:
         raise UserError(f"{path}: incomplete or corrupt ({error}): {info.advice}") from error
 

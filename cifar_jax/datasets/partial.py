@@ -13,9 +13,16 @@ from pathlib import Path
 
 from cifar_jax.io import made_folder
 
-PREFIX = "partial-"
+_PREFIX = "partial-"
 _FRESH = 600  # seconds during which a new folder may not be locked yet
 _FORGOTTEN = 86_400  # seconds after which a folder is abandoned on file systems without locks
+
+
+def is_partial(name: str) -> bool:
+    """Tells whether this module gives a folder such a name. Others, also the user's partial-…, are left alone."""
+    with contextlib.suppress(ValueError):
+        return name == f"{_PREFIX}{uuid.UUID(name.removeprefix(_PREFIX))}"
+    return False
 
 
 @contextlib.contextmanager
@@ -23,7 +30,7 @@ def partial_folder(parent: Path) -> Iterator[Path]:
     """Yields a new folder in `parent`, which is created if needed, and removes it at the end. Raises: OSError."""
     with made_folder(parent):
         _clear_abandoned(parent)
-        folder = parent / f"{PREFIX}{uuid.uuid4()}"  # mkdtemp would make it private
+        folder = parent / f"{_PREFIX}{uuid.uuid4()}"  # mkdtemp would make it private
         folder.mkdir()
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -46,7 +53,7 @@ def _lock(descriptor: int) -> bool | None:
 
 
 def _clear_abandoned(parent: Path) -> None:
-    for folder in parent.glob(f"{PREFIX}*"):
+    for folder in (path for path in parent.glob(f"{_PREFIX}*") if is_partial(path.name)):
         with contextlib.suppress(OSError):
             age = time.time() - folder.stat().st_mtime
             if age < _FRESH:
