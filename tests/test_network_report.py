@@ -107,27 +107,33 @@ def test_sets_in_both_layouts(images, tmp_path):
     labels = np.arange(6)
     np.save(tmp_path / "v6_data.npy", images)
     np.save(tmp_path / "v6_labels.npy", labels)
-    ((name, found, found_labels),) = corruptions.read_sets(tmp_path)
+    ((name, found, found_labels),) = corruptions.read_sets(corruptions.find_sets(tmp_path))
     assert name == "v6"
     np.testing.assert_array_equal(found, images)
     np.testing.assert_array_equal(found_labels, labels)
     (tmp_path / "c").mkdir()
     np.save(tmp_path / "c" / "fog.npy", images[:5])
     np.save(tmp_path / "c" / "labels.npy", labels[:5])
-    sets = list(corruptions.read_sets(tmp_path / "c"))
+    sets = list(corruptions.read_sets(corruptions.find_sets(tmp_path / "c")))
     assert [name for name, *_ in sets] == [f"fog, severity {severity}" for severity in range(1, 6)]
     np.testing.assert_array_equal(sets[3][1], images[3:4])
 
 
 @pytest.mark.parametrize(
-    ("files", "named"), [((), ""), (("floats", "labels"), "floats.npy"), (("alone",), "labels.npy")]
+    ("files", "named"),
+    [
+        ((), ""),
+        (("floats", "labels"), "floats.npy"),
+        (("alone",), "labels.npy"),
+        (("new_data", "new_labels"), "0 to 9"),
+    ],
 )
 def test_sets_that_cant_be_read(files, named, tmp_path):
-    arrays = {"floats": np.zeros((5, 32, 32, 3), np.float32), "labels": np.zeros(5, int)}
+    arrays = {"floats": np.zeros((5, 32, 32, 3), np.float32), "labels": np.zeros(5, int), "new_labels": np.full(5, 10)}
     for name in files:
         np.save(tmp_path / f"{name}.npy", arrays.get(name, np.zeros((5, 32, 32, 3), np.uint8)))
     with pytest.raises(UserError, match=f"{tmp_path}.*{named}"):
-        list(corruptions.read_sets(tmp_path))
+        list(corruptions.read_sets(corruptions.find_sets(tmp_path)))
 
 
 # --- Files ---

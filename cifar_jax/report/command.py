@@ -22,7 +22,7 @@ from cifar_jax.io import made_folder, write_atomically, write_json
 from cifar_jax.models import get_model
 from cifar_jax.report import page, sections
 from cifar_jax.report.analysis import Predictions
-from cifar_jax.report.corruptions import read_sets
+from cifar_jax.report.corruptions import find_sets, read_sets
 from cifar_jax.report.sections import Contents, Logits
 from cifar_jax.sources import Source, SourceFlags, load_source
 
@@ -71,6 +71,9 @@ def report(arguments: Arguments, source: Source) -> dict[str, Any]:
     config, names, count = source.config, source.class_names, arguments.disturbed_images
     if len(names) != get_dataset(config.dataset).num_classes:
         raise UserError(f"{source.name} has {len(names)} outputs, unlike {config.dataset}: use another --dataset")
+    sets = find_sets(arguments.sets) if arguments.sets is not None else []  # first, as the rest takes minutes
+    if sets and config.dataset != "cifar10":
+        raise UserError(f"--sets has images of CIFAR-10's classes, and {source.name} was trained on {config.dataset}")
     dataset = load_dataset(config.dataset, arguments.data_dir or config.data_dir)
     logits, importance = create_functions(source)
     predict = lambda images, labels: Predictions(logits(images), labels)
@@ -92,8 +95,8 @@ def report(arguments: Arguments, source: Source) -> dict[str, Any]:
     if count:
         few = Predictions(tested.logits[:count], labels[:count])
         parts.append(sections.disturbances(contents, few, images[:count], logits))
-    if arguments.sets is not None:
-        parts.append(sections.other_sets(contents, read_sets(arguments.sets), logits))
+    if sets:
+        parts.append(sections.other_sets(contents, read_sets(sets), logits))
     measured = describe_environment(jax.local_devices()[:1])
     result = {**source.origin, "dataset": config.dataset, **contents.numbers, **measured}
     versions = ", ".join(f"{package} {version}" for package, version in measured["versions"].items())
@@ -108,7 +111,7 @@ def _write(folder: Path, text: str, contents: Contents, result: dict[str, Any]) 
     for name, png in contents.figures.items():
         write_atomically(folder / name, png)
     write_json(folder / "report.json", result)
-    write_atomically(folder / "report.html", text.encode())
+    write_atomically(folder / "report.html", text.encode(errors="replace"))  # paths may not be UTF-8
 
 
 @command

@@ -7,7 +7,7 @@ accuracies are comparable only when its own files are used.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -64,22 +64,37 @@ def disturbed(name: str, images: np.ndarray, severity: int) -> np.ndarray:
     return np.clip(np.round(DISTURBANCES[name](images, severity, rng)), 0, 255).astype(np.uint8)
 
 
-def read_sets(folder: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yields (name, images uint8 [N, 32, 32, 3], labels [N]) of a folder in the layout of CIFAR-10.1 or CIFAR-10-C.
+def find_sets(folder: Path) -> list[tuple[Path, Path]]:
+    """Returns (images' file, labels' file) of each set in a folder of CIFAR-10.1 or CIFAR-10-C.
 
-    CIFAR-10.1 has NAME_data.npy beside NAME_labels.npy. CIFAR-10-C has NAME.npy, with five equal parts of rising
-    severity, and one labels.npy. Raises: UserError if there is no such file, or arrays don't fit each other.
+    CIFAR-10.1 has NAME_data.npy beside NAME_labels.npy. CIFAR-10-C has NAME.npy and one labels.npy.
+    Raises: UserError if there is no such file, or labels are missing.
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
     paths = sorted(path for path in folder.glob("*.npy") if path.stem != "labels" and not path.stem.endswith("_labels"))
     if not paths:
         raise UserError(f"{folder}: has no .npy files of images: name a folder of CIFAR-10.1 or CIFAR-10-C")
-    for path in paths:
-        own = path.stem.endswith("_data")
-        name = path.stem.removesuffix("_data")
-        labels_path = folder / (f"{name}_labels.npy" if own else "labels.npy")
+    own = lambda path: folder / f"{path.stem.removesuffix('_data')}_labels.npy"
+    sets = [(path, own(path) if path.stem.endswith("_data") else folder / "labels.npy") for path in paths]
+    for path, labels in sets:
+        if not labels.is_file():
+            raise UserError(f"{path}: its labels are missing: {labels.name}")
+    return sets
+
+
+def read_sets(sets: Iterable[tuple[Path, Path]]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Yields (name, images uint8 [N, 32, 32, 3], labels [N]). CIFAR-10-C's files have five equal parts, by severity.
+
+    Args: sets: see find_sets. Raises: UserError if arrays don't fit each other, or aren't CIFAR-10's.
+    """
+    for path, labels_path in sets:
+        name, own = path.stem.removesuffix("_data"), path.stem.endswith("_data")
         images, labels = _load(path), _load(labels_path)
         if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or labels.shape != images.shape[:1]:
             raise UserError(f"{path}: must be uint8 [N, 32, 32, 3] with N labels in {labels_path.name}")
+        if labels.dtype.kind not in "iu" or not np.isin(labels, range(10)).all():
+            raise UserError(f"{labels_path}: must be whole numbers from 0 to 9, CIFAR-10's classes")
         if own or len(labels) % 5:
             yield name, images, labels
             continue
