@@ -95,8 +95,12 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
         rows.append(row | {"settings": {name: getattr(run.config, name) for name in fields}})
     complete = [run for run in runs if run.rows[-1].epoch == run.config.num_epochs]
     for recipe in dict.fromkeys(run.recipe for run in complete):
-        same = [run for run in complete if run.recipe == recipe]
-        if len({run.config.seed for run in same}) > 1:
+        by_seed: dict[int, Run] = {}  # a seed that is there twice counts once
+        for run in complete:
+            if run.recipe == recipe:
+                by_seed.setdefault(run.config.seed, run)
+        same = list(by_seed.values())
+        if len(same) > 1:
             accuracies = [run.rows[-1].test_accuracy for run in same]
             mean, std = statistics.mean(accuracies), statistics.stdev(accuracies)
             seeds.append({"runs": [run.name for run in same], "mean_accuracy": mean, "std_accuracy": std})

@@ -54,6 +54,14 @@ def test_seeds_are_averaged_and_settings_are_told(make_run, run_command, tmp_pat
     assert "75.00 ± 7.07" in lines[4]
 
 
+def test_a_seed_counts_once(make_run, run_command):
+    runs = [make_run("a", [0.5, 0.5, 0.8], seed=0), make_run("b", [0.5, 0.5, 0.9], seed=0)]
+    assert json.loads(run_command(compare.main, *runs, "--json")[1])["seeds"] == []
+    other = make_run("c", [0.5, 0.5, 0.6], seed=1)
+    (seeds,) = json.loads(run_command(compare.main, *runs, other, "--json")[1])["seeds"]
+    assert (seeds["runs"], seeds["mean_accuracy"]) == ([str(runs[0]), str(other)], pytest.approx(0.7))
+
+
 def test_held_out_images_are_told_apart(make_run, run_command):
     _, output, _ = run_command(compare.main, make_run("a", [0.5]), make_run("b", [0.5], holdout=100))
     assert [line.split()[2] for line in output.splitlines()[1:]] == ["test", "held-out"]
