@@ -8,6 +8,7 @@ The JSON is {'error': line}, or {'config': text or null, 'backend': [name], 'ord
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -32,21 +33,25 @@ class Refused(Exception):
 
 
 def limit() -> None:
-    """Limits this process' memory and CPU time if the system supports it."""
+    """Limits this process' CPU time and memory as far as the system supports it."""
     try:
         import resource
-
-        for kind, amount in ((resource.RLIMIT_AS, memory_in_use() + MEMORY), (resource.RLIMIT_CPU, CPU_SECONDS)):
+    except ImportError:
+        return
+    amounts = {
+        resource.RLIMIT_CORE: lambda: 0,
+        resource.RLIMIT_CPU: lambda: CPU_SECONDS,
+        resource.RLIMIT_AS: lambda: pages_in_use() * resource.getpagesize() + MEMORY,
+    }
+    for kind, amount in amounts.items():
+        with contextlib.suppress(OSError, ValueError):  # no /proc, or a limit that can't be set
             hard = resource.getrlimit(kind)[1]
-            resource.setrlimit(kind, (amount if hard == resource.RLIM_INFINITY else min(amount, hard), hard))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    except (ImportError, OSError, ValueError):
-        pass
+            resource.setrlimit(kind, (amount() if hard == resource.RLIM_INFINITY else min(amount(), hard), hard))
 
 
-def memory_in_use() -> int:
+def pages_in_use() -> int:
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[0]) * 4096
+        return int(file.read().split()[0])
 
 
 def member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
