@@ -108,6 +108,13 @@ def say_failure(error: Exception) -> int:
     return status or 2
 
 
+_ADVICE = {
+    "free disk space": (errno.ENOSPC, errno.EDQUOT),
+    "close files, or raise their limit (ulimit -n)": (errno.EMFILE, errno.ENFILE),
+    "free memory, or end other processes": (errno.ENOMEM, errno.EAGAIN),
+}
+
+
 def describe_failure(error: Exception) -> tuple[str | None, int | None]:
     """Returns (line, exit status) of an expected error, and (None, None) of a bug, which deserves a traceback."""
     if isinstance(error, UserError):
@@ -120,11 +127,11 @@ def describe_failure(error: Exception) -> tuple[str | None, int | None]:
         if error.errno is None:  # a library's OSError, not the system's
             return None, None
         place = f"{error.filename}: " if error.filename else ""
-        advice = "free disk space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "name another place"
+        advice = next((text for text, numbers in _ADVICE.items() if error.errno in numbers), "name another place")
         return f"{place}{error.strerror}: {advice}", 2
     exhausted = type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
     if exhausted or isinstance(error, MemoryError):
-        return "out of memory: lower --batch-size or --eval-batch-size", 2
+        return "out of memory: free memory, or train with a lower --batch-size or --eval-batch-size", 2
     return None, None
 
 
@@ -137,7 +144,7 @@ def parse_arguments(kind: type[T], **options: Any) -> T:
 
     captured = io.StringIO()
     try:
-        with contextlib.redirect_stderr(captured):
+        with contextlib.redirect_stderr(captured), contextlib.redirect_stdout(sys.stdout or io.StringIO()):  # or closed
             arguments = tyro.cli(kind, **options)
     except SystemExit as stop:
         if not stop.code:  # --help

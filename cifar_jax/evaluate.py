@@ -20,6 +20,7 @@ import jax
 import tyro
 
 from cifar_jax.cli import command, parse_arguments
+from cifar_jax.console import say
 from cifar_jax.datasets import get_dataset, load_dataset
 from cifar_jax.environment import describe_environment
 from cifar_jax.errors import UserError
@@ -89,7 +90,7 @@ def main() -> int:
     prepare_host()
     source = load_source(arguments.source, arguments.dtype)
     if source.config.holdout:
-        print("note: this run tested on held-out training images; this command uses the test set", file=sys.stderr)
+        say("note: this run tested on held-out training images; this command uses the test set", error=True)
     result = evaluate(source, arguments.data_dir, arguments.eval_dropout, arguments.flip_tta)
     if arguments.json:
         print(json.dumps(result, indent=2))

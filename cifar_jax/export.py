@@ -13,7 +13,7 @@ if __name__ == "__main__":
     exit_on_interrupt()
 
 import dataclasses
-import importlib.metadata
+import importlib
 import json
 import os
 import sys
@@ -91,10 +91,11 @@ def export(
     difference = float(difference / largest)
     if not difference <= DIFFERENCE:
         raise UserError(f"{output} is not written: its logits differ by {difference:.1e} of the largest one")
+    package = FORMATS[name].runtime
+    runtime = f"{package} {importlib.import_module(package).__version__}"  # also of onnxruntime-gpu and the like
     write_atomically(output, data)
     compared = {"data": dataset.source, "num_examples": len(images), "difference": difference}
-    package = FORMATS[name].runtime
-    options = {"format": name, "runtime": f"{package} {importlib.metadata.version(package)}", "uint8": uint8}
+    options = {"format": name, "runtime": runtime, "uint8": uint8}
     return {**source.origin, **options, **compared, **describe_environment(jax.local_devices()[:1])}
 
 

@@ -31,6 +31,7 @@ from scipy.special import softmax
 from tqdm import tqdm
 
 from cifar_jax.cli import command, parse_arguments
+from cifar_jax.console import say
 from cifar_jax.errors import UserError
 from cifar_jax.host import prepare_host
 from cifar_jax.io import user_path
@@ -191,7 +192,7 @@ def main() -> int:
     if arguments.json and len(failures) < len(paths):
         print(json.dumps(results, indent=2))
     for line in failures:
-        print(f"error: {' '.join(line.split())}", file=sys.stderr)
+        say(f"error: {' '.join(line.split())}", error=True)
     return (2 if len(failures) == len(paths) else 1) if failures else 0
 
 

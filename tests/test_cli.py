@@ -59,6 +59,31 @@ def test_a_full_device_is_one_line(run_command):
         main("INTERNAL: a bug")()
 
 
+@pytest.mark.parametrize(
+    ("failure", "advice"),
+    [(OSError(errno.EMFILE, "Too many open files"), "ulimit"), (MemoryError(), "free memory"),
+     (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "free memory")],
+)  # fmt: skip
+def test_what_the_system_lacks_is_said(failure, advice, run_command):
+    def fails():
+        raise failure
+
+    status, _, error = run_command(command(fails))
+    assert (status, error.count("\n"), advice in error) == (2, 1, True)
+
+
+@pytest.mark.parametrize("words", [["--no-such-flag"], ["--help"]])
+def test_flags_are_read_without_an_output(words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate", *words])
+    monkeypatch.setattr(sys, "stdout", None)
+    if words == ["--help"]:
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main()
+        assert not stop.value.code
+    else:
+        assert evaluate.main() == 2
+
+
 def test_a_librarys_own_error_is_not_hidden():
     def broken():
         raise OSError("a file in the wrong state")
