@@ -82,9 +82,11 @@ def export(
     if not uint8:
         images = np.asarray(scale_images(jnp.asarray(images), *pixel_statistics(config.input_scaling, config.dataset)))
     difference, largest, function = 0.0, 0.0, jax.jit(network.function)
+    # Other runtimes have no TensorFloat-32 or bfloat16, as JAX has in products on accelerators.
+    precision = "highest" if FORMATS[name].runtime != "jax" else None
     for start in range(0, len(images), BATCH_SIZE):
         batch = images[start : start + BATCH_SIZE]
-        with jax.default_matmul_precision("highest"):  # otherwise NVIDIA GPUs use TensorFloat-32, and TPUs bfloat16
+        with jax.default_matmul_precision(precision):
             logits = np.asarray(function(batch))
         difference = np.maximum(difference, np.abs(run(batch) - logits).max())  # unlike max, it keeps nan
         largest = np.maximum(largest, np.abs(logits).max())
