@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,8 @@ def parity_table(result: dict[str, Any]) -> str:
     rows = [check for check in result["checks"] if ": initial " not in check["name"]]
     for model in ("all_cnn", "lenet5"):
         checks = [check for check in result["checks"] if check["name"].startswith(f"{model}: initial ")]
-        nearest = max(checks, key=lambda check: (check["error"] or 0) / (check["tolerance"] or 1))
+        share = lambda check: math.inf if check["error"] is None else check["error"] / (check["tolerance"] or 1)
+        nearest = max(checks, key=share)
         name = f"{model}: {len(checks)} checks of initial distributions; nearest to its tolerance: "
         name += nearest["name"].removeprefix(f"{model}: initial ")
         rows.append(nearest | {"name": name, "passed": all(check["passed"] for check in checks)})
@@ -53,7 +55,7 @@ SUMMARY: dict[str, Callable[[dict[str, Any]], str]] = {
     "gradients in float32, relative": _largest(": gradients, float32"),
     "gradients in float64, relative": _largest(": gradients, float64"),
     "optimizer, 100 steps of given gradients": _largest("optimizer of", "float32"),
-    "augmentation in float64, pixels from 0 to 255": _largest("augmentation of", "float64"),
+    "augmentation in float64, pixels from 0 to 1": _largest("augmentation of", "float64"),
     "predictions of released networks that differ, of 10,000": _largest("differing arg-max"),
 }
 
