@@ -81,15 +81,16 @@ def main() -> int:
         raise UserError(f"--only {sorted(unknown)[0]}: choose from {', '.join(names)}")
     if arguments.rounds < 1:
         raise UserError(f"--rounds {arguments.rounds}: must be 1 or more")
+    chosen = [fault for fault in FAULTS if not arguments.only or fault.name in arguments.only]
+    counts = {fault: fault.quick if arguments.quick else fault.count for fault in chosen}
+    if not any(counts.values()):
+        raise UserError("--quick leaves these faults out: omit it")
     file = output_file(arguments.out, "faults")
     rows = []
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         prepare(Path(folder))
         lab = Lab(Path(folder))
-        for fault in FAULTS:
-            if arguments.only and fault.name not in arguments.only:
-                continue
-            count = fault.quick if arguments.quick else fault.count
+        for fault, count in counts.items():
             if count:
                 rows.append(inject(fault, lab, count * arguments.rounds, arguments.seed))
                 print("{name}: {times} times, {failed} failed; {outcomes} {seconds} s".format(**rows[-1]))

@@ -66,10 +66,11 @@ def killed_decoding(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[
     for number in range(count):
         folder = lab.new_folder()
         write_binary(folder)
-        victims.run(_load, folder, Strike(signal.SIGKILL, number % EVENTS + 1))
+        end = victims.run(_load, folder, Strike(signal.SIGKILL, number % EVENTS + 1))
         try:
             with captured():
-                yield load(folder, folder / "cache")
+                outcome = load(folder, folder / "cache")
+                yield outcome if end == -signal.SIGKILL else f"not killed: it ended with {end}"
         except UserError:
             yield "refused"
         shutil.rmtree(folder)

@@ -59,10 +59,12 @@ class _Watch:
             if not command or not any(reader in command for reader in READERS):
                 self.seen.append(f"{event} {command}")
         elif victims.writes(event, arguments) and isinstance(arguments[0], (str, bytes)):
-            path = os.path.abspath(os.fsdecode(arguments[0]))
-            made_before = event == "os.mkdir" and os.path.isdir(path)
-            if not made_before and not path.startswith((self._folder, os.devnull)):
-                self.seen.append(f"{event} outside its folder, {os.path.basename(path)}")
+            both = arguments[:2] if event in ("os.rename", "os.link", "os.symlink") else arguments[:1]
+            for path in (os.path.abspath(os.fsdecode(argument)) for argument in both):
+                made_before = event == "os.mkdir" and os.path.isdir(path)
+                inside = path in (self._folder, os.devnull) or path.startswith(self._folder + os.sep)
+                if not made_before and not inside:
+                    self.seen.append(f"{event} outside its folder, {os.path.basename(path)}")
 
 
 def _read(task: Task, paths: list[Path], report: Path, folder: Path) -> None:
