@@ -14,7 +14,7 @@ mkdir -p "$1" && OUT=$(cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 runs=$(mktemp -d)
 trap 'rm -rf "$runs"' EXIT
-trap stop INT TERM
+trap stop INT TERM HUP
 failed=()
 
 stop() {  # each part's process group outlives a `timeout` that the signal met while it forked
@@ -44,7 +44,7 @@ throughput() {  # SECONDS MODEL DTYPE BATCH_SIZE FRAMEWORK…: images a second
 }
 
 export CIFAR_JAX_TEST_PLATFORMS=cuda,cpu
-part smoke 55 -m pytest -n 0 -m gpu tests
+part smoke 55 -m pytest -n 0 -m gpu tests/test_gpu.py
 train all_cnn_reference 230
 throughput 60 all_cnn bfloat16 512 jax pytorch pytorch-cudagraphs
 throughput 45 lenet5 float32 128 jax pytorch pytorch-cudagraphs
