@@ -144,7 +144,7 @@ def test_teachers_that_compute_alike_are_the_same():
         assert digest != identify_teacher(dataclasses.replace(source, **{field: value}))
 
 
-@pytest.mark.parametrize("flip", ["random_flip", "alternating_flip"])
+@pytest.mark.parametrize("flip", ["random_flip", pytest.param("alternating_flip", marks=pytest.mark.long)])
 def test_a_copy_of_the_teacher_has_nothing_to_learn(taught_config, dataset, flip):
     """Each step finds the logits of the very images that it draws, on two devices."""
     changes = {"random_flip": flip == "random_flip", "alternating_flip": flip == "alternating_flip"}

@@ -63,6 +63,7 @@ TESTED = Elsewhere(".ci/run", "\npytest\n")
 ACCURACY = Stops("--out photo.jpg", "tests/test_accuracy.py")
 EXPORT = Stops("--pretrained nothing", "tests/test_export.py")
 PARITY = Stops("--data-dir nowhere", "tests/test_parity.py")
+REPORT = Stops("--out photo.jpg", "tests/test_network_report.py")
 
 COMMANDS = {
     "pip install -e .": INSTALLED,
@@ -78,7 +79,7 @@ COMMANDS = {
     "ruff format .": Elsewhere(".ci/run", "\nruff format --check .\n"),
     "mypy": Elsewhere(".ci/run", "\nmypy\n"),
     "mkdocs build --strict": Elsewhere(".ci/run", "\nmkdocs build --strict"),
-    "python -m benchmarks.report --check": Run(),
+    "python -m benchmarks.report --check": Elsewhere(".ci/run", "python -m benchmarks.report --check"),
     "cifar-jax --help": Run(),
     "python -m cifar_jax.train quickstart": Run(TINY),
     "python -m cifar_jax.train quickstart --workdir runs/first --num-epochs 3": Run(TINY),
@@ -130,10 +131,8 @@ COMMANDS = {
         f"{TINY} --teacher lenet5 --crop-padding 0"
     ),
     "python -m cifar_jax.predict photo.jpg --weights calibrated.safetensors": Run(),
-    "python -m cifar_jax.report --out report --pretrained lenet5": Run("--disturbed-images 0"),
-    "python -m cifar_jax.report --out report --pretrained all_cnn --disturbed-images 0": Stops(
-        "--out photo.jpg", "tests/test_network_report.py"
-    ),
+    "python -m cifar_jax.report --out report --pretrained lenet5": REPORT,
+    "python -m cifar_jax.report --out report --pretrained all_cnn --disturbed-images 0": REPORT,
     "python -m cifar_jax.convert runs/mine lenet5.pth": Run(),
     "python -m cifar_jax.convert model.pth model.keras": Run(),
     "python -m cifar_jax.convert runs/first first.safetensors --checkpoint best": Run(),
@@ -390,6 +389,7 @@ def test_the_readme_fits_its_page():
 
 
 @pytest.mark.slow
+@pytest.mark.long  # .ci/run builds the pages as well
 def test_the_links_of_the_pages_hold(tmp_path):
     pytest.importorskip("mkdocs")
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]

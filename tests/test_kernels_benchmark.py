@@ -7,6 +7,7 @@ from cifar_jax import parallel
 from cifar_jax.configs import RECIPES
 
 
+@pytest.mark.usefixtures("direct_convolutions")
 def test_every_form_is_timed_and_written(tmp_path, run_command, monkeypatch):
     monkeypatch.setitem(kernels.WORKLOADS, "lenet5_batch4", (RECIPES["lenet5_reference"], 1))
     for form in (

@@ -92,6 +92,7 @@ def test_dropout_only_in_training(name):
     assert traced() == traced(train=False)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("direct_convolutions")
 def test_final_relu_changes_logits_not_parameters():
     plain, published = AllCNN(), AllCNN(final_relu=True)

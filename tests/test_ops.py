@@ -81,7 +81,10 @@ def test_toom_cook_correlates(taps):
     np.testing.assert_allclose(a @ (g @ kernel * (b @ data)), np.correlate(data, kernel, "valid"), rtol=1e-12)
 
 
-@pytest.mark.parametrize(("images", "kernel", "padding"), WINOGRAD)
+@pytest.mark.parametrize(
+    ("images", "kernel", "padding"),
+    [pytest.param(*case, marks=pytest.mark.long if case[0] == (8, 6, 6, 192) else ()) for case in WINOGRAD],
+)
 def test_winograds_form_is_exact_but_for_rounding(images, kernel, padding):
     """The sums are the same ones in float64; in float32 they are nearly as exact as the plain convolution's."""
     arguments = [np.asarray(normal(seed, shape)) for seed, shape in enumerate((images, kernel))]
@@ -357,7 +360,7 @@ def operations(text):
     return {name: names.count(name) for name in names}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["lenet5", pytest.param("all_cnn", marks=pytest.mark.long)])
 def test_a_program_gets_the_form_of_its_platform(name, plain, monkeypatch):
     """Whatever machine lowers it: no other platform gets the CPU's."""
     loss, params, _ = random_problem(*NETWORKS[name])

@@ -86,7 +86,7 @@ def test_the_gradient_is_clipped_before_the_momentum():
         np.testing.assert_allclose([updates["a"][0], updates["b"][0]], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("model", ["lenet5", "all_cnn"])
+@pytest.mark.parametrize("model", ["lenet5", pytest.param("all_cnn", marks=pytest.mark.long)])
 def test_muon_orthogonalises_all_kernels_but_the_last(model):
     recipe = dataclasses.replace(
         RECIPES[f"{model}_reference"],

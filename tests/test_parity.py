@@ -273,7 +273,9 @@ def test_swapped_shift_axes_are_seen(monkeypatch, batch):
 REFERENCES = {"pytorch": parity_pytorch.PyTorchReference, "keras": parity_keras.KerasReference}
 
 
-@pytest.mark.parametrize(("model", "reference"), [("lenet5", "pytorch"), ("all_cnn", "keras")])
+@pytest.mark.parametrize(
+    ("model", "reference"), [("lenet5", "pytorch"), pytest.param("all_cnn", "keras", marks=pytest.mark.long)]
+)
 def test_a_wrong_layer_is_seen(monkeypatch, tmp_path, batch, model, reference, direct):
     """The max pool's result is 0.1 % too large."""
     images, labels = batch[0][:1], batch[1][:1]

@@ -46,6 +46,7 @@ def test_a_released_network_classifies(name, count, right, real_images):
     assert (logits.argmax(-1) == real_images.test_labels[:count]).sum() == right
 
 
+@pytest.mark.usefixtures("direct_convolutions")
 @pytest.mark.parametrize("name", pretrained_names())
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_released_network_gives_logits(name, dtype, tiny_dataset):

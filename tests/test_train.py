@@ -72,8 +72,13 @@ def test_a_second_signal_stops_at_once(
     assert signal.getsignal(signum) is before
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-@pytest.mark.parametrize("stage", ["flags", "host", "data", "folder", "state", "compilation"])
+@pytest.mark.parametrize(
+    ("stage", "signum"),
+    [
+        *((stage, signal.SIGTERM) for stage in ("flags", "host", "data", "folder", "state", "compilation")),
+        *(("data", signum) for signum in (signal.SIGINT, signal.SIGHUP)),
+    ],
+)
 def test_a_signal_during_start_up_is_heard(stage, signum, tiny_dataset, tmp_path, run_command, monkeypatch):
     """A signal stops the command at every stage, even where Python drops exceptions. There is no traceback."""
 

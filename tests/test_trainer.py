@@ -159,8 +159,7 @@ def test_the_average_and_the_ends_of_cycles_are_averaged(tiny_dataset, plain_con
     assert_trees_close(states[3].eval_params, expected, 1e-5)
 
 
-@pytest.mark.parametrize("num_devices", [1, 4])
-@pytest.mark.parametrize("eval_batch_size", [7, 30, 100])
+@pytest.mark.parametrize(("num_devices", "eval_batch_size"), [(1, 7), (4, 7), (4, 100)])  # of 30 images
 def test_every_example_is_evaluated_once(num_devices, eval_batch_size, tiny_dataset, plain_config):
     config = dataclasses.replace(plain_config, num_devices=num_devices, eval_batch_size=eval_batch_size)
     devices = select_devices(config)

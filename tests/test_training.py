@@ -72,7 +72,6 @@ def copied(uninterrupted, tmp_path):
 def test_a_run_writes_all_its_files(uninterrupted):
     folder = Path(uninterrupted.workdir)
     names = {path.name for path in folder.iterdir()}
-    names = {path.name for path in folder.iterdir()}
     figures = {"accuracy.png", "loss.png", "batch_loss.png"}
     texts = {"config.json", "dataset.json", "metrics.csv", "summary.json"}
     assert names == {".lock", "batch_loss.npy", "checkpoints"} | texts | figures

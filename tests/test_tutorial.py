@@ -14,6 +14,8 @@ tutorial = pytest.importorskip("benchmarks.report.tutorial")
 
 FEW_DIGITS = """
 import sklearn.datasets
+from cifar_jax.ops import winograd
+winograd.pays = lambda *_: False  # compiles faster
 all_digits = sklearn.datasets.load_digits
 sklearn.datasets.load_digits = lambda **options: [array[:300] for array in all_digits(**options)]
 """

@@ -52,6 +52,7 @@ def test_keras_computes_the_same_and_weights_return(network):
     assert_same(interop_keras.params_from_keras(reference.get_weights()), params)
 
 
+@pytest.mark.usefixtures("direct_convolutions")
 def test_final_relu_in_every_framework():
     rng = np.random.default_rng(0)
     images = rng.random((2, 32, 32, 3), np.float32)
