@@ -13,6 +13,7 @@ from benchmarks import ablation, accuracy, parity_training, pytorch_training, se
 from cifar_jax import trainer
 from cifar_jax.batches import epoch_order
 from cifar_jax.configs import RECIPES
+from cifar_jax.datasets import DATASETS
 from cifar_jax.errors import UserError
 from cifar_jax.outcomes import FailedTraining
 from cifar_jax.train import train_and_evaluate
@@ -39,7 +40,8 @@ def quick_recipe(monkeypatch, tiny_dataset, use_tiny_dataset):
     for module in (seeds, workloads):
         monkeypatch.setattr(module, "RECIPES", {"lenet5_reference": recipe})
     for module in (accuracy, ablation, parity_training):
-        monkeypatch.setattr(module, "load_dataset", lambda name, data_dir: tiny_dataset)
+        named = lambda name, data_dir: dataclasses.replace(tiny_dataset, info=DATASETS[name])
+        monkeypatch.setattr(module, "load_dataset", named)
 
 
 def never():
