@@ -34,7 +34,7 @@ from cifar_jax.weights.keras_import import Found, check_architecture, import_ker
 from cifar_jax.weights.keras_layers import Architecture
 from cifar_jax.weights.metadata import FORMAT, read_metadata, write_metadata
 from cifar_jax.weights.params import create_module, has_final_relu, num_classes_of
-from cifar_jax.weights.pytorch_files import BOOKKEEPING, LEGACY_MAGIC, read_tensors
+from cifar_jax.weights.pytorch_files import LEGACY_MAGIC, is_bookkeeping, read_tensors
 
 NAMES = (".safetensors", ".pth", ".pt", ".weights.h5", ".h5", ".hdf5", ".keras")
 
@@ -142,8 +142,13 @@ def kind_of_name(path: Path) -> str:
     return {".pt": ".pth", ".hdf5": ".h5"}.get(name, name)
 
 
+def is_saved_model(path: Path) -> bool:
+    """Tells whether a folder is TensorFlow's SavedModel, which `load_weights` refuses with advice."""
+    return (path / "saved_model.pb").is_file()
+
+
 def _check_place(path: Path) -> None:
-    if (path / "saved_model.pb").is_file():
+    if is_saved_model(path):
         raise UserError(f"{path}: is a SavedModel: load it with Keras 2 and save it as .h5 or .keras")
     if path.is_dir():
         raise UserError(f"{path}: is a folder: name a file in it, or use --workdir for a run")
@@ -183,7 +188,7 @@ def _read_safetensors(path: Path, model: str | None) -> Found:
     if metadata.get("format") != FORMAT:
         if not any(name.endswith((".weight", ".bias")) for name in tensors):
             raise UserError("neither written by cifar_jax nor a PyTorch state_dict")
-        dropped = [name for name in tensors if name.rpartition(".")[2] in BOOKKEEPING]
+        dropped = list(filter(is_bookkeeping, tensors))
         named = [(name, tensor) for name, tensor in tensors.items() if name not in dropped]
         params, found, notes = pytorch.params_from_arrays(named, model)
         return Found(found, params, notes=(*(f"dropped tensor {name}" for name in dropped), *notes))

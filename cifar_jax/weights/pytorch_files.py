@@ -26,7 +26,7 @@ MAX_BYTES = 2**27  # limit of all tensors; the largest network has 5.5 MB in flo
 MAX_TENSORS = 1000
 MAX_PICKLE = 2**23
 WRAPPERS = ("state_dict", "model_state_dict", "net", "model", "network", "params", "module")
-BOOKKEEPING = ("n_averaged", "num_batches_tracked")
+_BOOKKEEPING = ("n_averaged", "num_batches_tracked")
 TYPES = {
     "FloatStorage": "f4", "DoubleStorage": "f8", "HalfStorage": "f2", "BFloat16Storage": "V2", "LongStorage": "i8",
     "IntStorage": "i4", "ShortStorage": "i2", "CharStorage": "i1", "ByteStorage": "u1", "BoolStorage": "?",
@@ -43,6 +43,11 @@ class _Archive:
     order: str
 
 
+def is_bookkeeping(name: str) -> bool:
+    """Tells whether a tensor of a state_dict only counts steps or averages."""
+    return name.rpartition(".")[2] in _BOOKKEEPING
+
+
 def read_tensors(path: Path) -> tuple[list[Named], list[str]]:
     """Returns a state_dict's (name, tensor) pairs in its order, and notes on what was opened or dropped.
 
@@ -55,7 +60,7 @@ def read_tensors(path: Path) -> tuple[list[Named], list[str]]:
             named: list[Named] = []
             budget = MAX_BYTES
             for name, record in state_dict.items():
-                if name.rpartition(".")[2] in BOOKKEEPING:
+                if is_bookkeeping(name):
                     notes.append(f"dropped tensor {name}")
                     continue
                 named.append((name, _tensor(name, record, archive, budget)))
