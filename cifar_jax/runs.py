@@ -35,8 +35,7 @@ def read_config(workdir: Path) -> Config:
     """Reads a run's config.json. Raises: UserError if it is missing or invalid."""
     path = workdir / "config.json"
     try:
-        fields = read_json(path)
-        return Config(**fields)
+        return Config(**read_json(path))
     except FileNotFoundError as error:
         raise UserError(f"{workdir}: not a run's workdir: it has no config.json") from error
     except (OSError, TypeError, KeyError, ValueError, UserError) as error:

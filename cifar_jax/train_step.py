@@ -139,9 +139,8 @@ def create_train_step(
             views = view_numbers(state.rng, state.step, device, batch)
             teacher_logits = batch["teacher_logits"][batch["index"], views].astype(jnp.float32)
 
-        def mean(losses: jax.Array) -> jax.Array:
-            # The factor num_devices makes pmean give the mean over the global batch, even if it is partly padding.
-            return (losses * batch["mask"]).sum() * num_devices / count
+        # The factor num_devices makes pmean give the mean over the global batch, even if it is partly padding.
+        mean = lambda losses: (losses * batch["mask"]).sum() * num_devices / count
 
         def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
             options: dict[str, Any] = {"train": True, "rngs": {"dropout": jax.random.fold_in(dropout_rng, 0)}}

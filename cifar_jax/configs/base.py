@@ -150,17 +150,21 @@ class Config:
     profile: int = 0
     """Number of steps to record in a trace for Perfetto or xprof (into WORKDIR/profile); 0: none."""
 
+    def _take_lists(self) -> None:
+        """Makes tuples of lists, which JSON has in their place and which are not hashable."""
+        try:
+            object.__setattr__(self, "dropout_rates", tuple(self.dropout_rates))
+            object.__setattr__(self, "image_sizes", tuple(map(tuple, self.image_sizes)))
+        except TypeError as error:
+            raise UserError(f"dropout_rates and image_sizes must be sequences ({error})") from error
+
     def __post_init__(self) -> None:
         def check(ok: bool, field: str, rule: str) -> None:
             if not ok:
                 flag = "--" + field.replace("_", "-")
                 raise UserError(f"{flag} {getattr(self, field)}: must be {rule}")
 
-        try:  # lists, as in JSON, would not be hashable
-            object.__setattr__(self, "dropout_rates", tuple(self.dropout_rates))
-            object.__setattr__(self, "image_sizes", tuple(map(tuple, self.image_sizes)))
-        except TypeError as error:
-            raise UserError(f"dropout_rates and image_sizes must be sequences ({error})") from error
+        self._take_lists()
         check(self.workdir != "", "workdir", "a folder's name")
         for field, kind in get_type_hints(type(self)).items():
             value = getattr(self, field)
