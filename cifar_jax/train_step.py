@@ -126,9 +126,8 @@ def create_train_step(
     training images, if there is a teacher). metrics: of the global batch before the update: 'loss' (float32, the
     recipe's mean loss with dropout on, without the teacher's part), 'correct' (int32) and 'count' (int32).
     """
-    transform = create_input_transform(config, image_size)
+    transform, view_numbers = create_input_transform(config, image_size), create_view_numbers(config)
     model, normalized = create_model(config), config.normalization == "batch"
-    view_numbers = create_view_numbers(config)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         device, num_devices = lax.axis_index(AXIS), lax.axis_size(AXIS)
