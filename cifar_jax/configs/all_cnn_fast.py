@@ -1,9 +1,9 @@
-"""All-CNN in few epochs: Muon, small images first, mirror symmetry, crops, alternating flips, averaged cycles.
+"""All-CNN in 8 short epochs: normalised while training (folded away after it), small images, mirror symmetry, Muon.
 
 python -m cifar_jax.train all_cnn_fast
 
-92.11 ± 0.03 % on the test set (3 seeds), in 178 minutes on 2 CPU cores (seed 0):
-benchmarks/results/accuracy_all_cnn_fast.json.
+90.92 % on 5,000 held-out training images (seed 0), for the pixels of 3.9 epochs of 32x32:
+benchmarks/results/tried/all_cnn_normalised_short.json.
 """
 
 from cifar_jax.configs.base import Config
@@ -13,23 +13,24 @@ CONFIG = Config(
     model="all_cnn",
     dropout_rates=(0.0, 0.0, 0.0),
     input_scaling="standardized",
-    initializer="he",
+    initializer="identity",
+    normalization="batch",
+    normalization_scale="fixed",
     batch_size=256,
-    num_epochs=30,
-    image_sizes=((16, 3), (20, 4), (24, 6)),
+    num_epochs=8,
+    image_sizes=((16, 2), (24, 6)),
     optimizer="muon",
-    learning_rate=0.01,
-    momentum=0.95,
+    learning_rate=0.08,
+    momentum=0.9,
     nesterov=True,
-    weight_decay=0.1,
+    adam_learning_rate=0.01,
+    normalize_kernels=True,
+    weight_decay=0.0,
     schedule="one_cycle",
     warmup_fraction=0.1,
     ema_decay=0.995,
-    swa_fraction=0.2667,  # of 5,880 steps: 4 cycles of 392 steps (2 epochs)
-    swa_cycles=4,
-    swa_learning_rate=0.004,
     label_smoothing=0.1,
-    crop_padding=4,
+    crop_padding=2,
     alternating_flip=True,
     mirror_symmetry=True,
 )
