@@ -33,6 +33,11 @@ ABLATIONS_OF_ALL: dict[str, dict[str, Any]] = {
     "cosine": {"schedule": "cosine"},
 }
 SGD = {"optimizer": "sgd", "learning_rate": 0.05, "momentum": 0.9}
+# All that all_cnn_fast changes because its network is normalised.
+PLAIN = {
+    **{"normalization": "none", "normalization_scale": "learnt", "normalize_kernels": False, "initializer": "he"},
+    **{"learning_rate": 0.01, "adam_learning_rate": None, "momentum": 0.95, "weight_decay": 0.1},
+}
 # Variants by recipe.
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "lenet5": {
@@ -48,12 +53,15 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "batch 512, rates doubled": {"batch_size": 512, "learning_rate": 0.024, "swa_learning_rate": 0.012},
     },
     "all_cnn_fast": {
-        **ABLATIONS_OF_ALL,
+        "the recipe": {},
+        "no normalization, the rates of all_cnn": PLAIN,
         "no mirror symmetry": {"mirror_symmetry": False},
-        "cutout": {"cutout_size": 8},
-        "light dropout": {"dropout_rates": (0.0, 0.05, 0.1)},
-        "32 pixels throughout": {"image_sizes": ()},
-        "SGD": SGD | {"swa_learning_rate": 0.02, "weight_decay": 5e-4},
+        "he_normal initial weights": {"initializer": "he"},
+        "learnt scales": {"normalization_scale": "learnt"},
+        "random flip": {"alternating_flip": False, "random_flip": True},
+        "no label smoothing": {"label_smoothing": 0.0},
+        "no average of weights": {"ema_decay": 0.0},
+        "SGD": SGD | {"adam_learning_rate": None, "normalize_kernels": False, "weight_decay": 5e-4},
     },
 }
 

@@ -44,7 +44,7 @@ from cifar_jax.parallel import Parallel, replicate
 from cifar_jax.train_step import create_train_state
 from cifar_jax.trainer import create_history
 
-MAIN_RECIPES = ("lenet5", "all_cnn_fast")
+MAIN_RECIPES = ("lenet5", "all_cnn")
 MORE_TOPOLOGIES = ("v5e:1x1", "v5e:4x4", "v5e:16x16", "v6e:2x2")  # for the main recipes
 TOPOLOGY = "v5e:2x2"  # for all recipes
 # libtpu would ask the machine's metadata server for its TPU, and admit one process at a time.
@@ -66,7 +66,7 @@ class Arguments:
     name: str = "tpu_compile"
     """Name of the JSON file without .json."""
     recipe: tuple[str, ...] | None = None
-    """Recipes. None: all recipes for v5e:2x2, and lenet5 and all_cnn_fast for other topologies too."""
+    """Recipes. None: all recipes for v5e:2x2, and lenet5 and all_cnn for other topologies too."""
     topology: tuple[str, ...] | None = None
     """Chips and their arrangement, such as v5e:4x4 or v6e:1x1. None with --recipe: v5e:2x2."""
     dtype: Literal["float32", "bfloat16"] = "float32"

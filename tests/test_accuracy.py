@@ -205,12 +205,12 @@ def test_an_ablation(quick_recipe, tmp_path, run_command, monkeypatch):
 
 
 def test_a_shorter_training_has_fewer_epochs_of_each_image_size(tmp_path):
-    for num_epochs in range(1, RECIPES["all_cnn_fast"].num_epochs + 1):
+    for num_epochs in range(1, RECIPES["all_cnn"].num_epochs + 1):
         arguments = seeds.Arguments(out=tmp_path, num_epochs=num_epochs)
-        sizes = seeds.configure(arguments, "all_cnn_fast", "run", 0).image_sizes
+        sizes = seeds.configure(arguments, "all_cnn", "run", 0).image_sizes
         assert sum(epochs for _, epochs in sizes) < num_epochs
-    assert sizes == RECIPES["all_cnn_fast"].image_sizes
-    assert seeds.configure(arguments, "all_cnn_fast", "run", 0, image_sizes=()).image_sizes == ()
+    assert sizes == RECIPES["all_cnn"].image_sizes
+    assert seeds.configure(arguments, "all_cnn", "run", 0, image_sizes=()).image_sizes == ()
 
 
 def test_a_recipes_dataset_is_its_own(tmp_path):

@@ -116,6 +116,6 @@ def test_lists_are_tuples():
 
 
 def test_the_size_of_an_epochs_images():
-    config = dataclasses.replace(RECIPES["all_cnn"], image_sizes=((16, 1), (24, 2)), num_epochs=5)
+    config = dataclasses.replace(RECIPES["all_cnn_reference"], image_sizes=((16, 1), (24, 2)), num_epochs=5)
     assert [config.image_size(epoch) for epoch in range(5)] == [16, 24, 24, 32, 32]
     assert RECIPES["lenet5"].image_size(0) == 32

@@ -67,8 +67,8 @@ def test_cycles_follow_the_schedule():
     shares = [float(share(step)) for step in range(1, 19)]
     assert shares[:10] == pytest.approx([1 - min(0.5, step / (step + 10)) for step in range(1, 11)])
     assert shares[10:] == pytest.approx([0, 0, 0, 1 / 2, 0, 0, 0, 1 / 3])
-    assert swa_steps(RECIPES["all_cnn_fast"], 196) == (22 * 196, 2 * 196)  # cycles of whole epochs
-    assert swa_steps(RECIPES["all_cnn_fast"], 176) == (22 * 176, 2 * 176)  # with 5,000 images held out
+    assert swa_steps(RECIPES["all_cnn"], 196) == (22 * 196, 2 * 196)  # cycles of whole epochs
+    assert swa_steps(RECIPES["all_cnn"], 176) == (22 * 176, 2 * 176)  # with 5,000 images held out
     assert swa_steps(RECIPES["lenet5"], 196) == (160 * 196, 8 * 196)
     too_short = dataclasses.replace(config, swa_fraction=0.1)  # 0.9 steps a cycle: none
     assert swa_steps(too_short, 6) == (18, 0)

@@ -171,6 +171,14 @@ def test_the_results_are_of_the_recipes_as_they_are(name):
         assert result["config"].get(field, defaults[field]) == recipe[field], field
 
 
+def test_small_images_count_by_their_pixels():
+    curves = [[0.7, 0.8, 0.9, 0.91], [0.6, 0.9, 0.91, 0.91]]
+    result = {"config": {"image_sizes": [[16, 1], [24, 1]]}, "test_accuracy_by_epoch": curves}
+    assert accuracy.epochs_of_32_pixels(result, 0.7) == 0.25 + 0.5625
+    assert accuracy.epochs_of_32_pixels(result, 0.9) == 0.25 + 0.5625 + 1
+    assert accuracy.epochs_of_32_pixels(result, 0.95) is None
+
+
 def test_three_digits():
     assert [three_digits(value) for value in (0.1234, 1.4, 52.04, 178.2, 1200)] == [
         "0.123",

@@ -74,9 +74,21 @@ def quickstart(results: Results) -> str:
     )
 
 
+def epochs_of_32_pixels(result: dict[str, Any], accuracy: float) -> float | None:
+    """Returns how many epochs of 32×32 pixels have as many pixels as those in which every seed passes an accuracy."""
+    sizes = [size for size, epochs in result["config"]["image_sizes"] for _ in range(epochs)]
+    needed = 0
+    for curve in result["test_accuracy_by_epoch"]:
+        passed = next((epoch for epoch, reached in enumerate(curve, 1) if reached >= accuracy), None)
+        if passed is None:
+            return None
+        needed = max(needed, passed)
+    return sum((size / 32) ** 2 for size in sizes[:needed]) + max(0, needed - len(sizes))
+
+
 def accuracy(results: Results) -> str:
-    """Every recipe over its seeds, then the minutes in which its fastest seed reached given accuracies."""
-    rows, times, notes = [], [], []
+    """Every recipe over its seeds, then the minutes and the pixels in which it reached given accuracies."""
+    rows, times, pixels, notes = [], [], [], []
     measured = results.all("accuracy_")
     thresholds = list(dict.fromkeys(name for result in measured for name in result["seconds_to"]))
     for result in measured:
@@ -92,10 +104,15 @@ def accuracy(results: Results) -> str:
         reached = [result["seconds_to"].get(name, [None]) for name in thresholds]
         cells = ["–" if None in passed else three_digits(passed[fastest] / 60) for passed in reached]
         times.append([NETWORKS[model], recipe_and_type(result), *cells])
+        epochs_to = [epochs_of_32_pixels(result, float(name)) for name in thresholds]
+        cells = ["–" if number is None else f"{number:.1f}" for number in epochs_to]
+        pixels.append([NETWORKS[model], recipe_and_type(result), *cells])
         notes.append(measured_by(result))
     columns = ["network", "recipe", "original", "test accuracy", "seeds", "epochs", "minutes", "images", "PFLOP"]
-    to = ["minutes of the fastest seed to", "", *(f"{100 * float(name):.0f} %" for name in thresholds)]
-    return "\n\n".join([table(columns, rows), table(to, times), *notes])
+    reached = [f"{100 * float(name):.0f} %" for name in thresholds]
+    to = ["minutes of the fastest seed to", "", *reached]
+    cost = ["epochs of 32×32 pixels, of the slowest seed, to", "", *reached]
+    return "\n\n".join([table(columns, rows), table(to, times), table(cost, pixels), *notes])
 
 
 def _changes(variant: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from cifar_jax.parallel import accelerator_steps_per_call
 
 Program = dict[str, Any]
 CHIP = "v5e"  # of the model
-RECIPES = ("lenet5", "all_cnn_fast")  # those compiled for several topologies
+RECIPES = ("lenet5", "all_cnn")  # those compiled for several topologies
 PARTS = {"compute": "compute", "communication": "all-reduce", "per_call": "once a call"}
 
 
