@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 from cifar_jax.batches import InputScaling
 from cifar_jax.datasets import DATASETS
 from cifar_jax.errors import UserError
@@ -19,6 +21,10 @@ else:  # the names that a flag accepts
     ModelName = Literal[tuple(MODELS)]
     DatasetName = Literal[tuple(DATASETS)]
 REGISTRIES: dict[str, Mapping[str, Any]] = {"model": MODELS, "dataset": DATASETS}
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) or isinstance(value, np.floating)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,24 +164,36 @@ class Config:
         except TypeError as error:
             raise UserError(f"dropout_rates and image_sizes must be sequences ({error})") from error
 
-    def __post_init__(self) -> None:
-        def check(ok: bool, field: str, rule: str) -> None:
-            if not ok:
-                flag = "--" + field.replace("_", "-")
-                raise UserError(f"{flag} {getattr(self, field)}: must be {rule}")
+    def _check(self, ok: bool, field: str, rule: str) -> None:
+        if not ok:
+            flag = "--" + field.replace("_", "-")
+            raise UserError(f"{flag} {getattr(self, field)}: must be {rule}")
 
-        self._take_lists()
-        check(self.workdir != "", "workdir", "a folder's name")
+    def _check_types(self) -> None:
+        """Checks what a type checker would: a Config may also come from Python or from a file."""
+        check = self._check
         for field, kind in get_type_hints(type(self)).items():
             value = getattr(self, field)
+            optional = value is None and type(None) in get_args(kind)
             if kind is bool:
                 check(type(value) is bool, field, "true or false")
             elif kind in (int, int | None):
-                check(type(value) is int or (value is None and kind is not int), field, "a whole number")
+                check(optional or type(value) is int, field, "a whole number")
+            elif kind in (float, float | None):
+                check(optional or _is_number(value), field, "a number")
             elif field in REGISTRIES:
                 check(value in REGISTRIES[field], field, f"one of {', '.join(REGISTRIES[field])}")
             elif get_origin(kind) is Literal:
                 check(value in get_args(kind), field, f"one of {', '.join(get_args(kind))}")
+        check(all(map(_is_number, self.dropout_rates)), "dropout_rates", "numbers")
+        pairs = all(len(pair) == 2 and {*map(type, pair)} == {int} for pair in self.image_sizes)
+        check(pairs, "image_sizes", "pairs of whole numbers")
+
+    def __post_init__(self) -> None:
+        check = self._check
+        self._take_lists()
+        self._check_types()
+        check(self.workdir != "", "workdir", "a folder's name")
         model = get_model(self.model)
         places = len(model().dropout_rates)
         for field in ("batch_size", "num_epochs", "eval_batch_size", "swa_cycles", "num_devices", "steps_per_call"):
