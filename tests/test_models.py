@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from cifar_jax.errors import UserError
 from cifar_jax.models import MODELS, AllCNN, LeNet5, unit_variance
 
 
@@ -55,6 +56,19 @@ def test_lenet5_shapes():
     assert [shapes[f"Conv_{i}"] for i in range(2)] == [(28, 28, 32), (10, 10, 64)]
     assert [shapes[f"Dropout_{i}"] for i in range(2)] == [(28, 28, 32), (10, 10, 64)]
     assert [shapes[f"Dense_{i}"] for i in range(3)] == [(200,), (100,), (10,)]
+
+
+def test_all_cnn_refuses_images_that_the_pools_leave_nothing_of():
+    shape = lambda size: jax.eval_shape(AllCNN().init_with_output, jax.random.key(0), jnp.zeros((2, size, 32, 3)))
+    assert shape(11)[0].shape == (2, 10)
+    with pytest.raises(ValueError, match="11 rows and columns"):
+        shape(10)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_unknown_initializer_is_refused(name):
+    with pytest.raises(UserError, match=r"'xavier'.* original, he, lsuv, identity"):
+        MODELS[name](initializer="xavier").init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
 
 
 def test_all_cnn_initialisers_are_keras():

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from cifar_jax import ops
-from cifar_jax.models.initializers import KERNELS
+from cifar_jax.models.initializers import choose_kernel
 
 
 class AllCNN(nn.Module):
@@ -37,11 +37,16 @@ class AllCNN(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        """Float [N, H, W, 3] → logits float32 [N, num_classes]. The original's pixels are 32×32, in [0, 1]."""
+        """Float [N, H, W, 3] → logits float32 [N, num_classes]. The original's pixels are 32×32, in [0, 1].
+
+        Raises: ValueError for images with fewer than 11 rows or columns, of which the pools leave nothing.
+        """
+        if min(images.shape[1:3]) < 11:
+            raise ValueError(f"images [N, H, W, 3] need 11 rows and columns or more, not {images.shape[1:3]}")
 
         def conv(x: jax.Array, features: int, size: int, padding: str) -> jax.Array:
             # Keras' defaults are glorot_uniform kernels and zero biases. (Flax's kernels: truncated lecun_normal.)
-            kernel_init = KERNELS.get(self.initializer, nn.initializers.glorot_uniform())
+            kernel_init = choose_kernel(self.initializer, nn.initializers.glorot_uniform())
             return ops.Conv(features, size, padding, kernel_init, dtype=self.dtype)(x)
 
         first, second, third = (partial(ops.Dropout(rate), train=train) for rate in self.dropout_rates)

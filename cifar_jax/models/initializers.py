@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cifar_jax.errors import UserError
+
 Initializer = Callable[..., jax.Array]
 WHITENING_EPSILON = 5e-4  # limits the gain of the smallest variances, as in airbench
 
@@ -44,6 +46,13 @@ KERNELS: dict[str, Initializer] = {
     "lsuv": nn.initializers.orthogonal(),
     "identity": identity_kernel,
 }
+
+
+def choose_kernel(name: str, original: Initializer) -> Initializer:
+    """Returns the initializer of KERNELS with this name, or `original`. Raises: UserError for an unknown name."""
+    if name != "original" and name not in KERNELS:
+        raise UserError(f"unknown initializer {name!r}: choose one of original, {', '.join(KERNELS)}")
+    return KERNELS.get(name, original)
 
 
 def pytorch_bias(fan_in: int) -> Initializer:

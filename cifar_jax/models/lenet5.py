@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cifar_jax import ops
-from cifar_jax.models.initializers import KERNELS, Initializer, pytorch_bias
+from cifar_jax.models.initializers import KERNELS, Initializer, choose_kernel, pytorch_bias
 
 
 class LeNet5(nn.Module):
@@ -45,11 +45,11 @@ class LeNet5(nn.Module):
             return nn.initializers.zeros if self.initializer in KERNELS else pytorch_bias(fan_in)
 
         def conv(x: jax.Array, features: int) -> jax.Array:
-            kernel = KERNELS.get(self.initializer, pytorch_kernel)
+            kernel = choose_kernel(self.initializer, pytorch_kernel)
             return ops.Conv(features, 5, "VALID", kernel, bias_init(5 * 5 * x.shape[-1]), self.dtype)(x)
 
         def dense(x: jax.Array, features: int, original: Initializer = pytorch_kernel) -> jax.Array:
-            kernel = KERNELS.get(self.initializer, original)
+            kernel = choose_kernel(self.initializer, original)
             return nn.Dense(features, kernel_init=kernel, bias_init=bias_init(x.shape[-1]), dtype=self.dtype)(x)
 
         first, second = (partial(ops.Dropout(rate), train=train) for rate in self.dropout_rates)
