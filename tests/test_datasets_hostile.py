@@ -174,11 +174,15 @@ def member(name, size=0, kind=tarfile.REGTYPE, content=b"", **fields):
     return header + content + bytes(-len(content) % 512)
 
 
-def with_size(header, field):
-    """Returns a header with another text as size, and a correct checksum."""
-    header = header[:124] + field.ljust(12, b"\0") + header[136:]
+def with_checksum(header):
+    """Returns a changed header with its new checksum."""
     header = header[:148] + b" " * 8 + header[156:]
     return header[:148] + b"%06o\0 " % sum(header) + header[156:]
+
+
+def with_size(header, field):
+    """Returns a header with another text as size."""
+    return with_checksum(header[:124] + field.ljust(12, b"\0") + header[136:])
 
 
 ODD_ARCHIVES = {
@@ -191,8 +195,10 @@ ODD_ARCHIVES = {
     + member("test_batch", kind=tarfile.LNKTYPE, linkname="cifar-10-batches-py/data_batch_1"),
     "a link to nothing": member("data_batch_1", kind=tarfile.SYMTYPE, linkname="nothing"),
     "a device": member("data_batch_1", kind=tarfile.CHRTYPE),
-    "a sparse member of 6 GiB": with_size(member("data_batch_1", kind=tarfile.GNUTYPE_SPARSE), b"00000000000")[:386]
-    + b"00000000000\0" * 8 + b"\0" + b"60000000000\0" + bytes(17),
+    "a sparse member of 6 GiB": with_checksum(
+        member("data_batch_1", kind=tarfile.GNUTYPE_SPARSE)[:386]
+        + b"00000000000\0" * 8 + b"\0" + b"60000000000\0" + bytes(17)
+    ),
     "a size beyond the file": member("data_batch_1", 2**32),
     "a size of 8 GiB and more": member("data_batch_1", 2**60),
     "a size below 0": with_size(member("data_batch_1"), b"-1"),

@@ -104,6 +104,11 @@ def _member(name: str, kind: bytes, link: str = "", size: int = 0) -> bytes:
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
+def _with_checksum(header: bytes) -> bytes:
+    header = header[:148] + b" " * 8 + header[156:]
+    return header[:148] + b"%06o\0 " % sum(header) + header[156:]
+
+
 def _png(width: int, height: int) -> bytes:
     chunk = lambda kind, body: len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
     header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\0\0\0"
@@ -129,8 +134,10 @@ def crafted_folders() -> dict[str, dict[str, bytes]]:
         "links out of the folder": _member("data_batch_1", tarfile.SYMTYPE, "../../../etc/passwd"),
         "a member above the folder": _member("../../escaped", tarfile.REGTYPE),
         "a size of 2^60": _member("data_batch_1", tarfile.REGTYPE, size=2**60),
-        "a sparse member of 6 GiB": _member("data_batch_1", tarfile.GNUTYPE_SPARSE)[:386]
-        + b"00000000000\0" * 8 + b"\0" + b"60000000000\0" + bytes(17),
+        "a sparse member of 6 GiB": _with_checksum(
+            _member("data_batch_1", tarfile.GNUTYPE_SPARSE)[:386]
+            + b"00000000000\0" * 8 + b"\0" + b"60000000000\0" + bytes(17)
+        ),
         "a gigabyte of zeros": bytes(2**28),
         "2,000 headers": _member("nothing", tarfile.REGTYPE) * 2000,
     }  # fmt: skip
