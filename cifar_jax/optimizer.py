@@ -82,7 +82,7 @@ def create_tx(config: Config, steps_per_epoch: int) -> optax.GradientTransformat
         decay = [optax.add_decayed_weights(config.weight_decay)] if config.weight_decay else []
         tx = optax.chain(*first, *decay, *parts)
     if config.normalize_kernels:
-        tx = optax.chain(tx, _normalize_kernels(layers[:-1]))
+        tx = optax.chain(tx, _normalize_kernels(config, layers[:-1]))
     if frozen:
         tx = optax.chain(tx, *frozen)
     if config.sam_rho:
@@ -112,33 +112,38 @@ def _create_muon(config: Config, schedule: optax.Schedule, last_layer: str) -> o
     )
 
 
-def _normalize_kernels(layers: Sequence[str]) -> optax.GradientTransformation:
-    """Changes updates so that the updated kernels of these layers have norm √outputs."""
+def _normalize_kernels(config: Config, layers: Sequence[str]) -> optax.GradientTransformation:
+    """Changes updates so that the updated kernels of these layers have norm √outputs, without whitening filters."""
 
     def update(updates: Any, params: Any) -> Any:
-        def scaled(update: jax.Array, kernel: jax.Array) -> jax.Array:
-            moved = kernel + update
-            return moved * (kernel.shape[-1] ** 0.5 / jnp.linalg.norm(moved.ravel())) - kernel
+        def rescale(name: str) -> jax.Array:
+            first = _count_whitening_filters(config, name, params[name]["kernel"])
+            kernel, update = params[name]["kernel"][..., first:], updates[name]["kernel"]
+            moved = kernel + update[..., first:]
+            scaled = moved * (kernel.shape[-1] ** 0.5 / jnp.linalg.norm(moved.ravel())) - kernel
+            return update.at[..., first:].set(scaled) if first else scaled
 
-        changed = {
-            name: {**updates[name], "kernel": scaled(updates[name]["kernel"], params[name]["kernel"])}
-            for name in layers
-        }
-        return {**updates, **changed}
+        return {**updates, **{name: {**updates[name], "kernel": rescale(name)} for name in layers}}
 
     return optax.stateless(update)
 
 
+def _count_whitening_filters(config: Config, layer: str, kernel: jax.Array) -> int:
+    """Returns how many of a kernel's filters, the first ones, whiten and are not trained."""
+    if not config.whitening or layer != get_model(config.model).LAYERS[0]:
+        return 0
+    return min(2 * math.prod(kernel.shape[:-1]), kernel.shape[-1])
+
+
 def _freeze(config: Config) -> optax.GradientTransformation:
     """Sets the updates of fixed scales and whitening filters to 0."""
-    first_layer = get_model(config.model).LAYERS[0]
 
     def freeze(path: Any, update: jax.Array) -> jax.Array:
         layer, part = path[0].key, path[1].key
         if part == "scale" and config.normalization_scale == "fixed":
             return jnp.zeros_like(update)
-        if part == "kernel" and layer == first_layer and config.whitening:
-            return update.at[..., : 2 * math.prod(update.shape[:-1])].set(0)
+        if part == "kernel" and (count := _count_whitening_filters(config, layer, update)):
+            return update.at[..., :count].set(0)
         return update
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(freeze, updates))

@@ -185,6 +185,19 @@ def test_muon_decays_all_parameters_by_the_rate_and_remembers_gradients():
             assert np.sign(product) == expected
 
 
+def test_kernels_are_normalised_beside_whitening_filters():
+    settings = {"normalization": "batch", "normalize_kernels": True, "whitening": True}
+    config = dataclasses.replace(RECIPES["all_cnn_reference"], **settings)
+    tx, params = create_tx(config, 1), create_train_state(config, 1).params
+    gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(0), p.shape), params)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = jax.jit(tx.update)(gradients, tx.init(params), params)
+    kernels = {name: params[name]["kernel"] + updates[name]["kernel"] for name in updates}
+    assert not np.asarray(updates["Conv_0"]["kernel"][..., :54]).any()
+    assert float(jnp.linalg.norm(kernels["Conv_0"][..., 54:])) == pytest.approx(42**0.5)
+    assert float(jnp.linalg.norm(kernels["Conv_1"])) == pytest.approx(96**0.5)
+
+
 def test_sam_climbs_without_frozen_parameters():
     config = dataclasses.replace(RECIPES["lenet5_reference"], sam_rho=0.5, whitening=True)
     tx, params = create_tx(config, 1), create_train_state(config, 1).params
