@@ -15,7 +15,7 @@ import numpy as np
 from cifar_jax.checkpoint import Checkpoints, Progress
 from cifar_jax.configs.base import Config
 from cifar_jax.console import format_epoch, is_main, progress_bar, say
-from cifar_jax.datasets import Dataset, hold_out, load_dataset
+from cifar_jax.datasets import Dataset, hold_out, load_dataset, mix_classes
 from cifar_jax.io import write_json
 from cifar_jax.loggers import Logger
 from cifar_jax.metrics import EpochMetrics, RunLog, is_stalled
@@ -43,8 +43,8 @@ class Run:
         watched = config if is_main() else dataclasses.replace(config, logger="none", profile=0)
         self.logger = agree(lambda: Logger(watched))
         self.profiler = Profiler(self.workdir, watched.profile, lambda: jax.block_until_ready(self.trainer.state))
-        load = lambda: hold_out(dataset or load_dataset(config.dataset, config.data_dir), config.holdout)
-        self.dataset = agree(load)
+        load = lambda: mix_classes(dataset) if dataset else load_dataset(config.dataset, config.data_dir)
+        self.dataset = agree(lambda: hold_out(load(), config.holdout))
         check_same("dataset", identify(self.dataset))
         if self.stop():
             raise Interrupted(Progress(), 0)

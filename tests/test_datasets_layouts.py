@@ -20,7 +20,7 @@ from cifar_files import (
     write_tfds,
 )
 
-from cifar_jax.datasets import DATASETS, load_dataset
+from cifar_jax.datasets import DATASETS, Dataset, load_dataset, mix_classes
 from cifar_jax.datasets.cifar import CIFAR
 from cifar_jax.datasets.png import decode_png
 from cifar_jax.errors import UserError
@@ -46,7 +46,22 @@ def test_imagefolder(name, small_cifar, tmp_path):
     ordered = write_imagefolder(tmp_path, small_cifar[name], name)
     (tmp_path / "train" / ".cache").mkdir()
     (tmp_path / "train" / DATASETS[name].class_names[0] / ".DS_Store").touch()
-    assert_loads(ordered, tmp_path, name)
+    mixed = mix_classes(Dataset(*ordered, DATASETS[name], ""))
+    assert_loads((mixed.train_images, mixed.train_labels, mixed.test_images, mixed.test_labels), tmp_path, name)
+
+
+def test_images_sorted_by_class_are_mixed(small_batches):
+    train, test = (np.argsort(labels, kind="stable") for labels in small_batches[1::2])
+    images = [small_batches[0][train], small_batches[2][test]]
+    labels = [small_batches[1][train], small_batches[3][test]]
+    dataset = Dataset(images[0], labels[0], images[1], labels[1], DATASETS["cifar10"], "")
+    mixed = mix_classes(dataset)
+    assert len(set(mixed.train_labels[-20:])) > 5  # the last ones may be held out
+    position = {image.tobytes(): label for image, label in zip(images[0], labels[0])}
+    assert [position[image.tobytes()] for image in mixed.train_images] == list(mixed.train_labels)
+    assert len({image.tobytes() for image in mixed.test_images}) == 20
+    assert mix_classes(mixed) == mixed  # the very arrays
+    assert mix_classes(dataset).train_labels.tolist() == mixed.train_labels.tolist()
 
 
 @every_cifar

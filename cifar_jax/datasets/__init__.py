@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from typing import Any
+
+import numpy as np
 
 from cifar_jax.datasets.cifar import CIFAR
 from cifar_jax.datasets.digits import DIGITS
-from cifar_jax.datasets.info import Dataset, DatasetInfo
+from cifar_jax.datasets.info import SPLITS, Dataset, DatasetInfo
 from cifar_jax.errors import UserError
 
-__all__ = ["DATASETS", "Dataset", "DatasetInfo", "get_dataset", "hold_out", "load_dataset"]
+__all__ = ["DATASETS", "Dataset", "DatasetInfo", "get_dataset", "hold_out", "load_dataset", "mix_classes"]
 
 DATASETS: dict[str, DatasetInfo] = {**CIFAR, DIGITS.name: DIGITS}
 
@@ -28,9 +31,25 @@ def get_dataset(name: str) -> DatasetInfo:
 def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
     """Loads a dataset. Args: data_dir: its folder; None: the standard places (docs/data.md).
 
+    Images that are sorted by class are mixed, see `mix_classes`.
     Raises: UserError, naming the file, if a file is incomplete or corrupt, or the download fails.
     """
-    return get_dataset(name).load(data_dir)
+    return mix_classes(get_dataset(name).load(data_dir))
+
+
+def mix_classes(dataset: Dataset) -> Dataset:
+    """Puts a split whose images are sorted by class into a random order, which is always the same.
+
+    Parts of a split serve as samples of it: held-out images, those that give a normalised network its statistics. In a
+    sorted split these would be images of one class.
+    """
+    changed: dict[str, Any] = {}
+    for split in SPLITS:
+        images, labels = getattr(dataset, f"{split}_images"), getattr(dataset, f"{split}_labels")
+        if len(labels) > dataset.info.num_classes and (np.diff(labels) >= 0).all() and labels[0] < labels[-1]:
+            order = np.random.default_rng(0).permutation(len(labels))
+            changed |= {f"{split}_images": images[order], f"{split}_labels": labels[order]}
+    return dataclasses.replace(dataset, **changed)
 
 
 def hold_out(dataset: Dataset, count: int) -> Dataset:

@@ -20,7 +20,10 @@ def find(info: Cifar, folder: Path, named: bool) -> Path | None:
 
 
 def read(info: Cifar, path: Path) -> Arrays:
-    """Reads images in the order of the classes, and of the file names in each class. Raises: UserError."""
+    """Reads images in the order of the classes, and of the file names in each class (see mix_classes).
+
+    Raises: UserError.
+    """
     arrays: Arrays = {}
     for split in SPLITS:
         classes = _classes(path / split)
