@@ -2,6 +2,7 @@ import dataclasses
 import importlib
 import json
 
+import numpy as np
 import pytest
 
 from cifar_jax import configs
@@ -98,6 +99,8 @@ def test_the_reference_recipes_are_the_originals():
         ({"image_sizes": ((24, 2),)}, "--image-sizes .*lenet5"),
         ({"model": "all_cnn", "dropout_rates": (0.0,) * 3, "image_sizes": ((9, 2),)}, "--image-sizes .* 14 to 32"),
         ({"learning_rate": "0.1"}, "--learning-rate 0.1: must be a number"),
+        ({"learning_rate": np.float32(0.5)}, "--learning-rate 0.5: must be a number"),
+        ({"workdir": 1}, "--workdir 1: must be text"),
         ({"momentum": None}, "--momentum None: must be a number"),
         ({"weight_decay": True}, "--weight-decay True: must be a number"),
         ({"dropout_rates": ("0", "0")}, "--dropout-rates .* numbers"),
@@ -111,6 +114,11 @@ def test_the_reference_recipes_are_the_originals():
 def test_impossible_values_are_refused(changes, named):
     with pytest.raises(UserError, match=named):
         dataclasses.replace(RECIPES["lenet5"], **changes)
+
+
+def test_paths_are_text(tmp_path):
+    config = dataclasses.replace(RECIPES["lenet5"], workdir=tmp_path / "run", data_dir=tmp_path)
+    assert (config.workdir, config.data_dir) == (str(tmp_path / "run"), str(tmp_path))
 
 
 def test_lists_are_tuples():

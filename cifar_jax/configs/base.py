@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
-
-import numpy as np
 
 from cifar_jax.batches import InputScaling
 from cifar_jax.datasets import DATASETS
@@ -24,7 +23,7 @@ REGISTRIES: dict[str, Mapping[str, Any]] = {"model": MODELS, "dataset": DATASETS
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) or isinstance(value, np.floating)
+    return isinstance(value, int | float) and type(value) is not bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +155,11 @@ class Config:
     profile: int = 0
     """Number of steps to record in a trace for Perfetto or xprof (into WORKDIR/profile); 0: none."""
 
-    def _take_lists(self) -> None:
-        """Makes tuples of lists, which JSON has in their place and which are not hashable."""
+    def _convert(self) -> None:
+        """Makes tuples of lists, which JSON has in their place and which are not hashable, and text of paths."""
+        for field in ("workdir", "data_dir", "teacher"):
+            if isinstance(value := getattr(self, field), os.PathLike):
+                object.__setattr__(self, field, os.fspath(value))
         try:
             object.__setattr__(self, "dropout_rates", tuple(self.dropout_rates))
             object.__setattr__(self, "image_sizes", tuple(map(tuple, self.image_sizes)))
@@ -179,6 +181,8 @@ class Config:
                 check(type(value) is bool, field, "true or false")
             elif kind in (int, int | None):
                 check(optional or type(value) is int, field, "a whole number")
+            elif kind in (str, str | None):
+                check(optional or type(value) is str, field, "text")
             elif kind in (float, float | None):
                 check(optional or _is_number(value), field, "a number")
             elif field in REGISTRIES:
@@ -191,7 +195,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check = self._check
-        self._take_lists()
+        self._convert()
         self._check_types()
         check(self.workdir != "", "workdir", "a folder's name")
         model = get_model(self.model)
