@@ -22,7 +22,7 @@ from cifar_jax.augment import slice_window
 from cifar_jax.batches import pixel_statistics, scale_images, take_batch
 from cifar_jax.configs.base import Config
 from cifar_jax.console import progress_bar, say
-from cifar_jax.datasets import Dataset, DatasetInfo
+from cifar_jax.datasets import DATASETS, Dataset, DatasetInfo
 from cifar_jax.datasets.files import cache_folder
 from cifar_jax.distillation import View, list_views
 from cifar_jax.errors import UserError
@@ -62,8 +62,9 @@ def _load(name: str, info: DatasetInfo) -> Weights:
         raise UserError(f"--teacher {name}: {error.strerror}") from error
     except UserError as error:
         raise UserError(f"--teacher {name}: {error}") from error
-    numbers = tuple(map(str, range(info.num_classes)))  # the names if they are unknown
-    if source.class_names not in (info.class_names, numbers):
+    numbers = tuple(map(str, range(info.num_classes)))
+    unknown = source.class_names == numbers and DATASETS[source.config.dataset].class_names != numbers
+    if source.class_names != info.class_names and not unknown:
         raise UserError(f"--teacher {name}: its {len(source.class_names)} classes are not those of {info.title}")
     return source.weights()
 

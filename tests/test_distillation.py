@@ -24,6 +24,7 @@ from cifar_jax.sources import load_run
 from cifar_jax.teacher import compute_teacher_logits, identify_teacher, load_teacher
 from cifar_jax.train import train_and_evaluate
 from cifar_jax.trainer import Trainer
+from cifar_jax.weights.files import save_weights
 
 pytestmark = pytest.mark.usefixtures("direct_convolutions", "no_figures")
 NEVER = lambda: False
@@ -245,6 +246,14 @@ def test_a_run_is_a_teacher(plain_config, taught_config, dataset):
 def test_a_teacher_of_other_classes_is_refused(name):
     with pytest.raises(UserError, match="--teacher lenet5"):
         load_teacher("lenet5", DATASETS[name])
+
+
+def test_digits_do_not_teach_cifar(tmp_path):
+    """Their classes are called as unknown classes are."""
+    digits = dataclasses.replace(load_teacher("lenet5", CIFAR10), dataset="digits", class_names=tuple("0123456789"))
+    save_weights(tmp_path / "digits.safetensors", digits)
+    with pytest.raises(UserError, match="classes are not those of CIFAR-10"):
+        load_teacher(str(tmp_path / "digits.safetensors"), CIFAR10)
 
 
 @pytest.mark.usefixtures("use_tiny_dataset", "no_steps")
