@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cifar_jax.batches import pixel_statistics
+from cifar_jax.batches import pixel_statistics, scale_images
 from cifar_jax.errors import UserError
 from cifar_jax.onnx_graph import NOT_INSTALLED, import_onnx, to_onnx
 from cifar_jax.sources import Source
@@ -43,6 +43,12 @@ class Network:
 def create_network(source: Source, uint8: bool) -> Network:
     """Returns a source's network in float32. Args: uint8: the function scales uint8 images itself."""
     mean, std = pixel_statistics(source.config.input_scaling, source.config.dataset)
+    weights = source.weights()
+    module = weights.create_module()
+
+    def apply(images: jax.Array) -> Any:
+        return module.apply({"params": weights.params}, images)
+
     metadata = {
         "class_names": json.dumps(source.class_names),
         "input": "uint8 [N, 32, 32, 3]" if uint8 else "(pixel / 255 - mean) / std, float32 [N, 32, 32, 3]",
@@ -50,8 +56,9 @@ def create_network(source: Source, uint8: bool) -> Network:
         "std": json.dumps(list(std)),
     }
     metadata |= {} if source.temperature is None else {"temperature": repr(source.temperature)}
-    function, dtype = (source.logits, jnp.uint8) if uint8 else (source.apply, jnp.float32)
-    return Network(function, dtype, metadata, source.weights())
+    if uint8:
+        return Network(lambda images: apply(scale_images(images, mean, std)), jnp.uint8, metadata, weights)
+    return Network(apply, jnp.float32, metadata, weights)
 
 
 def onnx_file(network: Network, ending: str) -> tuple[bytes, Run]:

@@ -190,6 +190,18 @@ def test_bad_input_is_one_line_and_status_2(name, missing, named, tmp_path, run_
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_network_that_computes_in_bfloat16_is_exported_in_float32(tiny_dataset):
+    images = tiny_dataset.test_images[:2]
+    for uint8 in (False, True):
+        functions = [
+            export_formats.create_network(
+                export.load_source(export.SourceFlags(pretrained="lenet5_reference"), dtype), uint8
+            ).function
+            for dtype in ("bfloat16", "float32")
+        ]
+        np.testing.assert_array_equal(*(jax.jit(function)(images) for function in functions))
+
+
 def test_a_run_is_exported_with_its_average(tmp_path, tiny_dataset):
     """What is exported is what is evaluated."""
     source = export.load_source(export.SourceFlags(pretrained="lenet5_reference"))
