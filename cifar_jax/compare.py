@@ -53,8 +53,10 @@ class Run:
     @property
     def recipe(self) -> tuple[Any, ...]:
         """The settings that decide the training, except the seed."""
-        fields = vars(self.config).items()
-        return tuple(value for name, value in fields if name not in (*EXECUTION_FIELDS, "seed"))
+        left_out = {*EXECUTION_FIELDS, "seed"}
+        if self.config.normalization == "batch":
+            left_out.remove("num_devices")  # each device normalises its own part of the batch
+        return tuple(value for name, value in vars(self.config).items() if name not in left_out)
 
 
 def read_run(workdir: Path) -> Run:

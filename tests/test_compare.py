@@ -54,6 +54,16 @@ def test_seeds_are_averaged_and_settings_are_told(make_run, run_command, tmp_pat
     assert "75.00 ± 7.07" in lines[4]
 
 
+def test_normalised_runs_on_other_numbers_of_devices_are_other_trainings(make_run, run_command):
+    """Each device normalises its own part of the batch."""
+    settings = [{"seed": 0, "num_devices": 1}, {"seed": 1, "num_devices": 1}, {"seed": 2, "num_devices": 2}]
+    runs = [
+        make_run(f"run{i}", [0.5, 0.5, 0.8], normalization="batch", **changes) for i, changes in enumerate(settings)
+    ]
+    (seeds,) = json.loads(run_command(compare.main, *runs, "--json")[1])["seeds"]
+    assert seeds["runs"] == [str(run) for run in runs[:2]]
+
+
 def test_a_seed_counts_once(make_run, run_command):
     runs = [make_run("a", [0.5, 0.5, 0.8], seed=0), make_run("b", [0.5, 0.5, 0.9], seed=0)]
     assert json.loads(run_command(compare.main, *runs, "--json")[1])["seeds"] == []
