@@ -157,6 +157,7 @@ def classify_files(paths: list[Path], classify: Classify, failures: list[str]) -
                 except PermissionError as error:
                     failures.append(f"{path}: {error.strerror}")
             if images:
+                bar.clear()  # the caller prints what it gets
                 yield from zip(read, classify(np.stack(images)).tolist())
             bar.update(len(batch))
 

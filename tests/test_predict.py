@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import io
 import json
@@ -153,6 +154,21 @@ def test_folders_patterns_and_standard_input(files, run_command, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(Path(names[0]).read_bytes())))
     (row,) = json.loads(predict_json("-"))
     assert (row["image"], row["probabilities"]) == ("-", pytest.approx(expected))
+
+
+def test_results_are_not_written_behind_the_progress_bar(files, monkeypatch):
+    """The bar is cleared before the caller gets the first result of a batch to print."""
+    seen = []
+
+    class Bar(contextlib.nullcontext):
+        clear = lambda self: seen.append("clear")
+        update = lambda self, count: seen.append(count)
+
+    monkeypatch.setattr(predict, "tqdm", lambda **_: Bar(Bar()))
+    monkeypatch.setattr(predict, "BATCH_SIZE", 2)
+    for path, _ in predict.classify_files(files[:1] * 3, lambda images: np.zeros((len(images), 10)), []):
+        seen.append(path)
+    assert seen == ["clear", files[0], files[0], 2, "clear", files[0], 1]
 
 
 @pytest.mark.parametrize("form", ["text", "json", "csv"])
