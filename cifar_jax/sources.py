@@ -134,7 +134,7 @@ def load_source(flags: SourceFlags, dtype: Dtype | None = None, default: str | N
         config, state, progress = load_run(flags.workdir, checkpoint, dtype)
         steps = f" and {progress.step} steps" if progress.step else ""
         name = f"{checkpoint} checkpoint, epoch {progress.epoch}{steps}"
-        origin = {"workdir": str(flags.workdir), "checkpoint": checkpoint, "epoch": progress.epoch}
+        origin = {"workdir": resolve_workdir(str(flags.workdir)), "checkpoint": checkpoint, "epoch": progress.epoch}
         class_names = DATASETS[config.dataset].class_names
         return Source(config, state, name, class_names, {**origin, "step": int(state.step), "dtype": config.dtype})
     path = flags.weights or pretrained_path(flags.pretrained or str(default))

@@ -77,6 +77,13 @@ def test_other_data_gives_no_temperature(run, data, tiny_dataset, tmp_path, run_
     assert load_weights(tmp_path / "net.safetensors").temperature is None
 
 
+def test_other_data_are_seen_for_a_run_in_the_home_folder(run, data, tiny_dataset, monkeypatch):
+    monkeypatch.setenv("HOME", str(run.parent))
+    data["dataset"] = dataclasses.replace(tiny_dataset, train_labels=tiny_dataset.train_labels[::-1].copy())
+    source = load_source(SourceFlags(workdir=Path("~", run.name)))
+    assert calibration.calibrate(source).temperature is None
+
+
 def test_a_run_on_all_images_has_none(plain_config, tiny_dataset, compiled_once, tmp_path, run_command, monkeypatch):
     monkeypatch.setattr(calibration, "load_dataset", lambda *_: pytest.fail("the test set chooses nothing"))
     train_and_evaluate(dataclasses.replace(plain_config, num_epochs=1), tiny_dataset)
