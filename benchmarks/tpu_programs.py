@@ -120,6 +120,13 @@ def surprises(program: hlo.Program, phase: str, gradient_bytes: int, num_donated
     return [surprise for surprise, ok in checks.items() if not ok]
 
 
+def count_gradient_bytes(config: Config, params: Any) -> int:
+    """Returns the bytes of the gradients of all parameters that are trained."""
+    fixed = lambda path: path[-1].key == "scale" and config.normalization_scale == "fixed"
+    leaves = jax.tree.leaves_with_path(params)
+    return sum(x.size * x.dtype.itemsize for path, x in leaves if not fixed(path))
+
+
 def compile_program(config: Config, topology: str, phase: str, state: TrainState) -> dict[str, Any]:
     """Compiles a program. Returns: its entry in the result file. Sizes are per chip, FLOPs and cycles per step."""
     devices = topology_devices(topology)
@@ -130,7 +137,7 @@ def compile_program(config: Config, topology: str, phase: str, state: TrainState
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
     module = hlo.parse(compiled.as_text(), steps_per_call)
-    gradients = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
+    gradients = count_gradient_bytes(config, state.params)
     num_donated = len(jax.tree.leaves([arguments[position] for position in program.donate]))
     step = hlo.cycles(module, module.step)
     call = hlo.cycles(module, module.entry) if module.entry != module.step else (0, 0)

@@ -10,6 +10,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks import hlo, tpu_compile, tpu_programs
@@ -125,6 +126,16 @@ def test_collectives_donations_and_transfers():
 def test_surprises(pairs, surprise):
     found = tpu_programs.surprises(changed(*pairs), "training", gradient_bytes=40, num_donated=2, num_chips=4)
     assert [surprise in line for line in found] == ([True] if surprise else [])
+
+
+def test_fixed_scales_have_no_gradients():
+    params = {"Conv_0": {"kernel": np.zeros((3, 3), np.float32), "scale": np.zeros(3, np.float32)}}
+    learnt, fixed = (
+        dataclasses.replace(RECIPES["lenet5"], normalization="batch", normalization_scale=scale)
+        for scale in ("learnt", "fixed")
+    )
+    assert tpu_programs.count_gradient_bytes(learnt, params) == 48
+    assert tpu_programs.count_gradient_bytes(fixed, params) == 36
 
 
 def test_a_program_lowers_for_shapes_as_for_arrays():
