@@ -1,7 +1,7 @@
 """Batch normalisation during training, folded into kernels and biases for evaluation. The network stays unchanged.
 
 During training each hidden layer's output is normalised by its mean and variance over the device's part of the batch,
-multiplied by a learnt `scale` and shifted by the layer's `bias`, before the ReLU (arXiv:1502.03167). For evaluation
+multiplied by a `scale`, learnt or 1, and shifted by the layer's `bias`, before the ReLU (arXiv:1502.03167). For tests
 `fold` puts fixed statistics into the plain network's parameters: kernel·scale/σ and bias - mean·scale/σ. This is exact
 with zero padding too, because the normalisation follows the convolution.
 """

@@ -49,7 +49,7 @@ def train_and_evaluate(
 
     With config.auto_restart a run that stalls or diverges is kept and started again in WORKDIR/restart1, then restart2
     and restart3. Args: dataset: None: the recipe's; stop: the run ends when it returns True; it is called at each stage
-    of the start and after each call of steps.
+    of the start and before each call of steps.
     Raises: UserError for errors that the user can fix; Interrupted if `stop` ended the run before its last epoch's end.
     """
     config = dataclasses.replace(config, workdir=resolve_workdir(config.workdir))

@@ -33,7 +33,8 @@ class TrainState(train_state.TrainState):
 
     rng is the key from which the keys of all steps are derived. ema_params is the average of the parameters, None if
     the recipe does not average (see `optimizer.create_averaging_share`). folded_params are the parameters of the plain
-    network, None without normalisation; `trainer.Trainer.fold` computes them after an epoch.
+    network, None without normalisation: the initial ones until `trainer.Trainer.fold` computes them, before each test
+    and each checkpoint.
     """
 
     rng: jax.Array

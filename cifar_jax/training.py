@@ -157,7 +157,7 @@ class Run:
         return True
 
     def _train_epochs(self) -> None:
-        """Compiles all steps, then trains to the last epoch or until the run is stopped."""
+        """Compiles the steps of training and test, then trains to the last epoch or until the run is stopped."""
         config, trainer, epoch = self.config, self.trainer, self.progress.epoch
         for image_size in {config.image_size(later) for later in range(epoch, config.num_epochs)}:
             if self.stop():

@@ -85,7 +85,7 @@ def quickly_compiled() -> Iterator[None]:
 class _WarmTrainer(trainer.Trainer):
     """Trainer that shares its compiled programs among all runs."""
 
-    programs: dict[Any, dict[int, Any]] = {}  # noqa: RUF012
+    programs: dict[Any, dict[Any, Any]] = {}  # noqa: RUF012
 
     def __init__(self, config: Config, *arguments: Any) -> None:
         super().__init__(config, *arguments)

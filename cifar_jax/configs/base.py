@@ -70,7 +70,8 @@ class Config:
     """fixed: the scales of the normalisation stay 1."""
     normalize_kernels: bool = False
     """Rescale the kernels of hidden layers to norm √outputs after each step, so that the size of a step relative to its
-    kernel is fixed. The normalisation cancels the rescaling in the outputs. muon's steps are then not scaled."""
+    kernel is fixed. The normalisation cancels the rescaling in the outputs. muon's steps are
+    then not scaled to Adam's."""
     whitening: bool = False
     """The first layer's first filters whiten the patches of 256 training images. These filters are not trained."""
     mirror_symmetry: bool = False

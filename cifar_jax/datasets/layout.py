@@ -18,7 +18,7 @@ class Layout:
 
     find(info, folder, named) returns the path to read, or None; `named` tells whether the user named the folder.
     read(info, path) returns arrays. files(info, path) returns the files that are read, in a fixed order. wanted(info)
-    describes the files in a few words; it is empty if the dataset has no such layout.
+    describes the files in a few words, for messages; where it is empty, the layout is not named there.
     """
 
     find: Callable[[Cifar, Path, bool], Path | None]

@@ -94,7 +94,7 @@ def importance(
     heat = heat / np.maximum(heat.max((1, 2), keepdims=True), 1e-12)
     grid = np.concatenate([images[shown] / 255, np.repeat(heat[..., None], 3, -1)])
     titles = [names[number] for number in tested.classes[shown].tolist()] + [""] * len(shown)
-    text = "One image of each class with its predicted class, and below it how much each pixel matters (SmoothGrad)."
+    text = "Images of ten classes with their predicted class, and below each how much each pixel matters (SmoothGrad)."
     picture = contents.draw("importance", figures.draw_images(grid, titles, columns=len(shown)), text)
     return page.section("Which pixels matter", picture)
 
