@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 
 from cifar_jax.checksums import find_damage, write_checksums
 from cifar_jax.console import say
-from cifar_jax.errors import UserError
+from cifar_jax.errors import UserError, one_line
 from cifar_jax.keys import plain, with_keys
 from cifar_jax.metrics import EpochMetrics, RunLog
 from cifar_jax.orbax_io import alone, quiet
@@ -130,7 +130,7 @@ class Checkpoints:
         except Exception as error:
             full = getattr(error, "errno", None) in _FULL or "ENOSPC" in str(error)  # TensorStore only has the text
             advice = "free disk space" if full else "make it writable"
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise UserError(f"{self.directory}: can't save ({reason}): {advice}, then run again to resume") from error
         self._numbers.append(number)
 
@@ -225,7 +225,7 @@ class Checkpoints:
                 raise UserError(f"{folder}: removed by a training run in progress: try again") from error
             if isinstance(error, UserError) or _is_the_systems(error):
                 raise
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            reason = f"{type(error).__name__}: {one_line(error)}"
             raise DamagedCheckpoint(f"{folder}: damaged, or saved from another model ({reason})") from error
 
 

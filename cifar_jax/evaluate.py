@@ -21,7 +21,7 @@ import tyro
 
 from cifar_jax.cli import command, parse_arguments
 from cifar_jax.console import say
-from cifar_jax.datasets import get_dataset, load_dataset
+from cifar_jax.datasets import load_dataset
 from cifar_jax.environment import describe_environment
 from cifar_jax.errors import UserError
 from cifar_jax.host import prepare_host
@@ -56,11 +56,7 @@ def evaluate(
     Raises: UserError if the data can't be loaded, the classes differ, or the loss is not finite.
     """
     config, devices = source.config, jax.local_devices()
-    count, classes = len(source.class_names), get_dataset(config.dataset).num_classes
-    if count != classes:
-        raise UserError(
-            f"{source.name} has {count} outputs and {config.dataset} has {classes} classes: use another --dataset"
-        )
+    source.check_classes()
     dataset = load_dataset(config.dataset, data_dir or config.data_dir)
     images, labels = dataset.test_images, dataset.test_labels
     metrics = Evaluator(config, source.state, images, labels, devices, eval_dropout, flip_tta)(source.state)

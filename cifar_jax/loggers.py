@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from cifar_jax.configs.base import EXECUTION_FIELDS, Config
 from cifar_jax.console import say
-from cifar_jax.errors import UserError
+from cifar_jax.errors import UserError, one_line
 from cifar_jax.io import read_json, write_json
 from cifar_jax.metrics import EpochMetrics
 
@@ -153,5 +153,5 @@ class Logger:
             if failed is not None:
                 with contextlib.suppress(Exception):
                     failed.close()
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = one_line(error) or type(error).__name__
             say(f"warning: --logger {self._config.logger} failed ({reason}): training goes on without it", error=True)

@@ -62,6 +62,7 @@ def apply_normalized(
     parameters (see symmetry.py); options: keyword arguments of model.apply (train, rngs).
     """
     found: Statistics = {}
+    # The layers run without their biases, which are added after the normalisation.
     plain = {
         name: {"kernel": layer["kernel"], "bias": jnp.zeros_like(layer["bias"]) if "scale" in layer else layer["bias"]}
         for name, layer in params.items()

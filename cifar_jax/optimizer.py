@@ -72,7 +72,7 @@ def create_tx(config: Config, steps_per_epoch: int) -> optax.GradientTransformat
     layers = get_model(config.model).LAYERS
     symmetric = [symmetric_gradients(layers)] if config.mirror_symmetry else []
     clip = [optax.clip_by_global_norm(config.gradient_clip)] if config.gradient_clip else []
-    first = [*frozen, *symmetric, *clip]
+    first = [*frozen, *symmetric, *clip]  # frozen parameters count neither in the clipped norm nor in Muon's steps
     if config.optimizer == "muon":
         tx = optax.chain(*first, _create_muon(config, schedule, last_layer=layers[-1]))
     else:
@@ -83,7 +83,7 @@ def create_tx(config: Config, steps_per_epoch: int) -> optax.GradientTransformat
         tx = optax.chain(*first, *decay, *parts)
     if config.normalize_kernels:
         tx = optax.chain(tx, _normalize_kernels(config, layers[:-1]))
-    if frozen:
+    if frozen:  # again: weight decay and rescaling have moved them
         tx = optax.chain(tx, *frozen)
     if config.sam_rho:
         climb = optax.chain(*frozen, *symmetric, optax.contrib.normalize(), optax.sgd(config.sam_rho))

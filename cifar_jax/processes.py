@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from cifar_jax.cli import say_failure
 from cifar_jax.cluster import Processes, is_clusters_process
 from cifar_jax.console import is_main, say
-from cifar_jax.errors import UserError
+from cifar_jax.errors import UserError, one_line
 from cifar_jax.host import use_cpu_cores
 from cifar_jax.interrupt import Interrupts, Terminated
 
@@ -81,7 +81,7 @@ def _say_sudden(error: BaseException) -> int:
     if isinstance(error, (KeyboardInterrupt, Terminated)):
         return 128 + (signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
     if isinstance(error, (jax.errors.JaxRuntimeError, ValueError)) and _LOST.search(str(error)):
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         say(f"error: lost another process ({reason}): {RESUME}", error=True, everywhere=True)
         return 2
     try:
@@ -105,7 +105,7 @@ def _initialize(processes: Processes) -> None:
         with _default_signals():
             jax.distributed.initialize(**given)
     except (ValueError, RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"can't connect to the other processes ({reason}): {CHECK}") from error
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from cifar_jax.console import say
+from cifar_jax.errors import one_line
 
 
 class Profiler:
@@ -57,6 +58,6 @@ class Profiler:
             action()
         except Exception as error:
             self._over = True
-            say(f"warning: --profile failed ({' '.join(str(error).split())[:200]})", error=True)
+            say(f"warning: --profile failed ({one_line(error)})", error=True)
             return False
         return True

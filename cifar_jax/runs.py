@@ -22,7 +22,7 @@ from cifar_jax.configs.base import EXECUTION_FIELDS, Config
 from cifar_jax.console import say
 from cifar_jax.datasets import Dataset
 from cifar_jax.environment import describe_environment
-from cifar_jax.errors import UserError
+from cifar_jax.errors import UserError, one_line
 from cifar_jax.io import made_folder, read_json, user_path, write_json
 from cifar_jax.metrics import EpochMetrics
 from cifar_jax.orbax_io import alone
@@ -98,7 +98,7 @@ def probe_workdir(workdir: Path) -> None:
         if restored["probe"].tolist() != [0, 1, 2]:
             raise OSError("reading back gives other values")
     except Exception as error:  # Orbax and TensorStore raise many types
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(
             f"--workdir {workdir}: checkpoints can't be saved there ({reason}): name another folder"
         ) from error

@@ -105,6 +105,13 @@ class Source:
             temperature=self.temperature,
         )
 
+    def check_classes(self) -> None:
+        """Raises: UserError if the network has another number of classes than the dataset on which it is tested."""
+        count, dataset = len(self.class_names), self.config.dataset
+        if count != (classes := DATASETS[dataset].num_classes):
+            has = f"{self.name} has {count} outputs and {dataset} has {classes} classes"
+            raise UserError(f"{has}: use another --dataset")
+
     def create_predictor(self) -> Callable[[np.ndarray], np.ndarray]:
         """Returns logits(images): uint8 [N, 32, 32, 3] → float64 [N, classes], compiled once and run in batches."""
         run = jax.jit(self.logits)

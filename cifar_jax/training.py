@@ -16,6 +16,7 @@ from cifar_jax.checkpoint import Checkpoints, Progress
 from cifar_jax.configs.base import Config
 from cifar_jax.console import format_epoch, is_main, progress_bar, say
 from cifar_jax.datasets import Dataset, hold_out, load_dataset, mix_classes
+from cifar_jax.errors import one_line
 from cifar_jax.io import write_json
 from cifar_jax.loggers import Logger
 from cifar_jax.metrics import EpochMetrics, RunLog, is_stalled
@@ -244,7 +245,6 @@ class Run:
             plot_run(self.workdir)
         except Exception as error:  # failing to draw must not fail the run
             say(
-                f"warning: can't draw figures ({' '.join(str(error).split())[:200]}): "
-                f"try cifar-jax plots {self.workdir}",
+                f"warning: can't draw figures ({one_line(error)}): try cifar-jax plots {self.workdir}",
                 error=True,
             )

@@ -57,8 +57,7 @@ def test_an_unknown_dataset(function):
 def test_official_layouts(layout, name, small_cifar, tmp_path):
     path = official(tmp_path, small_cifar[name], layout, name)
     dataset = assert_loads(small_cifar[name], tmp_path, name)
-    assert (dataset.name, dataset.class_names) == (name, CIFAR[name].class_names)
-    assert (dataset.mean, dataset.std) == (CIFAR[name].mean, CIFAR[name].std)
+    assert (dataset.info, dataset.class_names) == (DATASETS[name], CIFAR[name].class_names)
     assert dataset.source == str(path)
     assert_loads(small_cifar[name], path, name)  # data_dir names the folder or archive itself
     if path.is_file():

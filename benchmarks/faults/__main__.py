@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from benchmarks import output_file, write_result
-from benchmarks.faults.faults import FAULTS, Fault, Skipped
-from benchmarks.faults.lab import XLA_FLAGS, Lab
+from benchmarks.faults.faults import FAULTS, Fault
+from benchmarks.faults.lab import XLA_FLAGS, Lab, Skipped
 from cifar_jax.cli import command, parse_arguments
 from cifar_jax.environment import describe_command, describe_environment
 from cifar_jax.errors import UserError

@@ -18,8 +18,7 @@ from unittest import mock
 import numpy as np
 
 from benchmarks.faults import guard
-from benchmarks.faults.disks import Skipped
-from benchmarks.faults.lab import Lab
+from benchmarks.faults.lab import Lab, Skipped
 from benchmarks.faults.layouts import INFO, LAYOUTS, RECORDS, binary_files, image_folder, python_files, small_data
 from benchmarks.faults.mutations import mutate
 from cifar_jax.datasets import DATASETS, load_dataset

@@ -18,17 +18,13 @@ from unittest import mock
 import numpy as np
 
 from benchmarks.faults import victims
-from benchmarks.faults.lab import IDENTICAL, REFUSED, End, Lab
+from benchmarks.faults.lab import IDENTICAL, REFUSED, End, Lab, Skipped
 
 FELL_BACK = f"falls back with one warning, {IDENTICAL}"
 RESUMED = f"{REFUSED}; with room again {IDENTICAL}"
 DAMAGES = ("flip", "cut", "empty", "delete")
 IDENTITY = ("config.json", "dataset.json")  # they identify a run; without them it may be refused
 LOGS = ("metrics.csv", "batch_loss.npy", "summary.json", *IDENTITY)
-
-
-class Skipped(Exception):
-    """The fault can't be injected on this machine. The text is the reason."""
 
 
 def damage(path: Path, how: str, rng: np.random.Generator) -> None:
@@ -100,9 +96,7 @@ def tmpfs(folder: Path, size: int) -> Iterator[Callable[[str], None]]:
 def _then(lab: Lab, end: End, workdir: Path) -> str:
     """Returns the outcome of a run that lacked disk space and is started again with enough."""
     first = lab.outcome(end, workdir)
-    if first == IDENTICAL:  # there was enough space
-        return first
-    if first != REFUSED:
+    if first != REFUSED:  # identical if there was enough space
         return first
     if len(end.lines):
         return f"refused with {len(end.lines)} more lines"

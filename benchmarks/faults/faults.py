@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from benchmarks.faults import caches, companions, data_files, disks, run_files, stops, weight_files
-from benchmarks.faults.disks import FELL_BACK, RESUMED, Skipped
+from benchmarks.faults.disks import FELL_BACK, RESUMED
 from benchmarks.faults.lab import IDENTICAL, REFUSED, Lab
 
-__all__ = ["FAULTS", "Fault", "Skipped"]
+__all__ = ["FAULTS", "Fault"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,6 +38,10 @@ XLA_FLAGS = "--xla_backend_optimization_level=0"  # compiled quickly rather than
 Stop = Callable[[], bool]
 
 
+class Skipped(Exception):
+    """The fault can't be injected on this machine. The text is the reason."""
+
+
 def never() -> bool:
     return False
 

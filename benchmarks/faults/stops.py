@@ -29,7 +29,7 @@ def _noise(log: Path) -> str:
     return next((f"prints '{mark}'" for mark in ("Traceback", "Exception ignored", "Error") if mark in text), "")
 
 
-def _chain(lab: Lab, strikes: list[Strike], workdir: Path) -> tuple[Path, int, str]:
+def _chain(strikes: list[Strike], workdir: Path) -> tuple[Path, int, str]:
     """Starts the run once for each strike. Returns: (folder, number of strikes that hit, what is wrong)."""
     log, hits = workdir.with_suffix(".log"), 0
     for strike in strikes:
@@ -47,7 +47,7 @@ def _chain(lab: Lab, strikes: list[Strike], workdir: Path) -> tuple[Path, int, s
 
 def _finish_all(lab: Lab, chains: list[list[Strike]]) -> Iterator[str]:
     with ThreadPoolExecutor(WORKERS) as pool:
-        started = [pool.submit(_chain, lab, strikes, lab.new_folder()) for strikes in chains]
+        started = [pool.submit(_chain, strikes, lab.new_folder()) for strikes in chains]
         for future in started:
             workdir, hits, wrong = future.result()
             outcome = wrong or lab.finish(workdir)

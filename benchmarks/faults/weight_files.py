@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.faults import guard
-from benchmarks.faults.disks import Skipped
-from benchmarks.faults.lab import Lab
+from benchmarks.faults.lab import Lab, Skipped
 from benchmarks.faults.mutations import mutate
 from cifar_jax.errors import UserError
 from cifar_jax.pretrained import pretrained_path

@@ -47,17 +47,5 @@ class Dataset:
     source: str
 
     @property
-    def name(self) -> str:
-        return self.info.name
-
-    @property
     def class_names(self) -> tuple[str, ...]:
         return self.info.class_names
-
-    @property
-    def mean(self) -> tuple[float, float, float]:
-        return self.info.mean
-
-    @property
-    def std(self) -> tuple[float, float, float]:
-        return self.info.std

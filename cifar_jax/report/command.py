@@ -14,7 +14,7 @@ import tyro
 
 from cifar_jax.calibration import held_out_part
 from cifar_jax.cli import command, parse_arguments
-from cifar_jax.datasets import get_dataset, load_dataset
+from cifar_jax.datasets import load_dataset
 from cifar_jax.environment import describe_environment
 from cifar_jax.errors import UserError
 from cifar_jax.host import prepare_host
@@ -69,8 +69,7 @@ def report(arguments: Arguments, source: Source) -> dict[str, Any]:
     Raises: UserError if the classes differ from the dataset's, data can't be loaded, or files can't be written.
     """
     config, names, count = source.config, source.class_names, arguments.disturbed_images
-    if len(names) != get_dataset(config.dataset).num_classes:
-        raise UserError(f"{source.name} has {len(names)} outputs, unlike {config.dataset}: use another --dataset")
+    source.check_classes()
     sets = find_sets(arguments.sets) if arguments.sets is not None else []  # first, as the rest takes minutes
     if sets and config.dataset != "cifar10":
         raise UserError(f"--sets has images of CIFAR-10's classes, and {source.name} was trained on {config.dataset}")
