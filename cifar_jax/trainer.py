@@ -79,15 +79,18 @@ class Trainer:
         """Returns the order of the images in an epoch, int32 [N], on every device."""
         return replicate(epoch_order(self.config.seed, epoch, self._num_images), self.devices)
 
-    def compile(self, image_size: int, order: jax.Array, count: int | None = None) -> Callable[..., Any]:
-        """Returns the compiled call of `count` steps, or of steps_per_call, for images of this size.
+    def compile(self, image_size: int, order: jax.Array) -> None:
+        """Compiles the calls of an epoch with images of this size. Without this, `run_steps` compiles them."""
+        for count in {self.steps_per_call, self.steps_per_epoch % self.steps_per_call} - {0}:
+            self.program(image_size, order, count)
 
-        Each size compiles once. Where loops have constant bounds, it compiles once more for all shorter calls: without
-        `count` if an epoch ends with one.
+    def program(self, image_size: int, order: jax.Array, count: int) -> Callable[..., Any]:
+        """Returns the compiled call of `count` steps for images of this size.
+
+        One program serves calls of any length, except where loops have constant bounds: there it serves those that are
+        shorter than steps_per_call, and full calls have their own.
         """
-        if count is None and (last := self.steps_per_epoch % self.steps_per_call):
-            self.compile(image_size, order, last)
-        constant = has_constant_bounds(self.devices) and count in (None, self.steps_per_call)
+        constant = has_constant_bounds(self.devices) and count == self.steps_per_call
         if self.config.teacher is not None and not self._teacher_logits:
             raise UserError("only cifar_jax.train can train a recipe with a teacher")
         if (image_size, constant) not in self._compiled:
@@ -103,7 +106,7 @@ class Trainer:
 
         Args: order: int32 [N]; count: at most steps_per_call. Returns: the last step's loss, a float32 scalar.
         """
-        run = self.compile(image_size, order, count)
+        run = self.program(image_size, order, count)
         self.state, self.history, loss = run(
             self.state, self.history, *self._data, *self._teacher_logits, order, np.int32(start), np.int32(count)
         )

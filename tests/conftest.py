@@ -125,7 +125,7 @@ def direct_convolutions():
 def compiled_once():
     """Runs of the same recipe on the same data share their initial state and compiled steps, within a module."""
     states, programs, evaluators = {}, {}, {}
-    create, compile_steps, create_evaluator = train_step.create_train_state, Trainer.compile, trainer.Evaluator
+    create, compile_steps, create_evaluator = train_step.create_train_state, Trainer.program, trainer.Evaluator
 
     def shared_state(config, steps_per_epoch, images=None):
         fixed = {"workdir": "-"}
@@ -136,8 +136,8 @@ def compiled_once():
             states[key] = create(config, steps_per_epoch, images)
         return jax.tree.map(jnp.copy, states[key])
 
-    def shared_steps(self, image_size, order, count=None):
-        length = (count or self.steps_per_call) if trainer.has_constant_bounds(self.devices) else None
+    def shared_steps(self, image_size, order, count):
+        length = count if trainer.has_constant_bounds(self.devices) else None
         key = jax.tree.structure(self.state), image_size, len(order), self.steps_per_call, tuple(self.devices), length
         if key not in programs:
             programs[key] = compile_steps(self, image_size, order, count)
@@ -152,7 +152,7 @@ def compiled_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "create_train_state", shared_state)
-        patch.setattr(Trainer, "compile", shared_steps)
+        patch.setattr(Trainer, "program", shared_steps)
         patch.setattr(training, "Evaluator", shared_evaluator)
         yield
 

@@ -34,8 +34,8 @@ def test_constant_bounds_need_one_program_more_for_shorter_calls(tiny_dataset, p
     config, devices = dataclasses.replace(plain_config, steps_per_call=4), jax.devices()[:1]
     training = Trainer(config, tiny_dataset.train_images, tiny_dataset.train_labels, devices)
     compiled = []
-    compile_steps = training.compile
-    training.compile = lambda *call: compiled.append(compile_steps(*call)) or compiled[-1]
+    find_program = training.program
+    training.program = lambda *call: compiled.append(find_program(*call)) or compiled[-1]
     training.compile(32, training.order(0))
     ahead = len(compiled)
     training.run_epoch(0, 0)
