@@ -130,12 +130,16 @@ def trivial_augment(key: jax.Array, image: jax.Array) -> jax.Array:
     signed = jnp.where(jax.random.bernoulli(sign_key), strength, -strength)
     image = image.astype(jnp.float32)
 
-    chosen = lambda number, most: jnp.where(kind == number, most * signed, 0.0)  # at most one of five is nonzero
+    # Operations 1 to 5 are one warp, in which only the chosen one's amount is not 0.
+    most = (jnp.pi / 6, 0.3, 10.0, 0.3, 10.0)
+    rotation, shear_y, shift_y, shear_x, shift_x = (
+        jnp.where(kind == number, amount * signed, 0.0) for number, amount in enumerate(most, 1)
+    )
     height, width, _ = image.shape
     y, x = (jnp.arange(size, dtype=jnp.float32) - (size - 1) / 2 for size in (height, width))
-    c, s = jnp.cos(chosen(1, jnp.pi / 6)), jnp.sin(chosen(1, jnp.pi / 6))
-    rows = c * y[:, None] - (s + chosen(2, 0.3)) * x[None, :] + chosen(3, 10.0)
-    columns = (s + chosen(4, 0.3)) * y[:, None] + c * x[None, :] + chosen(5, 10.0)
+    c, s = jnp.cos(rotation), jnp.sin(rotation)
+    rows = c * y[:, None] - (s + shear_y) * x[None, :] + shift_y
+    columns = (s + shear_x) * y[:, None] + c * x[None, :] + shift_x
     warped = _warp(image, [rows + (height - 1) / 2, columns + (width - 1) / 2])
 
     gray = (image * jnp.array([0.299, 0.587, 0.114]).reshape(1, 1, 3)).sum(-1, keepdims=True)

@@ -186,26 +186,26 @@ class Checkpoints:
 
         Damaged checkpoints are skipped, with a warning on stderr. Raises: UserError if there is no intact one.
         """
-        numbers, failures = self._numbers[::-1], []
-        if which == "best":
-            numbers, failures = self._kept.by_accuracy(), list(self._unreadable)
-        for number in numbers:
+        candidates, passed_over = self._numbers[::-1], []
+        if which == "best":  # without those whose accuracy could not be read
+            candidates, passed_over = self._kept.by_accuracy(), list(self._unreadable)
+        for number in candidates:
             try:
                 with self._reading(number):
                     log = self._restore(number, progress=ocp.args.JsonRestore()).progress
                     items = self._restore(number, state=ocp.args.StandardRestore(plain(state)))
                     restored = with_keys(items.state, state), _progress(log)
             except DamagedCheckpoint as error:
-                failures.append(error)
+                passed_over.append(error)
                 continue
-            if failures:
-                others = "the best intact checkpoint" if which == "best" else "the previous checkpoint"
-                _warn(f"{failures[0]}: using {others}")
+            if passed_over:
+                used = "the best intact checkpoint" if which == "best" else "the previous checkpoint"
+                _warn(f"{passed_over[0]}: using {used}")
             return restored
-        if failures:
-            untried = len(failures) < len(self._numbers)  # those without an accuracy
-            advice = "try --checkpoint latest" if untried else "no other checkpoint is intact"
-            raise UserError(f"{failures[0]}: {advice}")
+        if passed_over:
+            may_be_intact = len(passed_over) < len(self._numbers)  # checkpoints without an accuracy were not tried
+            advice = "try --checkpoint latest" if may_be_intact else "no other checkpoint is intact"
+            raise UserError(f"{passed_over[0]}: {advice}")
         raise UserError(f"{self.directory}: no {which} checkpoint yet: train for at least one epoch")
 
     def _restore(self, number: int, **items: Any) -> Any:

@@ -32,11 +32,11 @@ class _Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Paired:
-    """`tensors`: kernel, bias, kernel, … in the network's order. `by_name`: the file has another order."""
+    """`tensors`: kernel, bias, kernel, … in the network's order. `reordered`: the file has another order."""
 
     model: str
     tensors: list[Named]
-    by_name: bool
+    reordered: bool
 
 
 def pair_tensors(
@@ -72,8 +72,8 @@ def pair_tensors(
             flat.append(tensor)
     surplus = [x for layer in chosen[len(expected) :] if layer for x in (layer.kernel, layer.bias) if x] + rest
     check_tensors(flat + surplus, [shape for pair in expected for shape in pair])
-    by_name = positions is not None and positions != list(range(len(expected)))
-    return Paired(model, flat, by_name)
+    reordered = positions is not None and positions != list(range(len(expected)))
+    return Paired(model, flat, reordered)
 
 
 def _grouped(tensors: Sequence[Named]) -> tuple[list[_Layer], list[Named]]:

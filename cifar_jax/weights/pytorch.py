@@ -139,7 +139,7 @@ def params_from_arrays(tensors: Sequence[Named], model: str | None = None) -> tu
             notes.append(f"dropped the prefix {wrapper} of its names")
     foreign_shape = lambda shape: (*shape[:1:-1], *shape[:-2]) if len(shape) == 4 else shape[::-1]
     paired = pair_tensors(list(arrays.items()), model, foreign_shape, known_names=lambda name: NAMES.get(name, ()))
-    if paired.by_name:
+    if paired.reordered:
         notes.append("its layers are in another order than the network's: they were matched by name and shape")
     kernels, biases = ([array for _, array in paired.tensors[start::2]] for start in (0, 1))
     to_flax = lambda weight: weight.transpose(2, 3, 1, 0) if weight.ndim == 4 else weight.T
