@@ -6,8 +6,9 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_type_hints
 
+from cifar_jax.annotations import broken_rule, is_number
 from cifar_jax.batches import InputScaling
 from cifar_jax.datasets import DATASETS
 from cifar_jax.errors import UserError
@@ -20,10 +21,6 @@ else:  # the names that a flag accepts
     ModelName = Literal[tuple(MODELS)]
     DatasetName = Literal[tuple(DATASETS)]
 REGISTRIES: dict[str, Mapping[str, Any]] = {"model": MODELS, "dataset": DATASETS}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,26 +170,12 @@ class Config:
             raise UserError(f"{flag} {getattr(self, field)}: must be {rule}")
 
     def _check_types(self) -> None:
-        """Checks what a type checker would: a Config may also come from Python or from a file."""
-        check = self._check
-        for field, kind in get_type_hints(type(self)).items():
-            value = getattr(self, field)
-            optional = value is None and type(None) in get_args(kind)
-            if kind is bool:
-                check(type(value) is bool, field, "true or false")
-            elif kind in (int, int | None):
-                check(optional or type(value) is int, field, "a whole number")
-            elif kind in (str, str | None):
-                check(optional or type(value) is str, field, "text")
-            elif kind in (float, float | None):
-                check(optional or _is_number(value), field, "a number")
-            elif field in REGISTRIES:
-                check(value in REGISTRIES[field], field, f"one of {', '.join(REGISTRIES[field])}")
-            elif get_origin(kind) is Literal:
-                check(value in get_args(kind), field, f"one of {', '.join(get_args(kind))}")
-        check(all(map(_is_number, self.dropout_rates)), "dropout_rates", "numbers")
+        for field, annotation in get_type_hints(type(self)).items():
+            rule = broken_rule(annotation, getattr(self, field), REGISTRIES.get(field))
+            self._check(rule is None, field, str(rule))
+        self._check(all(map(is_number, self.dropout_rates)), "dropout_rates", "numbers")
         pairs = all(len(pair) == 2 and {*map(type, pair)} == {int} for pair in self.image_sizes)
-        check(pairs, "image_sizes", "pairs of whole numbers")
+        self._check(pairs, "image_sizes", "pairs of whole numbers")
 
     def __post_init__(self) -> None:
         check = self._check
