@@ -20,7 +20,8 @@ from cifar_jax.processes import agree, any_of, broadcast, check_same, connected,
 from cifar_jax.runs import read_config
 
 TESTS = Path(__file__).parent
-TAUGHT = ("--teacher", "lenet5_reference", "--teacher-temperature", "1")  # its logits are computed by all together
+# What all processes compute together: the logits of a teacher, the statistics of a normalised network.
+TOGETHER = ("--teacher", "lenet5_reference", "--teacher-temperature", "1", "--normalization", "batch")
 LOST = r"error: .*another .*: run the same command in all processes to resume\n"
 
 
@@ -58,7 +59,7 @@ def alone(tmp_path_factory):
     """The workdir of a run in one process with 4 devices."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
     cache = str(workdir.with_name("cache"))
-    with started(1, 4, ["--workdir", str(workdir), "--num-devices", "4", *TAUGHT], CIFAR_JAX_CACHE=cache) as running:
+    with started(1, 4, ["--workdir", str(workdir), "--num-devices", "4", *TOGETHER], CIFAR_JAX_CACHE=cache) as running:
         assert outcomes(running)[0][::2] == (0, "")
     return workdir
 
@@ -66,7 +67,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize(("count", "devices"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.long)])
 def test_several_processes_train_like_one(alone, tmp_path, count, devices):
     """The same numbers, up to the order in which four devices' gradients are added. Process 0 alone prints."""
-    with started(count, devices, ["--workdir", str(tmp_path / "run"), "--num-devices", "4", *TAUGHT]) as running:
+    with started(count, devices, ["--workdir", str(tmp_path / "run"), "--num-devices", "4", *TOGETHER]) as running:
         main, *others = outcomes(running)
     assert main[::2] == (0, "")
     assert re.search(r"on 4 × cpu(.|\n)*epoch 1/2(.|\n)*figures and summary.json", main[1])
