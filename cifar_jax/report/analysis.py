@@ -47,8 +47,9 @@ class Predictions:
         return float(self.correct.mean())
 
 
-def wilson_interval(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(correct: int, count: int) -> tuple[float, float]:
     """Returns the 95 % confidence interval of a share by Wilson's formula (1927)."""
+    z = 1.959964  # the normal distribution has 95 % within ±z
     share, spread = correct / count, z * z / count
     centre = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))

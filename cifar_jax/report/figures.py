@@ -53,11 +53,12 @@ def draw_images(images: np.ndarray, titles: Sequence[str], columns: int = 6) -> 
         return png(figure)
 
 
-def draw_filters(kernel: np.ndarray, columns: int = 16) -> bytes:
+def draw_filters(kernel: np.ndarray) -> bytes:
     """Draws first-layer filters, each scaled to its own range. Args: kernel: float [h, w, 3, filters]."""
     filters = kernel.transpose(3, 0, 1, 2)
     low, high = filters.min((1, 2, 3), keepdims=True), filters.max((1, 2, 3), keepdims=True)
     scaled = (filters - low) / np.maximum(high - low, 1e-12)
+    columns = 16
     rows = -(-len(scaled) // columns)
     with drawn((0.45 * columns, 0.45 * rows), rows, columns) as (figure, axes):
         for place in axes.flat:

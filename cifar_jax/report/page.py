@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
-import html
 from collections.abc import Sequence
+from html import escape
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --soft: #57606a; --page: #ffffff; --line: #d0d7de; --bar: #f3f5f7; }
@@ -25,11 +25,6 @@ th:first-child, td:first-child { text-align: left; }
 figure { margin: 0.8rem 0; } figcaption { color: var(--soft); font-size: 0.9rem; }
 img { max-width: 100%; height: auto; padding: 6px; background: #ffffff; border-radius: 8px; }
 """
-
-
-def escape(text: str) -> str:
-    """Returns a text as HTML."""
-    return html.escape(text)
 
 
 def paragraph(text: str, soft: bool = False) -> str:

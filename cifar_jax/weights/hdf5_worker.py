@@ -84,8 +84,8 @@ def find(h5py: Any, group: Any, name: str) -> Any:
     return group
 
 
-def listed(attribute: Any, limit: int = MAX_TENSORS) -> list[str]:
-    if len(attribute) > limit:
+def listed(attribute: Any) -> list[str]:
+    if len(attribute) > MAX_TENSORS:
         raise Refused(f"lists {len(attribute)} names, many more than any supported network has")
     return [text(name) for name in attribute]
 
