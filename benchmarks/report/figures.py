@@ -23,6 +23,7 @@ from benchmarks.report.results import (
     NOTEBOOK_LABEL,
     NOTEBOOK_LOG,
     Results,
+    hardware,
 )
 
 
@@ -110,5 +111,5 @@ def draw_throughput(result: dict[str, Any], path: Path) -> None:
             axes.margins(x=0.2)
             axes.set_xticks([])
         row[0].invert_yaxis()
-    figure.supxlabel(f"images/s, {result['dtype']}, {result['hardware']}", fontsize=9)
+    figure.supxlabel(f"images/s, {result['dtype']}, {hardware(result)}", fontsize=9)
     figure.savefig(path, dpi=120)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.report.results import NETWORKS, Results, environment, measured_by, table, three_digits
+from benchmarks.report.results import NETWORKS, Results, environment, hardware, measured_by, table, three_digits
 
 PHASE_TITLES = {"training": "training", "training_augmented": "training, augmented", "inference": "inference"}
 Workload = dict[str, Any]
@@ -103,7 +103,7 @@ def throughput_summary(results: Results) -> str:
     torch = result["versions"].get("torch", "").partition("+")[0]
     note = (
         f"Images a second, {result['dtype']} (ratio to the fastest form of PyTorch {torch} in the same run). "
-        f"Hardware: {result['hardware']}; jax {result['versions']['jax']}; {result['date']}."
+        f"Hardware: {hardware(result)}; jax {result['versions']['jax']}; {result['date']}."
     )
     return f"{table(['', *(PHASE_TITLES[phase] for phase in phases)], rows)}\n\n{note}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,11 +77,17 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def hardware(result: dict[str, Any]) -> str:
+    """Formats the hardware of a measurement. JAX divides a CPU into as many devices as it is told to."""
+    devices = lambda match: f"{match[1]} JAX device{'s' if match[1] != '1' else ''}"
+    return re.sub(r"(\d+) × cpu", devices, result["hardware"])
+
+
 def environment(result: dict[str, Any]) -> str:
     """Formats hardware, versions, date and note of a measurement."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if name != "cifar_jax")
     note = f" {result['note']}" if "note" in result else ""
-    return f"{result['hardware']}; {versions}; {result['date']}.{note}"
+    return f"{hardware(result)}; {versions}; {result['date']}.{note}"
 
 
 def measured_by(result: dict[str, Any]) -> str:
