@@ -83,7 +83,7 @@ def create_tx(config: Config, steps_per_epoch: int) -> optax.GradientTransformat
         tx = optax.chain(*first, *decay, *parts)
     if config.normalize_kernels:
         tx = optax.chain(tx, _normalize_kernels(config, layers[:-1]))
-    if frozen:  # again: weight decay and rescaling have moved them
+    if frozen:  # again: weight decay has moved them
         tx = optax.chain(tx, *frozen)
     if config.sam_rho:
         climb = optax.chain(*frozen, *symmetric, optax.contrib.normalize(), optax.sgd(config.sam_rho))

@@ -18,6 +18,7 @@ import pyarrow.parquet
 import pytest
 from cifar_files import OFFICIAL, official, png, write_imagefolder, write_npz, write_parquet, write_python, write_tfds
 
+from benchmarks.faults.data_files import with_checksum
 from cifar_jax.datasets import load_dataset, records
 from cifar_jax.datasets.pickles import ArrayUnpickler
 from cifar_jax.datasets.png import decode_png
@@ -172,12 +173,6 @@ def member(name, size=0, kind=tarfile.REGTYPE, content=b"", **fields):
         setattr(info, field, value)
     header = info.tobuf(tarfile.GNU_FORMAT)
     return header + content + bytes(-len(content) % 512)
-
-
-def with_checksum(header):
-    """Returns a changed header with its new checksum."""
-    header = header[:148] + b" " * 8 + header[156:]
-    return header[:148] + b"%06o\0 " % sum(header) + header[156:]
 
 
 def with_size(header, field):

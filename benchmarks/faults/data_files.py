@@ -104,7 +104,8 @@ def _member(name: str, kind: bytes, link: str = "", size: int = 0) -> bytes:
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
-def _with_checksum(header: bytes) -> bytes:
+def with_checksum(header: bytes) -> bytes:
+    """Returns a changed tar header with its new checksum."""
     header = header[:148] + b" " * 8 + header[156:]
     return header[:148] + b"%06o\0 " % sum(header) + header[156:]
 
@@ -134,7 +135,7 @@ def crafted_folders() -> dict[str, dict[str, bytes]]:
         "links out of the folder": _member("data_batch_1", tarfile.SYMTYPE, "../../../etc/passwd"),
         "a member above the folder": _member("../../escaped", tarfile.REGTYPE),
         "a size of 2^60": _member("data_batch_1", tarfile.REGTYPE, size=2**60),
-        "a sparse member of 6 GiB": _with_checksum(
+        "a sparse member of 6 GiB": with_checksum(
             _member("data_batch_1", tarfile.GNUTYPE_SPARSE)[:386]
             + b"00000000000\0" * 8 + b"\0" + b"60000000000\0" + bytes(17)
         ),
