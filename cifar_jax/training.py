@@ -244,7 +244,4 @@ class Run:
 
             plot_run(self.workdir)
         except Exception as error:  # failing to draw must not fail the run
-            say(
-                f"warning: can't draw figures ({one_line(error)}): try cifar-jax plots {self.workdir}",
-                error=True,
-            )
+            say(f"warning: can't draw figures ({one_line(error)}): try cifar-jax plots {self.workdir}", error=True)
