@@ -78,8 +78,9 @@ def apply_normalized(
         factor = params[name]["scale"] * lax.rsqrt(variance + EPSILON)
         shape = (1,) * (outputs.ndim - 1) + (-1,)
         shift = params[name]["bias"] - mean * factor
-        outputs = outputs * factor.reshape(shape).astype(outputs.dtype)
-        return outputs + shift.reshape(shape).astype(outputs.dtype)
+        # Not in bfloat16, in which the gradients of factor and shift would be summed: see ops.Conv.
+        exact = outputs.astype(np.promote_types(outputs.dtype, np.float32))
+        return (exact * factor.reshape(shape) + shift.reshape(shape)).astype(outputs.dtype)
 
     with nn.intercept_methods(normalize):
         logits = model.apply({"params": plain}, images, **options)
