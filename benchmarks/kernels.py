@@ -73,7 +73,7 @@ def only(parts: tuple[str, ...]) -> Iterator[None]:
     threefry = lambda key, probability, shape, first: jax.random.bernoulli(key, probability, shape)
     mask = ops.bernoulli_mask if "dropout" in parts else threefry
     channels = direct.CHANNELS if "few channels" in parts else 1
-    pays = winograd.pays if "winograd" in parts else lambda kernel, size, dtype: False
+    pays = winograd.pays if "winograd" in parts else lambda kernel, size: False
     large_kernel = direct.LARGE_KERNEL if "large" in parts else sys.maxsize
     options = host.compiler_options if "memory" in parts else lambda *_: {}
     unpadded = direct.unpadded_convolution if "row" in parts else functools.partial(lax_convolution, pads="VALID")

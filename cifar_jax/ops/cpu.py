@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from cifar_jax.ops import direct, winograd
+from cifar_jax.ops import bfloat16, direct, winograd
 from cifar_jax.ops.reference import Pads, kernel_shape
 
 
 def convolution(images: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     """[N, H, W, I], [h, w, I, O] → [N, H', W', O]."""
     size = images.shape[2] + sum(pads[1]) - kernel.shape[1] + 1
-    if winograd.pays(kernel.shape, size, kernel.dtype):
-        return winograd.convolution(images, kernel, pads)
+    if winograd.pays(kernel.shape, size):
+        return _winograd(kernel.dtype).convolution(images, kernel, pads)
     return direct.convolutions((images,), (kernel,), pads)[0]
 
 
 def image_gradient(gradient: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     """[N, H', W', O], [h, w, I, O] → [N, H, W, I]."""
-    if winograd.pays(kernel.shape, gradient.shape[2], kernel.dtype):
-        return winograd.image_gradient(gradient, kernel, pads)
+    if winograd.pays(kernel.shape, gradient.shape[2]):
+        return _winograd(kernel.dtype).image_gradient(gradient, kernel, pads)
     return direct.image_gradients((gradient,), (kernel,), pads)[0]
 
 
 def kernel_gradient(images: jax.Array, gradient: jax.Array, pads: Pads) -> jax.Array:
     """[N, H, W, I], [N, H', W', O] → [h, w, I, O]."""
-    if winograd.pays(kernel_shape(images, gradient, pads), gradient.shape[2], images.dtype):
-        return winograd.kernel_gradient(images, gradient, pads)
+    if winograd.pays(kernel_shape(images, gradient, pads), gradient.shape[2]):
+        return _winograd(images.dtype).kernel_gradient(images, gradient, pads)
     return direct.kernel_gradients((images,), (gradient,), pads)[0]
+
+
+def _winograd(dtype: np.dtype) -> ModuleType:
+    return bfloat16 if dtype == jnp.bfloat16 else winograd
 
 
 def max_pool(images: jax.Array, window: int, stride: int) -> jax.Array:
@@ -39,6 +45,7 @@ def max_pool(images: jax.Array, window: int, stride: int) -> jax.Array:
     If several values are the maximum, the first gets the gradient, as in `lax_max_pool` and PyTorch. jnp.maximum would
     divide it among them.
     """
+    dtype, images = images.dtype, images.astype(np.promote_types(images.dtype, np.float32))  # bfloat16: slow gradient
     rows, columns = ((size - window) // stride * stride + 1 for size in images.shape[1:3])
     parts = (images[:, i : i + rows : stride, j : j + columns : stride] for i in range(window) for j in range(window))
-    return functools.reduce(lambda maximum, part: jnp.where(maximum >= part, maximum, part), parts)
+    return functools.reduce(lambda maximum, part: jnp.where(maximum >= part, maximum, part), parts).astype(dtype)

@@ -26,16 +26,16 @@ TILE = 4  # outputs of a tile: a larger tile saves more products and is less acc
 POINTS = (0.0, 1.0, -1.0, 0.5, -2.0, -0.5, 2.0)
 
 
-def pays(kernel: tuple[int, ...], size: int, dtype: np.dtype) -> bool:
+def pays(kernel: tuple[int, ...], size: int) -> bool:
     """Tells whether this form needs at most three quarters of the products for rows of `size` outputs.
 
-    It is False for few channels, where the transforms are most of the work, and for bfloat16, which is too inaccurate.
+    It is False for few channels, where the transforms are most of the work.
     Args: kernel: the kernel's shape.
     """
     _, width, channels, _ = kernel
     products = (TILE + width - 1) * -(-size // TILE)
     fits = 1 < width <= len(POINTS) + 2 - TILE and products <= 0.75 * width * size
-    return fits and channels > 4 and dtype in (jnp.float32, jnp.float64)
+    return fits and channels > 4
 
 
 def toom_cook(outputs: int, taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -60,16 +60,16 @@ def toom_cook(outputs: int, taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
 def convolution(images: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     """[N, H, W, I], [h, w, I, O] → [N, H', W', O]."""
     width, size = kernel.shape[1], images.shape[2] + sum(pads[1]) - kernel.shape[1] + 1
-    values, kernels = _transform_images(images, width, pads), _transform_kernel(kernel)
-    return _transform_products(direct.convolutions(values, kernels, (pads[0], (0, 0))), width, size)
+    values, kernels = transform_images(images, width, pads), transform_kernel(kernel)
+    return transform_products(direct.convolutions(values, kernels, (pads[0], (0, 0))), width, size)
 
 
 def image_gradient(gradient: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     """[N, H', W', O], [h, w, I, O] → [N, H, W, I]."""
     width = kernel.shape[1]
     images = _like(gradient, image_shape(gradient, kernel, pads))
-    values = direct.image_gradients(_transposed_products(gradient, width), _transform_kernel(kernel), (pads[0], (0, 0)))
-    (result,) = jax.linear_transpose(lambda images: _transform_images(images, width, pads), images)(values)
+    values = direct.image_gradients(transposed_products(gradient, width), transform_kernel(kernel), (pads[0], (0, 0)))
+    (result,) = jax.linear_transpose(lambda images: transform_images(images, width, pads), images)(values)
     return result
 
 
@@ -77,9 +77,9 @@ def kernel_gradient(images: jax.Array, gradient: jax.Array, pads: Pads) -> jax.A
     """[N, H, W, I], [N, H', W', O] → [h, w, I, O]."""
     kernel = _like(gradient, kernel_shape(images, gradient, pads))
     width = kernel.shape[1]
-    values = _transform_images(images, width, pads)
-    kernels = direct.kernel_gradients(values, _transposed_products(gradient, width), (pads[0], (0, 0)))
-    (result,) = jax.linear_transpose(_transform_kernel, kernel)(kernels)
+    values = transform_images(images, width, pads)
+    kernels = direct.kernel_gradients(values, transposed_products(gradient, width), (pads[0], (0, 0)))
+    (result,) = jax.linear_transpose(transform_kernel, kernel)(kernels)
     return result
 
 
@@ -94,7 +94,7 @@ def _combine(weights: np.ndarray, arrays: Sequence[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, terms)
 
 
-def _transform_images(images: jax.Array, width: int, pads: Pads) -> direct.Arrays:
+def transform_images(images: jax.Array, width: int, pads: Pads) -> direct.Arrays:
     """Returns B·d: for each point [N, H, tiles, I]."""
     left, right = pads[1]
     _, _, b = toom_cook(TILE, width)
@@ -107,7 +107,7 @@ def _transform_images(images: jax.Array, width: int, pads: Pads) -> direct.Array
     return tuple(_combine(weights, columns) for weights in b)
 
 
-def _transform_kernel(kernel: jax.Array) -> direct.Arrays:
+def transform_kernel(kernel: jax.Array) -> direct.Arrays:
     """Returns G·g: for each point [h, 1, I, O]."""
     width = kernel.shape[1]
     _, g, _ = toom_cook(TILE, width)
@@ -115,7 +115,7 @@ def _transform_kernel(kernel: jax.Array) -> direct.Arrays:
     return tuple(_combine(weights, columns) for weights in g)
 
 
-def _transform_products(products: direct.Arrays, width: int, size: int) -> jax.Array:
+def transform_products(products: direct.Arrays, width: int, size: int) -> jax.Array:
     """Returns A·products, the outputs [N, H', size, O]. Args: products: for each point [N, H', tiles, O]."""
     a, _, _ = toom_cook(TILE, width)
     outputs = jnp.stack([_combine(weights, products) for weights in a], axis=3)
@@ -123,10 +123,10 @@ def _transform_products(products: direct.Arrays, width: int, size: int) -> jax.A
     return outputs.reshape(*leading, tiles * TILE, features)[:, :, :size]
 
 
-def _transposed_products(gradient: jax.Array, width: int) -> direct.Arrays:
+def transposed_products(gradient: jax.Array, width: int) -> direct.Arrays:
     """Returns Aᵀ·gradient: for each point [N, H', tiles, O]. Args: gradient: [N, H', W', O]."""
     batch_size, height, size, features = gradient.shape
     shape = (batch_size, height, -(-size // TILE), features)
     products = (_like(gradient, shape),) * (TILE + width - 1)
-    (result,) = jax.linear_transpose(lambda products: _transform_products(products, width, size), products)(gradient)
+    (result,) = jax.linear_transpose(lambda products: transform_products(products, width, size), products)(gradient)
     return result
