@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import flax.linen as nn
@@ -100,6 +101,18 @@ def test_lenet5_normalised_written_out():
     expected = x @ params["Dense_2"]["kernel"] + params["Dense_2"]["bias"].reshape(1, -1)
     actual, _ = apply_normalized(model, params, images)
     assert np.abs(actual - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_is_summed_in_bfloat16(name):
+    """In bfloat16 a sum of ones stands still at 256. The gradients of scales and biases are sums over all pixels."""
+    model = MODELS[name](dtype=jnp.bfloat16)
+    images = jax.ShapeDtypeStruct((16, 32, 32, 3), jnp.float32)
+    params = jax.eval_shape(lambda images: add_scales(model, model.init(jax.random.key(0), images)["params"]), images)
+    gradient = jax.grad(lambda params, images: apply_normalized(model, params, images)[0].sum())
+    program = str(jax.make_jaxpr(gradient)(params, images))
+    assert re.findall(r"\w+:f32\S+ = reduce_sum", program)
+    assert re.findall(r"\w+:bf16\S+ = reduce_sum", program) == []
 
 
 def test_the_start_is_a_scale_of_one_for_each_hidden_layer():

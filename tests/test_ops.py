@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import cifar_jax
 from cifar_jax import ops
 from cifar_jax.models import AllCNN, LeNet5
-from cifar_jax.ops import winograd
+from cifar_jax.ops import bfloat16, reference, winograd
 from cifar_jax.ops.reference import lax_convolution, lax_max_pool
 
 # (images NHWC, kernel HWIO, padding): every kind of shape that both networks have, in small batches, and odd ones.
@@ -120,6 +120,27 @@ def test_cpu_convolution_in_bfloat16(size, padding):
     assert_close(actual, exact, 0.02)
 
 
+@pytest.mark.parametrize("size", [3, 5])
+def test_transforms_of_bfloat16_are_not_rounded(size, monkeypatch):
+    """Only what is multiplied is rounded. Rounded transforms would have twice to four times these errors."""
+    images, kernel = normal(0, (6, 14, 14, 32), jnp.bfloat16), normal(1, (size, size, 32, 16), jnp.bfloat16)
+    shape = jax.eval_shape(lambda x, k: lax_convolution(x, k, "VALID"), images, kernel).shape
+    cotangent, no_pads = normal(2, shape, jnp.bfloat16), ((0, 0), (0, 0))
+    for name, *arguments in (
+        ("convolution", images, kernel),
+        ("image_gradient", cotangent, kernel),
+        ("kernel_gradient", images, cotangent),
+    ):
+        results = []
+        for block_bytes in (0, 2**30):  # blocks of one image and of 2 images, of 6
+            monkeypatch.setattr(bfloat16, "BLOCK_BYTES", block_bytes)
+            results.append(jax.jit(partial(getattr(bfloat16, name), pads=no_pads))(*arguments))
+        expected = getattr(reference, f"lax_{name}")(*(x.astype(jnp.float32) for x in arguments), no_pads)
+        size_of = lambda x: float(jnp.sqrt(jnp.square(x).mean()))
+        for result in results:
+            assert size_of(result.astype(jnp.float32) - expected) < {3: 0.007, 5: 0.012}[size] * size_of(expected)
+
+
 @pytest.mark.parametrize(("images", "window", "stride"), POOLS + ODD_POOLS)
 @pytest.mark.parametrize("ties", [False, True])
 def test_max_pool_is_laxs(images, window, stride, ties):
@@ -150,9 +171,22 @@ def test_conv_is_flax_conv(size, padding):
     assert_close(*results, 1e-5)
 
 
-def test_the_gradient_of_a_bias_is_summed_in_float32():
+def test_dense_is_flax_dense():
+    """Initial parameters, outputs and gradients."""
+    init = nn.initializers.normal(1), nn.initializers.uniform(1)
+    ours, theirs = ops.Dense(6, *init), nn.Dense(6, kernel_init=init[0], bias_init=init[1])
+    inputs = normal(0, (3, 8))
+    variables = ours.init(jax.random.key(1), inputs)
+    jax.tree.map(np.testing.assert_array_equal, variables, theirs.init(jax.random.key(1), inputs))
+    loss = lambda layer, variables, x: (layer.apply(variables, x) ** 2).sum()
+    results = [jax.jit(jax.value_and_grad(partial(loss, layer), (0, 1)))(variables, inputs) for layer in (ours, theirs)]
+    assert_close(*results, 1e-6)
+
+
+@pytest.mark.parametrize("layer", [partial(ops.Conv, 2, 1, "SAME"), partial(ops.Dense, 2)])
+def test_the_gradient_of_a_bias_is_summed_in_float32(layer):
     """In bfloat16 a sum of ones stands still at 256."""
-    layer, images = ops.Conv(2, 1, "SAME", nn.initializers.ones, dtype=jnp.bfloat16), jnp.ones((4, 32, 32, 1))
+    layer, images = layer(nn.initializers.ones, dtype=jnp.bfloat16), jnp.ones((4, 32, 32, 1))
     variables = layer.init(jax.random.key(0), images)
     assert layer.apply(variables, images).dtype == jnp.bfloat16
     gradient = jax.grad(lambda v: layer.apply(v, images).astype(jnp.float32).sum())(variables)["params"]["bias"]

@@ -81,7 +81,8 @@ def remembered(function):
     def call(*arguments):
         leaves = jax.tree.leaves(arguments)
         values = [(leaf.dtype, leaf.tobytes()) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves]
-        form = winograd.pays.__qualname__
+        with jax.enable_x64(True):
+            form = bool(winograd.pays((5, 5, 8, 8), 16))
         key = (function.__name__, form, *values)
         if key not in REMEMBERED:
             REMEMBERED[key] = function(*arguments)

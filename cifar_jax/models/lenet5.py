@@ -50,7 +50,7 @@ class LeNet5(nn.Module):
 
         def dense(x: jax.Array, features: int, original: Initializer = pytorch_kernel) -> jax.Array:
             kernel = choose_kernel(self.initializer, original)
-            return nn.Dense(features, kernel_init=kernel, bias_init=bias_init(x.shape[-1]), dtype=self.dtype)(x)
+            return ops.Dense(features, kernel, bias_init(x.shape[-1]), self.dtype)(x)
 
         first, second = (partial(ops.Dropout(rate), train=train) for rate in self.dropout_rates)
         x = images.astype(self.dtype)

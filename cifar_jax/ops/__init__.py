@@ -2,7 +2,8 @@
 
 reference.py   the operations by lax: the form of all platforms except the CPU
 primitives.py  the convolution, its derivatives, and the choice of its form
-cpu.py         the CPU's forms: winograd.py needs about half of the products, direct.py computes the other convolutions
+cpu.py         the CPU's forms: winograd.py needs about half of the products, bfloat16.py is the same for bfloat16,
+               direct.py computes the other convolutions
 """
 
 from __future__ import annotations
@@ -59,6 +60,23 @@ class Conv(nn.Module):
         bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
         outputs = convolution(images.astype(self.dtype), kernel.astype(self.dtype), self.padding)
         return outputs + jnp.broadcast_to(bias, outputs.shape).astype(self.dtype)  # in this order: see above
+
+
+class Dense(nn.Module):
+    """flax.linen.Dense for [N, inputs]. In bfloat16 the gradient of its bias is summed in float32, as in `Conv`."""
+
+    features: int
+    kernel_init: nn.initializers.Initializer
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[N, inputs] → [N, features] of type `dtype`."""
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
+        outputs = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype))
+        return outputs + jnp.broadcast_to(bias, outputs.shape).astype(self.dtype)
 
 
 def bernoulli_mask(key: jax.Array, probability: float, shape: Sequence[int], first: jax.Array | int = 0) -> jax.Array:

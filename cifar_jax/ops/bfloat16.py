@@ -1,8 +1,8 @@
-"""Winograd's form of a bfloat16 convolution, for the CPU: transforms in float32, products in bfloat16, sums in float32.
+"""Winograd's form of a convolution in bfloat16, accurate because only the factors of its products are rounded.
 
-Processors with AVX512-BF16 or AMX multiply bfloat16 at twice the speed of float32 or faster. XLA:CPU uses that in matrix
-products, but not in convolutions, and only if the left matrix isn't transposed. The transforms work on blocks of a few
-images, which stay in the processor's cache.
+Transforms and sums are float32. Processors with AVX512-BF16 multiply bfloat16 twice as fast as float32. XLA:CPU does so
+in matrix products, but not in convolutions, and not if the left matrix is transposed. The transforms work on blocks of
+a few images, which stay in the processor's cache.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def kernel_gradient(images: jax.Array, gradient: jax.Array, pads: Pads) -> jax.A
     def step(carry: tuple[jax.Array, ...], start: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
         return (add(*carry), *transform(start)), None
 
-    # Each step multiplies what the last one transformed: else XLA computes a transform again for each of its uses.
+    # Each step multiplies what the step before transformed. Otherwise XLA would transform again for each product.
     totals = jnp.zeros((height, count, features, channels), jnp.float32)
     carry, _ = lax.scan(step, (totals, *transform(0)), jnp.arange(block, images.shape[0], block))
     kernels = add(*carry).transpose(1, 0, 3, 2)[:, :, None]
@@ -89,6 +89,7 @@ def _block(images: jax.Array, count: int) -> int:
 
 
 def _map_blocks(convolve: Callable[[jax.Array], jax.Array], images: jax.Array, count: int) -> jax.Array:
+    """Returns convolve(images), block by block: float32, because XLA is slow at writing blocks of bfloat16."""
     if not isinstance(images.shape[0], int):  # a symbolic size is not divided
         return convolve(images)
     block = _block(images, count)
