@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from functools import partial
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,12 +42,42 @@ def _winograd(dtype: np.dtype) -> ModuleType:
 
 
 def max_pool(images: jax.Array, window: int, stride: int) -> jax.Array:
-    """`lax_max_pool` for finite values, as the maximum of window² strided slices, whose gradient is fast.
+    """`lax_max_pool` for finite values, as the maximum of window² slices, whose gradient is fast.
 
-    If several values are the maximum, the first gets the gradient, as in `lax_max_pool` and PyTorch. jnp.maximum would
-    divide it among them.
+    If several values are the maximum, the first gets the gradient, as in `lax_max_pool` and PyTorch. Gradients of
+    bfloat16 are summed in float32, which is also faster.
     """
-    dtype, images = images.dtype, images.astype(np.promote_types(images.dtype, np.float32))  # bfloat16: slow gradient
-    rows, columns = ((size - window) // stride * stride + 1 for size in images.shape[1:3])
-    parts = (images[:, i : i + rows : stride, j : j + columns : stride] for i in range(window) for j in range(window))
-    return functools.reduce(lambda maximum, part: jnp.where(maximum >= part, maximum, part), parts).astype(dtype)
+    exact = images.astype(np.promote_types(images.dtype, np.float32))
+    return _max_pool(exact, window, stride).astype(images.dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _max_pool(images: jax.Array, window: int, stride: int) -> jax.Array:
+    return functools.reduce(jnp.maximum, _window_parts(images, window, stride))
+
+
+@_max_pool.defjvp
+def _max_pool_jvp(window: int, stride: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """Selects the tangent by the number of the largest part: XLA would find it again for each term of the gradient."""
+    maximum, *others = _window_parts(primals[0], window, stride)
+    largest = jnp.zeros(maximum.shape, jnp.int8 if window < 12 else jnp.int32)
+    for number, part in enumerate(others, start=1):
+        larger = part > maximum
+        maximum, largest = jnp.where(larger, part, maximum), jnp.where(larger, number, largest)
+    parts = enumerate(_window_parts(tangents[0], window, stride))
+    return maximum, sum(jnp.where(largest == number, part, 0) for number, part in parts)
+
+
+def _window_parts(images: jax.Array, window: int, stride: int) -> list[jax.Array]:
+    """Returns [N, H', W', C] for each place in a window, row by row. They are contiguous slices of every stride-th row.
+
+    XLA's gradients of slices with a stride have the images' whole size each.
+    """
+    counts = [(size - window) // stride + 1 for size in images.shape[1:3]]
+    fill = [(0, -size % stride) for size in images.shape[1:3]]
+    images = jnp.pad(images, ((0, 0), *fill, (0, 0)))
+    height, width = (size // stride for size in images.shape[1:3])
+    images = images.reshape(images.shape[0], height, stride, width, stride, images.shape[3])
+    places = [(i, slice(i // stride, i // stride + counts[0])) for i in range(window)]
+    columns = [(j, slice(j // stride, j // stride + counts[1])) for j in range(window)]
+    return [images[:, rows, i % stride, across, j % stride] for i, rows in places for j, across in columns]
