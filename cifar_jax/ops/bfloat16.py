@@ -7,6 +7,7 @@ a few images, which stay in the processor's cache.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -17,6 +18,8 @@ from cifar_jax.ops import winograd
 from cifar_jax.ops.reference import Pads, gradient_pads, image_shape, kernel_shape
 
 BLOCK_BYTES = 2**20  # of a block's transformed images: they and the products fit in a core's level 2 cache
+
+Carry = tuple[jax.Array, jax.Array, jax.Array]  # totals, transformed images, transformed gradient
 
 
 def convolution(images: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
@@ -63,7 +66,7 @@ def kernel_gradient(images: jax.Array, gradient: jax.Array, pads: Pads) -> jax.A
         parts = [images[:, :, i : i + rows].reshape(count, -1, channels) for i in range(height)]
         return totals + jnp.stack([_product(left, part) for part in parts])
 
-    def step(carry: tuple[jax.Array, ...], start: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+    def step(carry: Carry, start: jax.Array) -> tuple[Carry, None]:
         return (add(*carry), *transform(start)), None
 
     # Each step multiplies what the step before transformed. Otherwise XLA would transform again for each product.
@@ -122,7 +125,7 @@ def _products(values: jax.Array, kernels: jax.Array) -> jax.Array:
     taps, features = kernels.shape[1], kernels.shape[3]
     rows = height - taps + 1
     parts = [values[:, :, i : i + rows].reshape(count, -1, channels) for i in range(taps)]
-    total = sum(_product(part, kernels[:, i]) for i, part in enumerate(parts))
+    total = functools.reduce(jnp.add, (_product(part, kernels[:, i]) for i, part in enumerate(parts)))
     return total.reshape(count, size, rows, tiles, features)
 
 

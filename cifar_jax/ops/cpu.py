@@ -65,7 +65,7 @@ def _max_pool_jvp(window: int, stride: int, primals: Any, tangents: Any) -> tupl
         larger = part > maximum
         maximum, largest = jnp.where(larger, part, maximum), jnp.where(larger, number, largest)
     parts = enumerate(_window_parts(tangents[0], window, stride))
-    return maximum, sum(jnp.where(largest == number, part, 0) for number, part in parts)
+    return maximum, functools.reduce(jnp.add, (jnp.where(largest == number, part, 0) for number, part in parts))
 
 
 def _window_parts(images: jax.Array, window: int, stride: int) -> list[jax.Array]:
