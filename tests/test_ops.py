@@ -132,9 +132,11 @@ def test_transforms_of_bfloat16_are_not_rounded(size, monkeypatch):
         ("kernel_gradient", images, cotangent),
     ):
         results = []
-        for block_bytes in (0, 2**30):  # blocks of one image and of 2 images, of 6
-            monkeypatch.setattr(bfloat16, "BLOCK_BYTES", block_bytes)
-            results.append(jax.jit(partial(getattr(bfloat16, name), pads=no_pads))(*arguments))
+        for limit in (0, 2**30):  # blocks of 1 and of 2 images, of 6
+            monkeypatch.setattr(bfloat16, "BLOCK", limit)
+            monkeypatch.setattr(winograd, "KERNEL_BLOCK", limit)
+            form = getattr(winograd if name == "kernel_gradient" else bfloat16, name)
+            results.append(jax.jit(partial(form, pads=no_pads))(*arguments))
         expected = getattr(reference, f"lax_{name}")(*(x.astype(jnp.float32) for x in arguments), no_pads)
         size_of = lambda x: float(jnp.sqrt(jnp.square(x).mean()))
         for result in results:

@@ -33,11 +33,12 @@ def image_gradient(gradient: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Ar
 def kernel_gradient(images: jax.Array, gradient: jax.Array, pads: Pads) -> jax.Array:
     """[N, H, W, I], [N, H', W', O] → [h, w, I, O]."""
     if winograd.pays(kernel_shape(images, gradient, pads), gradient.shape[2]):
-        return _winograd(images.dtype).kernel_gradient(images, gradient, pads)
-    return direct.kernel_gradients((images,), (gradient,), pads)[0]
+        return winograd.kernel_gradient(images, gradient, pads)
+    return direct.kernel_gradient(images, gradient, pads)
 
 
 def _winograd(dtype: np.dtype) -> ModuleType:
+    """Returns the module of Winograd's form."""
     return bfloat16 if dtype == jnp.bfloat16 else winograd
 
 

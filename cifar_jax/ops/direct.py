@@ -3,9 +3,9 @@
 XLA is slow on a CPU at kernel gradients, at convolutions without padding and at convolutions of few input channels.
 Here these are matrix products, or convolutions of other shapes, which are up to several times as fast.
 
-Each function takes and returns tuples, for several convolutions of the same shapes. Images are [N, H, W, I], kernels
-[h, w, I, O], gradients of the outputs [N, H', W', O]. `pads` are ((top, bottom), (left, right)). primitives.py defines
-the derivatives.
+`convolutions` and `image_gradients` take and return tuples, for several of the same shapes. Images are [N, H, W, I],
+kernels [h, w, I, O], gradients of the outputs [N, H', W', O]. `pads` are ((top, bottom), (left, right)). primitives.py
+defines the derivatives.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cifar_jax.ops.reference import Pads, gradient_pads, lax_convolution
+from cifar_jax.ops.reference import Pads, gradient_pads, kernel_shape, lax_convolution
 
 BLOCK = 4  # images in each term of a kernel gradient's sum: few enough for the processor's cache
 CHANNELS = 4  # XLA:CPU is 4 times slower if the number of channels is not a multiple of this
@@ -59,32 +59,29 @@ def image_gradients(gradients: Arrays, kernels: Arrays, pads: Pads) -> Arrays:
     return tuple(lax_convolution(gradient, kernel, pads) for gradient, kernel in zip(gradients, turned))
 
 
-def kernel_gradients(images: Arrays, gradients: Arrays, pads: Pads) -> Arrays:
-    """Sums the kernel gradients over blocks of images in one loop.
+def kernel_gradient(images: jax.Array, gradient: jax.Array, pads: Pads) -> jax.Array:
+    """Sums the kernel gradient over blocks of images.
 
     A wide kernel's gradient is a convolution of the images with the gradient, where channels and images change places.
     A narrow kernel's gradient is one matrix product for each of its rows: the image columns under the row (im2col) by
-    the gradient. The sums are float32, or float64 for arguments of that type.
+    the gradient. The sum is float32, or float64 for arguments of that type.
     """
-    padded = tuple(jnp.pad(x, ((0, 0), *pads, (0, 0))) for x in images)
-    batch_size, *sizes, channels = padded[0].shape
-    height, width = (size - outputs + 1 for size, outputs in zip(sizes, gradients[0].shape[1:3]))
-    shape = (height, width, channels, gradients[0].shape[3])
-    dtype = images[0].dtype
-    total_dtype = np.promote_types(dtype, np.float32)
-    block = math.gcd(batch_size, BLOCK) if isinstance(batch_size, int) else batch_size  # a symbolic size is not divided
+    height, width, channels, features = kernel_shape(images, gradient, pads)
+    images = jnp.pad(images, ((0, 0), *pads, (0, 0)))
+    total = jnp.zeros((height, width, channels, features), np.promote_types(images.dtype, np.float32))
+    size = images.shape[0]
+    block = math.gcd(size, BLOCK) if isinstance(size, int) else size  # a symbolic size is not divided
     form = _as_convolution if width >= LARGE_KERNEL else _as_products
 
-    def add(totals: Arrays, block: tuple[Arrays, Arrays]) -> tuple[Arrays, None]:
-        return tuple(total + form(x, gradient, total) for total, x, gradient in zip(totals, *block)), None
+    def add(total: jax.Array, block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        return total + form(*block, total), None
 
-    totals = (jnp.zeros(shape, total_dtype),) * len(padded)
-    if block == batch_size:
-        totals, _ = add(totals, (padded, gradients))
+    if block == size:
+        total, _ = add(total, (images, gradient))
     else:
-        blocks = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), (padded, gradients))
-        totals, _ = lax.scan(add, totals, blocks)
-    return tuple(total.astype(dtype) for total in totals)
+        blocks = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), (images, gradient))
+        total, _ = lax.scan(add, total, blocks)
+    return total.astype(images.dtype)
 
 
 def _as_convolution(images: jax.Array, gradient: jax.Array, like: jax.Array) -> jax.Array:

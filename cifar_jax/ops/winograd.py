@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from cifar_jax.ops import direct
 from cifar_jax.ops.reference import Pads, image_shape, kernel_shape
@@ -24,6 +25,9 @@ from cifar_jax.ops.reference import Pads, image_shape, kernel_shape
 TILE = 4  # outputs of a tile: a larger tile saves more products and is less accurate
 # A transform uses the first of these points, and infinity. arXiv:1803.10986 found that these sets have small errors.
 POINTS = (0.0, 1.0, -1.0, 0.5, -2.0, -0.5, 2.0)
+KERNEL_BLOCK = 2**18  # values of the transformed images in a term of a kernel gradient: they stay in a core's cache
+
+Blocks = tuple[jax.Array, jax.Array, jax.Array]  # totals, transformed images, transformed gradient
 
 
 def pays(kernel: tuple[int, ...], size: int) -> bool:
@@ -74,13 +78,63 @@ def image_gradient(gradient: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Ar
 
 
 def kernel_gradient(images: jax.Array, gradient: jax.Array, pads: Pads) -> jax.Array:
-    """[N, H, W, I], [N, H', W', O] → [h, w, I, O]."""
-    kernel = _like(gradient, kernel_shape(images, gradient, pads))
-    width = kernel.shape[1]
-    values = transform_images(images, width, pads)
-    kernels = direct.kernel_gradients(values, transposed_products(gradient, width), (pads[0], (0, 0)))
-    (result,) = jax.linear_transpose(transform_kernel, kernel)(kernels)
-    return result
+    """[N, H, W, I], [N, H', W', O] → [h, w, I, O]. In bfloat16 only the factors of the products are rounded."""
+    shape = kernel_shape(images, gradient, pads)
+    height, width, channels, features = shape
+    rows = gradient.shape[1]
+    block = block_size(images, width, KERNEL_BLOCK)
+
+    def transform(start: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        of_block = lambda x: lax.dynamic_slice_in_dim(x, start, block)
+        return stack_images(of_block(images), width, pads), stack_gradient(of_block(gradient), width, (0, 0))
+
+    def add(totals: jax.Array, images: jax.Array, gradient: jax.Array) -> jax.Array:
+        points = len(images)
+        # Transposed before it is a matrix, so that XLA makes a copy. It is slow at products with a transposed matrix.
+        left = gradient.transpose(0, 4, 1, 2, 3).reshape(points, features, -1)
+        parts = [images[:, :, i : i + rows].reshape(points, -1, channels) for i in range(height)]
+        return totals + jnp.stack([jnp.matmul(left, part, preferred_element_type=totals.dtype) for part in parts])
+
+    def step(carry: Blocks, start: jax.Array) -> tuple[Blocks, None]:
+        return (add(*carry), *transform(start)), None
+
+    first = transform(0)
+    exact = np.promote_types(images.dtype, np.float32)
+    carry = (jnp.zeros((height, len(first[0]), features, channels), exact), *first)
+    if block != images.shape[0]:
+        # Each step multiplies what the step before transformed. Otherwise XLA would transform again for each product.
+        carry, _ = lax.scan(step, carry, jnp.arange(block, images.shape[0], block))
+    kernels = add(*carry).transpose(1, 0, 3, 2)[:, :, None]
+    (result,) = jax.linear_transpose(transform_kernel, jax.ShapeDtypeStruct(shape, exact))(tuple(kernels))
+    return result.astype(images.dtype)
+
+
+def block_size(images: jax.Array, width: int, limit: int) -> int:
+    """Returns the number of images in a block, which divides them: their transforms have at most `limit` values."""
+    size, height, columns, channels = images.shape
+    if not isinstance(size, int):  # a symbolic size is not divided
+        return size
+    each = (TILE + width - 1) * height * -(-columns // TILE) * channels
+    block = 1
+    while size % (2 * block) == 0 and 2 * block * each <= limit:
+        block *= 2
+    return block
+
+
+def stack_images(images: jax.Array, width: int, pads: Pads) -> jax.Array:
+    """Returns B·d with padded rows, of the images' type: [points, N, H + pads, tiles, I]."""
+    exact = images.astype(np.promote_types(images.dtype, np.float32))
+    return _pad_rows(jnp.stack(transform_images(exact, width, pads)).astype(images.dtype), pads[0])
+
+
+def stack_gradient(gradient: jax.Array, width: int, pads: tuple[int, int]) -> jax.Array:
+    """Returns Aᵀ·gradient with padded rows, of the gradient's type: [points, N, H' + pads, tiles, O]."""
+    exact = gradient.astype(np.promote_types(gradient.dtype, np.float32))
+    return _pad_rows(jnp.stack(transposed_products(exact, width)).astype(gradient.dtype), pads)
+
+
+def _pad_rows(values: jax.Array, pads: tuple[int, int]) -> jax.Array:
+    return jnp.pad(values, ((0, 0), (0, 0), pads, (0, 0), (0, 0)))
 
 
 def _like(array: jax.Array, shape: tuple[int, ...]) -> Any:
