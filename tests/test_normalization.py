@@ -104,7 +104,7 @@ def test_lenet5_normalised_written_out():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_nothing_is_summed_in_bfloat16(name):
+def test_gradients_of_scales_and_biases_are_summed_in_float32(name):
     """In bfloat16 a sum of ones stands still at 256. The gradients of scales and biases are sums over all pixels."""
     model = MODELS[name](dtype=jnp.bfloat16)
     images = jax.ShapeDtypeStruct((16, 32, 32, 3), jnp.float32)

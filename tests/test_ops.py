@@ -109,7 +109,7 @@ def test_winograds_form_is_taken_where_it_saves():
 
 
 @pytest.mark.parametrize("size", [3, 5])
-@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((6, 7), (1, 1)), ((0, -1), (2, 1))])
 def test_cpu_convolution_in_bfloat16(size, padding):
     images, kernel = normal(0, (16, 15, 15, 8), jnp.bfloat16), normal(1, (size, size, 8, 16), jnp.bfloat16)
     actual = value_and_gradients(lambda x, k: ops.convolution(x, k, padding), images, kernel)
@@ -153,6 +153,13 @@ def test_max_pool_is_laxs(images, window, stride, ties):
     expected = value_and_gradients(lambda x: lax_max_pool(x, window, stride), x)
     np.testing.assert_array_equal(actual[0], expected[0])
     assert_close(actual[1], expected[1], 1e-6)
+
+
+def test_a_max_pool_of_nan_is_nan_in_a_training_too():
+    images = jnp.asarray([[1, np.nan], [2, 0]]).reshape(1, 2, 2, 1)
+    value = jax.value_and_grad(lambda x: ops.max_pool(x, 2, 2).sum())(images)[0]
+    assert np.isnan(value)
+    assert np.isnan(ops.max_pool(images, 2, 2)).all()
 
 
 @pytest.mark.parametrize(
@@ -361,7 +368,7 @@ def test_checkpoint_and_scan():
     assert_close(jax.jit(jax.grad(scanned))(params), expected, 1e-5)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.long)])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_batches(axis_type):
     """By jit and by shard_map, which checks over which devices values vary: gradients are those of one device."""
     images, kernel = normal(0, (8, 9, 9, 6)), normal(1, (3, 3, 6, 8))
@@ -374,6 +381,21 @@ def test_sharded_batches(axis_type):
     assert_close(jax.jit(by_device)(kernel, images), expected, 1e-5)  # shard_map sums the kernel's by itself
     with jax.set_mesh(mesh):
         assert_close(jax.jit(jax.grad(loss, (0, 1)))(kernel, images), expected, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gradients_of_single_images_on_devices(dtype, monkeypatch):
+    """By vmap in shard_map, with a kernel gradient of several blocks."""
+    monkeypatch.setattr(winograd, "KERNEL_BLOCK", 0)
+    images, kernel = normal(0, (4, 2, 9, 9, 6), dtype), normal(1, (3, 3, 6, 8), dtype)
+    each = jax.vmap(jax.grad(lambda kernel, x: ops.convolution(x, kernel, "SAME").sum()), (None, 0))
+    mesh = jax.make_mesh((2,), ("device",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    specs = {"in_specs": (PartitionSpec(), PartitionSpec("device")), "out_specs": PartitionSpec("device")}
+    varying = lambda kernel, x: each(lax.pcast(kernel, "device", to="varying"), x)
+    actual = jax.jit(jax.shard_map(varying, mesh=mesh, **specs))(kernel, images)
+    plain = jax.grad(lambda kernel, x: lax_convolution(x, kernel, "SAME").sum())
+    expected = jax.vmap(plain, (None, 0))(kernel.astype(jnp.float32), images.astype(jnp.float32))
+    assert_close(actual, expected, 0.02 if dtype == jnp.bfloat16 else 1e-5)
 
 
 def test_eval_shape_and_wrong_arguments():

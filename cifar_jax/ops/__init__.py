@@ -1,8 +1,8 @@
-"""Convolution and max pool, in the fastest form for the platform of a lowered program, and dropout.
+"""Convolution and max pool, in the fastest form for the platform of a lowered program, dense layers and dropout.
 
 reference.py   the operations by lax: the form of all platforms except the CPU
 primitives.py  the convolution, its derivatives, and the choice of its form
-cpu.py         the CPU's forms: winograd.py needs about half of the products, bfloat16.py is the same for bfloat16,
+cpu.py         the CPU's forms: winograd.py needs about half of the products, bfloat16.py is for that type,
                direct.py computes the other convolutions
 """
 

@@ -40,7 +40,7 @@ def image_gradient(gradient: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Ar
 
     def convolve(gradient: jax.Array) -> jax.Array:
         products = _products(winograd.stack_gradient(gradient, width, rows), kernels)
-        images = jax.ShapeDtypeStruct(image_shape(gradient, kernel, pads), jnp.float32)
+        images = jax.typeof(products).update(shape=image_shape(gradient, kernel, pads))
         transposed = jax.linear_transpose(lambda images: winograd.transform_images(images, width, pads), images)
         return transposed(tuple(products))[0]
 

@@ -38,7 +38,7 @@ def kernel_gradient(images: jax.Array, gradient: jax.Array, pads: Pads) -> jax.A
 
 
 def _winograd(dtype: np.dtype) -> ModuleType:
-    """Returns the module of Winograd's form."""
+    """Returns the module of Winograd's convolution and image gradient for this type."""
     return bfloat16 if dtype == jnp.bfloat16 else winograd
 
 
@@ -61,24 +61,26 @@ def _max_pool(images: jax.Array, window: int, stride: int) -> jax.Array:
 def _max_pool_jvp(window: int, stride: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     """Selects the tangent by the number of the largest part: XLA would find it again for each term of the gradient."""
     maximum, *others = _window_parts(primals[0], window, stride)
-    largest = jnp.zeros(maximum.shape, jnp.int8 if window < 12 else jnp.int32)
+    largest = jnp.zeros(maximum.shape, jnp.int32)
     for number, part in enumerate(others, start=1):
-        larger = part > maximum
-        maximum, largest = jnp.where(larger, part, maximum), jnp.where(larger, number, largest)
+        largest = jnp.where(part > maximum, number, largest)
+        maximum = jnp.maximum(maximum, part)
     parts = enumerate(_window_parts(tangents[0], window, stride))
     return maximum, functools.reduce(jnp.add, (jnp.where(largest == number, part, 0) for number, part in parts))
 
 
 def _window_parts(images: jax.Array, window: int, stride: int) -> list[jax.Array]:
-    """Returns [N, H', W', C] for each place in a window, row by row. They are contiguous slices of every stride-th row.
+    """Returns [N, H', W', C] for each place in a window, row by row.
 
-    XLA's gradients of slices with a stride have the images' whole size each.
+    The images are cut into cells of stride×stride pixels, so that each part is a slice without a stride. XLA would pad
+    the gradient of a slice with a stride to the size of the images.
     """
     counts = [(size - window) // stride + 1 for size in images.shape[1:3]]
     fill = [(0, -size % stride) for size in images.shape[1:3]]
     images = jnp.pad(images, ((0, 0), *fill, (0, 0)))
     height, width = (size // stride for size in images.shape[1:3])
-    images = images.reshape(images.shape[0], height, stride, width, stride, images.shape[3])
+    images = images.reshape(images.shape[0], height, stride, *images.shape[2:])  # for sharded images one axis at a time
+    images = images.reshape(*images.shape[:3], width, stride, images.shape[4])
     places = [(i, slice(i // stride, i // stride + counts[0])) for i in range(window)]
     columns = [(j, slice(j // stride, j // stride + counts[1])) for j in range(window)]
     return [images[:, rows, i % stride, across, j % stride] for i, rows in places for j, across in columns]

@@ -1,8 +1,8 @@
 """Winograd's form of a convolution along the rows: 0.5 of the products for kernels of width 3, 0.4 for width 5.
 
 y = A·(G·g ∘ B·d). Images d and kernel g are transformed. For each point of a tile, the products are a convolution with
-a kernel of one column. Their results are transformed back. The columns are not transformed: transforms in one direction
-are cheap. The gradients use the transposed transforms.
+a kernel of one column, or matrix products (the kernel gradient). Their results are transformed back. The columns are
+not transformed: transforms in one direction are cheap. The gradients use the transposed transforms.
 
 The float32 error is 2 to 3 times that of the direct form. Where an image is constant, outputs that would be equal
 differ by rounding, so a max pool's gradient goes to any of them.
@@ -100,19 +100,19 @@ def kernel_gradient(images: jax.Array, gradient: jax.Array, pads: Pads) -> jax.A
 
     first = transform(0)
     exact = np.promote_types(images.dtype, np.float32)
-    carry = (jnp.zeros((height, len(first[0]), features, channels), exact), *first)
+    carry = (_zeros((height, len(first[0]), features, channels), exact, first), *first)
     if block != images.shape[0]:
         # Each step multiplies what the step before transformed. Otherwise XLA would transform again for each product.
         carry, _ = lax.scan(step, carry, jnp.arange(block, images.shape[0], block))
     kernels = add(*carry).transpose(1, 0, 3, 2)[:, :, None]
-    (result,) = jax.linear_transpose(transform_kernel, jax.ShapeDtypeStruct(shape, exact))(tuple(kernels))
+    (result,) = jax.linear_transpose(transform_kernel, _like(kernels, shape))(tuple(kernels))
     return result.astype(images.dtype)
 
 
 def block_size(images: jax.Array, width: int, limit: int) -> int:
-    """Returns the number of images in a block, which divides them: their transforms have at most `limit` values."""
+    """Returns the number of images in a block, a power of two that divides their number, for about `limit` values."""
     size, height, columns, channels = images.shape
-    if not isinstance(size, int):  # a symbolic size is not divided
+    if not isinstance(size, int) or size == 0:  # a symbolic size is not divided
         return size
     each = (TILE + width - 1) * height * -(-columns // TILE) * channels
     block = 1
@@ -134,7 +134,14 @@ def stack_gradient(gradient: jax.Array, width: int, pads: tuple[int, int]) -> ja
 
 
 def _pad_rows(values: jax.Array, pads: tuple[int, int]) -> jax.Array:
-    return jnp.pad(values, ((0, 0), (0, 0), pads, (0, 0), (0, 0)))
+    pads_of_axes = [(0, 0, 0), (0, 0, 0), (*pads, 0), (0, 0, 0), (0, 0, 0)]
+    return lax.pad(values, jnp.zeros((), values.dtype), pads_of_axes)  # jnp.pad refuses negative pads
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, like: Sequence[jax.Array]) -> jax.Array:
+    """Returns zeros which, under shard_map, vary over the mesh axes of the arrays: a loop's values keep their type."""
+    axes = tuple(frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in like)))
+    return lax.pcast(jnp.zeros(shape, dtype), axes, to="varying") if axes else jnp.zeros(shape, dtype)
 
 
 def _like(array: jax.Array, shape: tuple[int, ...]) -> Any:
