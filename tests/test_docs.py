@@ -142,7 +142,7 @@ COMMANDS = {
     "python -m cifar_jax.export lenet5.stablehlo --pretrained lenet5": EXPORT,
     "python -m cifar_jax.export pytorch_model.bin --format pytorch --pretrained lenet5": EXPORT,
     "python -m benchmarks.accuracy --recipe all_cnn --seeds 0 1 2 --out benchmarks/results --runs runs": ACCURACY,
-    "python -m benchmarks.accuracy --recipe all_cnn_fast --seeds 0 1 --out benchmarks/results --runs runs": ACCURACY,
+    "python -m benchmarks.accuracy --recipe all_cnn_fast --seeds 0 1 2 --out benchmarks/results --runs runs": ACCURACY,
     "python -m benchmarks.accuracy --recipe lenet5 --seeds 0 1 2 --out benchmarks/results --runs runs": ACCURACY,
     "python -m benchmarks.accuracy --ablation lenet5 --num-epochs 10 --seeds 0 --out benchmarks/results --runs runs": (
         ACCURACY
