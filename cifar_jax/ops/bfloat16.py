@@ -57,16 +57,14 @@ def _map_blocks(convolve: Callable[[jax.Array], jax.Array], images: jax.Array, w
 
 
 def _transform_kernel(kernel: jax.Array) -> jax.Array:
-    """Returns G·g: bfloat16 [points, h, I, O]."""
-    return jnp.stack(winograd.transform_kernel(kernel.astype(jnp.float32)))[:, :, 0].astype(jnp.bfloat16)
+    """Returns G·g, of the kernel's type: [points, h, I, O]."""
+    return jnp.stack(winograd.transform_kernel(kernel.astype(jnp.float32)))[:, :, 0].astype(kernel.dtype)
 
 
 def _products(values: jax.Array, kernels: jax.Array) -> jax.Array:
     """Convolves the rows: [points, N, H, tiles, I], [points, h, I, O] → float32 [points, N, H', tiles, O]."""
-    count, size, height, tiles, channels = values.shape
-    taps, features = kernels.shape[1], kernels.shape[3]
-    rows = height - taps + 1
-    parts = [values[:, :, i : i + rows].reshape(count, -1, channels) for i in range(taps)]
-    products = (jnp.matmul(part, kernels[:, i], preferred_element_type=jnp.float32) for i, part in enumerate(parts))
-    total = functools.reduce(jnp.add, products)
-    return total.reshape(count, size, rows, tiles, features)
+    points, size, height, tiles, _ = values.shape
+    rows = height - kernels.shape[1] + 1
+    parts = enumerate(winograd.row_parts(values, rows))
+    products = (jnp.matmul(part, kernels[:, i], preferred_element_type=jnp.float32) for i, part in parts)
+    return functools.reduce(jnp.add, products).reshape(points, size, rows, tiles, kernels.shape[-1])

@@ -36,8 +36,8 @@ def kernel_gradient(images: jax.Array, gradient: jax.Array, pads: Pads) -> jax.A
 
 
 def _winograd(dtype: np.dtype) -> ModuleType:
-    """Returns the module of Winograd's convolution and image gradient for this type."""
-    return bfloat16 if dtype == jnp.bfloat16 else winograd
+    """Returns the module of Winograd's convolution and image gradient for this type. Types of 16 bits share one."""
+    return bfloat16 if dtype.itemsize == 2 else winograd
 
 
 def max_pool(images: jax.Array, window: int, stride: int) -> jax.Array:

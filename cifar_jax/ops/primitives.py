@@ -26,7 +26,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from cifar_jax.ops import cpu
-from cifar_jax.ops.reference import Pads, as_pads, lax_convolution, lax_image_gradient, lax_kernel_gradient
+from cifar_jax.ops.reference import Pads, as_pads, lax_convolution, lax_image_gradient, lax_kernel_gradient, vary_alike
 
 Form = Callable[..., jax.Array]  # (first argument, second argument, pads)
 
@@ -41,10 +41,7 @@ def convolution(images: jax.Array, kernel: jax.Array, padding: Any) -> jax.Array
 
 def _bind(primitive: Primitive, first: jax.Array, second: jax.Array, pads: Pads) -> jax.Array:
     """Binds the primitive. Under shard_map an argument is first made to vary over the mesh axes of the other."""
-    varying = [jax.typeof(x).manual_axis_type.varying for x in (first, second)]
-    missing = [tuple((varying[0] | varying[1]) - axes) for axes in varying]
-    first, second = (lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip((first, second), missing))
-    return primitive.bind(first, second, pads=pads)
+    return primitive.bind(*vary_alike(first, second), pads=pads)
 
 
 def _lowering(form: Form) -> Callable[..., Any]:

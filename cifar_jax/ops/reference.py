@@ -23,6 +23,13 @@ def as_pads(images: tuple[int, ...], kernel: tuple[int, ...], padding: Any) -> P
     return tuple(rows), tuple(columns)
 
 
+def vary_alike(*arrays: jax.Array) -> list[jax.Array]:
+    """Under shard_map, makes each array vary over the mesh axes over which any of them varies."""
+    varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    missing = [tuple(frozenset().union(*varying) - axes) for axes in varying]
+    return [lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(arrays, missing)]
+
+
 def image_shape(gradient: jax.Array, kernel: jax.Array, pads: Pads) -> tuple[int, int, int, int]:
     """Returns the shape [N, H, W, I] of the images whose outputs have the gradient's shape."""
     height, width = (

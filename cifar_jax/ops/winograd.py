@@ -11,7 +11,7 @@ differ by rounding, so a max pool's gradient goes to any of them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from cifar_jax.ops import direct
-from cifar_jax.ops.reference import Pads, image_shape, kernel_shape
+from cifar_jax.ops.reference import Pads, image_shape, kernel_shape, vary_alike
 
 TILE = 4  # outputs of a tile: a larger tile saves more products and is less accurate
 # A transform uses the first of these points, and infinity. arXiv:1803.10986 found that these sets have small errors.
@@ -81,26 +81,25 @@ def kernel_gradient(images: jax.Array, gradient: jax.Array, pads: Pads) -> jax.A
     """[N, H, W, I], [N, H', W', O] → [h, w, I, O]. In bfloat16 only the factors of the products are rounded."""
     shape = kernel_shape(images, gradient, pads)
     height, width, channels, features = shape
-    rows = gradient.shape[1]
+    rows, points = gradient.shape[1], TILE + width - 1
     block = block_size(images, width, KERNEL_BLOCK)
+    totals = jnp.zeros((height, points, features, channels), np.promote_types(images.dtype, np.float32))
+    images, gradient, totals = vary_alike(images, gradient, totals)  # a loop's values keep their type
 
     def transform(start: jax.Array | int) -> tuple[jax.Array, jax.Array]:
         of_block = lambda x: lax.dynamic_slice_in_dim(x, start, block)
         return stack_images(of_block(images), width, pads), stack_gradient(of_block(gradient), width, (0, 0))
 
     def add(totals: jax.Array, images: jax.Array, gradient: jax.Array) -> jax.Array:
-        points = len(images)
         # Transposed before it is a matrix, so that XLA makes a copy. It is slow at products with a transposed matrix.
         left = gradient.transpose(0, 4, 1, 2, 3).reshape(points, features, -1)
-        parts = [images[:, :, i : i + rows].reshape(points, -1, channels) for i in range(height)]
-        return totals + jnp.stack([jnp.matmul(left, part, preferred_element_type=totals.dtype) for part in parts])
+        products = [jnp.matmul(left, part, preferred_element_type=totals.dtype) for part in row_parts(images, rows)]
+        return totals + jnp.stack(products)
 
     def step(carry: Blocks, start: jax.Array) -> tuple[Blocks, None]:
         return (add(*carry), *transform(start)), None
 
-    first = transform(0)
-    exact = np.promote_types(images.dtype, np.float32)
-    carry = (_zeros((height, len(first[0]), features, channels), exact, first), *first)
+    carry = (totals, *transform(0))
     if block != images.shape[0]:
         # Each step multiplies what the step before transformed. Otherwise XLA would transform again for each product.
         carry, _ = lax.scan(step, carry, jnp.arange(block, images.shape[0], block))
@@ -123,25 +122,28 @@ def block_size(images: jax.Array, width: int, limit: int) -> int:
 
 def stack_images(images: jax.Array, width: int, pads: Pads) -> jax.Array:
     """Returns B·d with padded rows, of the images' type: [points, N, H + pads, tiles, I]."""
-    exact = images.astype(np.promote_types(images.dtype, np.float32))
-    return _pad_rows(jnp.stack(transform_images(exact, width, pads)).astype(images.dtype), pads[0])
+    return _stack(lambda images: transform_images(images, width, pads), images, pads[0])
 
 
 def stack_gradient(gradient: jax.Array, width: int, pads: tuple[int, int]) -> jax.Array:
     """Returns Aᵀ·gradient with padded rows, of the gradient's type: [points, N, H' + pads, tiles, O]."""
-    exact = gradient.astype(np.promote_types(gradient.dtype, np.float32))
-    return _pad_rows(jnp.stack(transposed_products(exact, width)).astype(gradient.dtype), pads)
+    return _stack(lambda gradient: transposed_products(gradient, width), gradient, pads)
 
 
-def _pad_rows(values: jax.Array, pads: tuple[int, int]) -> jax.Array:
-    pads_of_axes = [(0, 0, 0), (0, 0, 0), (*pads, 0), (0, 0, 0), (0, 0, 0)]
-    return lax.pad(values, jnp.zeros((), values.dtype), pads_of_axes)  # jnp.pad refuses negative pads
+def _stack(transform: Callable[[jax.Array], direct.Arrays], array: jax.Array, pads: tuple[int, int]) -> jax.Array:
+    """Transforms in float32 or float64, rounds, and pads the rows: jnp.pad refuses negative pads."""
+    exact = array.astype(np.promote_types(array.dtype, np.float32))
+    values = jnp.stack(transform(exact)).astype(array.dtype)
+    return lax.pad(values, jnp.zeros((), values.dtype), [(0, 0, 0), (0, 0, 0), (*pads, 0), (0, 0, 0), (0, 0, 0)])
 
 
-def _zeros(shape: tuple[int, ...], dtype: Any, like: Sequence[jax.Array]) -> jax.Array:
-    """Returns zeros which, under shard_map, vary over the mesh axes of the arrays: a loop's values keep their type."""
-    axes = tuple(frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in like)))
-    return lax.pcast(jnp.zeros(shape, dtype), axes, to="varying") if axes else jnp.zeros(shape, dtype)
+def row_parts(values: jax.Array, rows: int) -> list[jax.Array]:
+    """Returns, for each row of the kernel, the values under it as matrices: [points, N·rows·tiles, I].
+
+    Args: values: from `stack_images` or `stack_gradient`; rows: number of rows of the outputs.
+    """
+    taps = values.shape[2] - rows + 1
+    return [values[:, :, i : i + rows].reshape(len(values), -1, values.shape[-1]) for i in range(taps)]
 
 
 def _like(array: jax.Array, shape: tuple[int, ...]) -> Any:
