@@ -13,7 +13,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import cifar_jax
 from cifar_jax import ops
 from cifar_jax.models import AllCNN, LeNet5
-from cifar_jax.ops import bfloat16, reference, winograd
+from cifar_jax.ops import bfloat16, cpu, reference, winograd
+from cifar_jax.ops.outline import outlined
 from cifar_jax.ops.reference import lax_convolution, lax_max_pool
 
 # (images NHWC, kernel HWIO, padding): every kind of shape that both networks have, in small batches, and odd ones.
@@ -439,7 +440,7 @@ def test_a_program_for_several_platforms(plain):
     assert found["select_and_scatter"] >= 2
     alone = operations(program.lower(params).as_text())
     assert found["convolution"] - alone["convolution"] in (11, 22)  # in one or two copies
-    jax.tree.map(np.testing.assert_array_equal, jax.jit(exported.call)(params), program(params))
+    assert_close(jax.jit(exported.call)(params), program(params), 1e-6)  # XLA may inline what is outlined
 
 
 def test_a_program_for_any_batch_size():
@@ -504,3 +505,40 @@ def test_forward_mode_through_dropout():
     values, tangents = jax.jvp(apply, (x,), (jnp.ones_like(x),))
     np.testing.assert_array_equal(tangents, np.where(values == 0, 0, np.float32(1) / np.float32(0.8)))
     np.testing.assert_array_equal(jax.jit(lambda x: jax.linearize(apply, x)[1](jnp.ones_like(x)))(x), tangents)
+
+
+@partial(outlined, static_argnames=("power",))
+def doubled_below_zero(x, power):
+    return jnp.where(x > 0, x, 2 * x) ** power  # jnp.where is a function by itself
+
+
+def between(function):
+    """Operations before and behind the function, with which XLA could fuse it."""
+    return lambda x: jnp.tanh(function(jnp.tanh(x))).sum()
+
+
+def calls(function, x):
+    return jax.jit(function).lower(x).compile().as_text().count(" call(")
+
+
+@pytest.mark.parametrize("function", [partial(doubled_below_zero, power=2), partial(cpu.max_pool, window=3, stride=2)])
+def test_the_compiled_program_calls_an_outlined_function(function):
+    x = normal(0, (2, 9, 9, 3))
+    assert calls(between(function), x) == 1
+    assert calls(jax.grad(between(function)), x) == 2  # one forward, one backward
+
+
+@pytest.mark.parametrize("derive", [lambda f: f, jax.grad, jax.hessian, lambda f: jax.vmap(jax.grad(f))])
+def test_an_outlined_function_computes_the_same(derive):
+    x = normal(0, (4, 5))
+    plain = lambda x: jnp.where(x > 0, x, 2 * x) ** 3
+    assert_close(derive(between(partial(doubled_below_zero, power=3)))(x), derive(between(plain))(x), 1e-6)
+
+
+def test_an_outlined_function_runs_in_shard_map():
+    mesh = jax.make_mesh((2,), ("device",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    divided = PartitionSpec("device")
+    function = partial(doubled_below_zero, power=1)
+    sharded = jax.shard_map(function, mesh=mesh, in_specs=divided, out_specs=divided)
+    x = normal(0, (4, 5))
+    np.testing.assert_array_equal(jax.jit(sharded)(x), np.where(x > 0, x, 2 * x))

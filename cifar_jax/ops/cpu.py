@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from functools import partial
 from types import ModuleType
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cifar_jax.ops import bfloat16, direct, winograd
+from cifar_jax.ops.outline import outlined
 from cifar_jax.ops.reference import Pads, kernel_shape
 
 
@@ -40,6 +42,7 @@ def _winograd(dtype: np.dtype) -> ModuleType:
     return bfloat16 if dtype.itemsize == 2 else winograd
 
 
+@partial(outlined, static_argnames=("window", "stride"))
 def max_pool(images: jax.Array, window: int, stride: int) -> jax.Array:
     """`lax_max_pool` for finite values, as the maximum of window² strided slices, whose gradient is fast.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ import numpy as np
 from jax import lax
 
 from cifar_jax.ops import direct
+from cifar_jax.ops.outline import outlined
 from cifar_jax.ops.reference import Pads, image_shape, kernel_shape, vary_alike
 
 TILE = 4  # outputs of a tile: a larger tile saves more products and is less accurate
@@ -103,9 +105,16 @@ def kernel_gradient(images: jax.Array, gradient: jax.Array, pads: Pads) -> jax.A
     if block != images.shape[0]:
         # Each step multiplies what the step before transformed. Otherwise XLA would transform again for each product.
         carry, _ = lax.scan(step, carry, jnp.arange(block, images.shape[0], block))
-    kernels = add(*carry).transpose(1, 0, 3, 2)[:, :, None]
-    (result,) = jax.linear_transpose(transform_kernel, _like(kernels, shape))(tuple(kernels))
-    return result.astype(images.dtype)
+    return _sum_points(add(*carry), width).transpose(0, 1, 3, 2).astype(images.dtype)
+
+
+@partial(outlined, static_argnames=("width",))
+def _sum_points(products: jax.Array, width: int) -> jax.Array:
+    """Returns Gᵀ·products, the kernel gradient: [h, points, O, I] → [h, width, O, I]."""
+    height, _, *channels = products.shape
+    points = products.transpose(1, 0, 2, 3)[:, :, None]
+    (result,) = jax.linear_transpose(transform_kernel, _like(products, (height, width, *channels)))(tuple(points))
+    return result
 
 
 def block_size(images: jax.Array, width: int, limit: int) -> int:

@@ -1,0 +1,37 @@
+"""Parts of a program that XLA compiles by themselves."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from jax.experimental.xla_metadata import set_xla_metadata
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def outlined(function: Function, static_argnames: tuple[str, ...] = ()) -> Function:
+    """Returns a function that XLA does not fuse with what precedes and follows it. The same holds for its derivatives.
+
+    XLA:CPU fuses cheap operations with all that read their results and computes them anew for each reader. A max pool's
+    gradient reads its argument once for each element of the window, so all before it would be computed several times.
+    `lax.optimization_barrier` does not help: XLA removes barriers before it fuses.
+
+    Args: static_argnames: names of the arguments that are no arrays.
+    """
+
+    @functools.wraps(function)
+    def body(*args: Any, **kwargs: Any) -> Any:
+        with set_xla_metadata(inlineable="true"):  # functions that this one calls
+            return function(*args, **kwargs)
+
+    compiled = jax.jit(body, static_argnames=static_argnames)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with set_xla_metadata(inlineable="false"):
+            return compiled(*args, **kwargs)
+
+    return call
