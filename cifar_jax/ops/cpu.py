@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from functools import partial
 from types import ModuleType
 
@@ -49,8 +50,14 @@ def max_pool(images: jax.Array, window: int, stride: int) -> jax.Array:
     If several values are the maximum, the first gets the gradient, as in `lax_max_pool` and PyTorch. jnp.maximum would
     divide it among them. Gradients of bfloat16 are summed in float32, which is five times as fast.
     """
-    exact = images.astype(np.promote_types(images.dtype, np.float32))
-    rows, columns = ((size - window) // stride * stride + 1 for size in images.shape[1:3])
-    parts = (exact[:, i : i + rows : stride, j : j + columns : stride] for i in range(window) for j in range(window))
-    maximum = functools.reduce(lambda maximum, part: jnp.where(maximum >= part, maximum, part), parts)
-    return maximum.astype(images.dtype)
+
+    @partial(jax.checkpoint, prevent_cse=False)  # else it would store the result of each comparison
+    def pool(images: jax.Array) -> jax.Array:
+        exact = images.astype(np.promote_types(images.dtype, np.float32))
+        rows, columns = ((size - window) // stride * stride + 1 for size in images.shape[1:3])
+        places = itertools.product(range(window), repeat=2)
+        parts = (exact[:, i : i + rows : stride, j : j + columns : stride] for i, j in places)
+        maximum = functools.reduce(lambda maximum, part: jnp.where(maximum >= part, maximum, part), parts)
+        return maximum.astype(images.dtype)
+
+    return pool(images)
