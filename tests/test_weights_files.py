@@ -450,6 +450,7 @@ def test_convert_says_what_a_file_cannot_hold(tmp_path, run_command, lenet5):
         (("a.safetensors", "out.onnx"), "unknown format"),
         (("a.safetensors", "no/out.pth"), "no does not exist"),
         (("a.safetensors", "a.safetensors"), "exists"),
+        (("absent.pth", "a.safetensors"), "exists"),  # said before anything is read
         (("a.safetensors", "out.pth", "--model", "all_cnn"), "--model lenet5"),
         (("a.safetensors",), "OUT"),
     ],

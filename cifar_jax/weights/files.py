@@ -114,11 +114,17 @@ def load_weights(
 
 def save_weights(path: Path, weights: Weights) -> None:
     """Writes a weight file in the format of its name. Raises: UserError if it exists or can't be written."""
+    check_new_file(path)
+    write_atomically(path, encode_weights(kind_of_name(path), weights))
+
+
+def check_new_file(path: Path) -> None:
+    """Checks the name of a weight file to be written. Raises: UserError if it exists or its folder or format doesn't."""
     if os.path.lexists(path):
-        raise UserError(f"{path} exists: remove it, or name another file")
+        raise UserError(f"{path} exists: name another file")
     if not path.parent.is_dir():
         raise UserError(f"{path}: the folder {path.parent} does not exist: create it")
-    write_atomically(path, encode_weights(kind_of_name(path), weights))
+    kind_of_name(path)
 
 
 def encode_weights(kind: str, weights: Weights) -> bytes:
