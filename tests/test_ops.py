@@ -377,6 +377,21 @@ def test_sharded_batches(axis_type):
         assert_close(jax.jit(jax.grad(loss, (0, 1)))(kernel, images), expected, 1e-5)
 
 
+@pytest.mark.parametrize("layer", [ops.Conv(6, 3, "SAME", nn.initializers.ones), ops.Dense(6, nn.initializers.ones)])
+def test_gradients_are_summed_over_devices_in_float32(layer):
+    """Of parameters that all devices of shard_map share, for a network in bfloat16."""
+    layer = layer.clone(dtype=jnp.bfloat16)
+    images = normal(0, (4, 9, 9, 3) if isinstance(layer, ops.Conv) else (4, 3))
+    variables = layer.init(jax.random.key(0), images)
+    gradient = jax.grad(lambda variables, x: layer.apply(variables, x).astype(jnp.float32).sum())
+    mesh = jax.make_mesh((2,), ("device",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    whole, divided = PartitionSpec(), PartitionSpec("device")
+    program = jax.shard_map(gradient, mesh=mesh, in_specs=(whole, divided), out_specs=whole)
+    sums = [line for line in str(jax.make_jaxpr(program)(variables, images)).splitlines() if "psum" in line]
+    assert sums
+    assert not any("bf16" in line for line in sums)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_gradients_of_single_images_on_devices(dtype, monkeypatch):
     """By vmap in shard_map, with a kernel gradient of several blocks."""

@@ -23,7 +23,7 @@ from jax import lax
 
 from cifar_jax.ops import cpu
 from cifar_jax.ops.primitives import convolution
-from cifar_jax.ops.reference import lax_max_pool
+from cifar_jax.ops.reference import lax_max_pool, vary_alike
 
 
 def max_pool(images: jax.Array, window: int, stride: int) -> jax.Array:
@@ -59,6 +59,7 @@ class Conv(nn.Module):
         shape = (self.size, self.size, images.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
+        images, kernel, bias = vary_alike(images, kernel, bias)  # sums of gradients over devices are then float32 too
         outputs = convolution(images.astype(self.dtype), kernel.astype(self.dtype), self.padding)
         return _add_bias(outputs, bias)
 
@@ -76,6 +77,7 @@ class Dense(nn.Module):
         """[N, inputs] → [N, features] of type `dtype`."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
         bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
+        x, kernel, bias = vary_alike(x, kernel, bias)
         outputs = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype))
         return _add_bias(outputs, bias)
 
