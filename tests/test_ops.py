@@ -121,6 +121,12 @@ def test_cpu_convolution_in_bfloat16(size, padding):
     assert_close(actual, exact, 0.02)
 
 
+@pytest.mark.parametrize(("images", "block"), [(64, 16), (50, 10), (17, 17), (19, 1), (0, 0)])
+def test_blocks_divide_the_images(images, block):
+    shape = jax.ShapeDtypeStruct((images, 10, 8, 5), jnp.float32)
+    assert winograd.block_size(shape, 3, 17 * 6 * 10 * 2 * 5 + 1) == block  # 6 points, 2 tiles: room for 17 images
+
+
 @pytest.mark.parametrize("size", [3, 5])
 def test_transforms_of_bfloat16_are_not_rounded(size, monkeypatch):
     """Only what is multiplied is rounded. Rounded transforms would have twice to four times these errors."""
@@ -133,7 +139,7 @@ def test_transforms_of_bfloat16_are_not_rounded(size, monkeypatch):
         ("kernel_gradient", images, cotangent),
     ):
         results = []
-        for limit in (0, 2**30):  # blocks of 1 and of 2 images, of 6
+        for limit in (0, 2**15, 2**30):  # blocks of 1, of 2 or 3, and of all 6 images
             monkeypatch.setattr(bfloat16, "BLOCK", limit)
             monkeypatch.setattr(winograd, "KERNEL_BLOCK", limit)
             form = getattr(winograd if name == "kernel_gradient" else bfloat16, name)

@@ -118,15 +118,12 @@ def _sum_points(products: jax.Array, width: int) -> jax.Array:
 
 
 def block_size(images: jax.Array, width: int, limit: int) -> int:
-    """Returns the number of images in a block, a power of two that divides their number, for about `limit` values."""
+    """Returns the number of images in a block: the largest divisor of their number with at most `limit` values, or 1."""
     size, height, columns, channels = images.shape
     if not isinstance(size, int) or size == 0:  # a symbolic size is not divided
         return size
     each = (TILE + width - 1) * height * -(-columns // TILE) * channels
-    block = 1
-    while size % (2 * block) == 0 and 2 * block * each <= limit:
-        block *= 2
-    return block
+    return max(block for block in range(1, max(min(size, limit // each), 1) + 1) if size % block == 0)
 
 
 def stack_images(images: jax.Array, width: int, pads: Pads) -> jax.Array:
