@@ -119,7 +119,7 @@ def save_weights(path: Path, weights: Weights) -> None:
 
 
 def check_new_file(path: Path) -> None:
-    """Checks the name of a weight file to be written. Raises: UserError if it exists or its folder or format doesn't."""
+    """Checks the name of a weight file to write. Raises: UserError if it exists, or its folder or format does not."""
     if os.path.lexists(path):
         raise UserError(f"{path} exists: name another file")
     if not path.parent.is_dir():
