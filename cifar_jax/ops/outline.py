@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 
 import jax
 from jax.experimental.xla_metadata import set_xla_metadata
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
-def outlined(function: Function, static_argnames: tuple[str, ...] = ()) -> Function:
+def outlined(
+    function: Callable[Arguments, Result], static_argnames: tuple[str, ...] = ()
+) -> Callable[Arguments, Result]:
     """Returns a function that XLA does not fuse with what precedes and follows it. The same holds for its derivatives.
 
     XLA:CPU fuses cheap operations with all that read their results and computes them anew for each reader. A max pool's
@@ -23,14 +26,14 @@ def outlined(function: Function, static_argnames: tuple[str, ...] = ()) -> Funct
     """
 
     @functools.wraps(function)
-    def body(*args: Any, **kwargs: Any) -> Any:
+    def body(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         with set_xla_metadata(inlineable="true"):  # functions that this one calls
             return function(*args, **kwargs)
 
     compiled = jax.jit(body, static_argnames=static_argnames)
 
     @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         with set_xla_metadata(inlineable="false"):
             return compiled(*args, **kwargs)
 
