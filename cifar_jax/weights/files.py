@@ -119,12 +119,15 @@ def save_weights(path: Path, weights: Weights) -> None:
 
 
 def check_new_file(path: Path) -> None:
-    """Checks the name of a weight file to write. Raises: UserError if it exists, or its folder or format does not."""
+    """Checks that a weight file can be written. Raises: UserError if it exists, or a folder or package is missing."""
     if os.path.lexists(path):
         raise UserError(f"{path} exists: name another file")
     if not path.parent.is_dir():
         raise UserError(f"{path}: the folder {path.parent} does not exist: create it")
-    kind_of_name(path)
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: nothing can be written to the folder {path.parent}: name another folder")
+    if kind_of_name(path) == ".pth":
+        pytorch.import_torch()
 
 
 def encode_weights(kind: str, weights: Weights) -> bytes:
