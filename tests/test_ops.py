@@ -549,6 +549,19 @@ def test_the_compiled_program_calls_an_outlined_function(function):
     assert calls(jax.grad(between(function)), x) == 2  # one forward, one backward
 
 
+def test_the_kernel_gradients_last_transform_is_outlined():
+    images, kernel = normal(0, (2, 12, 12, 8)), normal(1, (3, 3, 8, 4))
+    assert winograd.pays(kernel.shape, 12)
+    gradient = jax.grad(lambda kernel: jnp.tanh(ops.convolution(images, kernel, "SAME")).sum())
+    assert calls(gradient, kernel) == 1
+
+
+def test_a_max_pool_stores_only_its_images():
+    images = normal(0, (2, 9, 9, 3))
+    _, pull = jax.vjp(partial(cpu.max_pool, window=3, stride=2), images)
+    assert [x.shape for x in jax.tree.leaves(pull)] == [images.shape]
+
+
 @pytest.mark.parametrize("derive", [lambda f: f, jax.grad, jax.hessian, lambda f: jax.vmap(jax.grad(f))])
 def test_an_outlined_function_computes_the_same(derive):
     x = normal(0, (4, 5))

@@ -16,11 +16,12 @@ Result = TypeVar("Result")
 def outlined(
     function: Callable[Arguments, Result], static_argnames: tuple[str, ...] = ()
 ) -> Callable[Arguments, Result]:
-    """Returns a function that XLA does not fuse with what precedes and follows it. The same holds for its derivatives.
+    """Returns a function that XLA does not fuse with what precedes and follows it, nor its derivatives.
 
     XLA:CPU fuses cheap operations with all that read their results and computes them anew for each reader. A max pool's
     gradient reads its argument once for each element of the window, so all before it would be computed several times.
-    `lax.optimization_barrier` does not help: XLA removes barriers before it fuses.
+    `lax.optimization_barrier` does not help: XLA removes barriers before it fuses elementwise operations. A program
+    that `jax.export` made for several platforms may fuse it all the same.
 
     Args: static_argnames: names of the arguments that are no arrays.
     """

@@ -118,7 +118,7 @@ def _sum_points(products: jax.Array, width: int) -> jax.Array:
 
 
 def block_size(images: jax.Array, width: int, limit: int) -> int:
-    """Returns the number of images in a block: the largest divisor of their number with at most `limit` values."""
+    """Returns the number of images in a block: the largest divisor of theirs with at most `limit` values, or else 1."""
     size, height, columns, channels = images.shape
     if not isinstance(size, int) or size == 0:  # a symbolic size is not divided
         return size
