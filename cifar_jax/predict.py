@@ -101,7 +101,8 @@ def load_image(path: Path) -> np.ndarray:
 class Arguments:
     """Classifies image files by their central square, at 32×32 pixels.
 
-    The probabilities are calibrated if the weight file stores a temperature. The released networks have none.
+    The probabilities are calibrated if the weight file stores a temperature. Of the released networks, only
+    lenet5_reference has one.
 
     Files that can't be read are listed at the end. The exit status is then 1, or 2 if no file could be read.
     """

@@ -13,9 +13,11 @@ import pytest
 
 from cifar_jax import report, sources
 from cifar_jax.errors import UserError
+from cifar_jax.pretrained import pretrained_path
 from cifar_jax.report import analysis, command, corruptions, figures, sections
 from cifar_jax.report.analysis import Predictions
 from cifar_jax.sources import SourceFlags, load_source
+from cifar_jax.weights.files import load_weights
 
 pytestmark = pytest.mark.usefixtures("direct_convolutions")
 
@@ -156,13 +158,21 @@ def test_a_report_is_one_page_with_its_numbers(tmp_path, tiny_cifar10, run_comma
     assert numbers["interval_95"][0] < numbers["test_accuracy"] < numbers["interval_95"][1]
     assert set(numbers["disturbed"]) >= {*corruptions.DISTURBANCES, "num_examples"}
     assert numbers["sets"]["v6"]["num_examples"] == 5
-    assert "temperature" not in numbers
+    temperature = numbers["temperature"]
+    assert temperature["value"] == load_weights(pretrained_path("lenet5_reference")).temperature
+    assert f"{temperature['calibration_error']:.2%}" in text
 
     pictures = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="([^"]+)">', text)
     assert len(pictures) == text.count("<img") == len(list(out.glob("*.png"))) == 7
     assert {base64.b64decode(data) for data, _ in pictures} == {path.read_bytes() for path in out.glob("*.png")}
     assert "http" not in re.sub(r"base64,[^\"]+", "", text)  # nothing is loaded from elsewhere
     assert f"{numbers['test_accuracy']:.2%}" in text
+
+
+def test_a_network_without_a_temperature(tmp_path, tiny_cifar10, no_pictures, monkeypatch):
+    source = dataclasses.replace(load_source(SourceFlags(pretrained="lenet5_reference")), temperature=None)
+    monkeypatch.setattr(command, "load_dataset", lambda *_: tiny_cifar10)
+    assert "temperature" not in command.report(command.Arguments(tmp_path, disturbed_images=0), source)
 
 
 def test_a_run_with_held_out_images_gets_a_temperature(tmp_path, tiny_cifar10, no_pictures, monkeypatch):

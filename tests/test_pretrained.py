@@ -15,6 +15,7 @@ from cifar_jax import evaluate, load_dataset, load_pretrained, pretrained_names
 from cifar_jax.datasets import DATASETS, tfds
 from cifar_jax.errors import UserError
 from cifar_jax.pretrained import pretrained_path
+from cifar_jax.weights.files import load_weights
 from cifar_jax.weights.scaling import scaling_numbers
 
 
@@ -78,8 +79,15 @@ def test_every_card_says_what_it_must(name):
     for kind, title in {"float32": "float32", "bfloat16": "bfloat16", "flip_tta": mirror}.items():
         measured = MEASURED.load(f"pretrained_{name}_{kind}")["test_accuracy"]
         assert f"| Test accuracy, {title} | {percent(measured)} % |" in text
-    measured = MEASURED.load(f"pretrained_{name}_report")["calibration_error"]
-    assert f"| Expected calibration error, float32 | {percent(measured)} % |" in text
+    measured = MEASURED.load(f"pretrained_{name}_report")
+    assert f"| Expected calibration error, float32 | {percent(measured['calibration_error'])} % |" in text
+    temperature = load_weights(pretrained_path(name)).temperature
+    assert (temperature is None) == ("Probabilities are not calibrated" in text)
+    if temperature is not None:
+        assert temperature == MEASURED.load(f"temperature_{name}")["temperature"] == measured["temperature"]["value"]
+        assert f"| Temperature | {temperature:.3f}: " in text
+        error = percent(measured["temperature"]["calibration_error"])
+        assert f"| Expected calibration error, float32, with the temperature | {error} % |" in text
 
 
 TENSORS = {  # SHA-256 of the bytes after the header

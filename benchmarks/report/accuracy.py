@@ -140,6 +140,7 @@ def ablation(results: Results) -> str:
 
 def pretrained(results: Results) -> str:
     columns = [*RELEASED.values(), "expected calibration error"]
+    scaled = "calibration error with the temperature"
     rows: list[list[str]] = []
     measured: dict[str, dict[str, list[str]]] = {}  # by environment, the columns of each network
     for name in results.names("pretrained_"):
@@ -147,14 +148,16 @@ def pretrained(results: Results) -> str:
             *runs, report = (results.load(name.removesuffix("float32") + kind) for kind in (*RELEASED, "report"))
             cells = [run["test_accuracy"] for run in runs] + [report["calibration_error"]]
             network = f"`{report['weights']}`"
-            rows.append([network, *map(percent, cells)])
+            temperature = report.get("temperature")
+            told = f"{percent(temperature['calibration_error'])} ({temperature['value']:.3f})" if temperature else ""
+            rows.append([network, *map(percent, cells), told])
             for column, result in zip(columns, (*runs, report), strict=True):
                 measured.setdefault(environment(result), {}).setdefault(network, []).append(column)
     lines = []
     for where, networks in sorted(measured.items()):
         parts = [f"{network}: {'; '.join(names)}." for network, names in networks.items()]
         lines.append(" ".join([*parts, where]))
-    return "\n\n".join([table(["network", *columns], rows), *lines])
+    return "\n\n".join([table(["network", *columns, scaled], rows), *lines])
 
 
 def exports(results: Results) -> str:

@@ -86,7 +86,7 @@ def report(arguments: Arguments, source: Source) -> dict[str, Any]:
     parts = [
         sections.overview(contents, tested),
         sections.classes(contents, tested, names),
-        sections.calibration(contents, tested, held_out),
+        sections.calibration(contents, tested, held_out, source.temperature),
         sections.pictures(contents, tested, images, names),
         sections.importance(contents, tested, images, names, importance),
         sections.first_layer(contents, np.asarray(kernel, np.float32)),

@@ -53,17 +53,22 @@ def classes(contents: Contents, tested: Predictions, names: Sequence[str]) -> st
     return page.section("Classes", page.table(["class", "precision", "recall", "F1", "images"], rows), matrix)
 
 
-def calibration(contents: Contents, tested: Predictions, held_out: Predictions | None) -> str:
-    """Accuracy by confidence, also with a temperature if there are held-out training images to fit it on."""
+def calibration(
+    contents: Contents, tested: Predictions, held_out: Predictions | None, temperature: float | None
+) -> str:
+    """Accuracy by confidence, also with a temperature: fitted on held-out training images, or else the stored one."""
     curves = {"as trained": tested}
     note = "No temperature is fitted: this network saw all training images. A run with --holdout gets one."
+    origin = "It is stored with the weights."
     if held_out is not None:
         temperature = analysis.fit_temperature(held_out)
+        origin = f"It is fitted on {len(held_out.labels):,} held-out training images."
+    if temperature is not None:
         curves[f"temperature {temperature:.2f}"] = scaled = analysis.with_temperature(tested, temperature)
         error, loss = analysis.calibration_error(scaled), analysis.cross_entropy(scaled)
         contents.numbers["temperature"] = {"value": temperature, "calibration_error": error, "test_loss": loss}
         note = f"Divided by a temperature of {temperature:.3f}, the logits have a calibration error of {error:.2%} and "
-        note += f"a loss of {loss:.4f}. It is fitted on {len(held_out.labels):,} held-out training images."
+        note += f"a loss of {loss:.4f}. {origin}"
     text = f"Accuracy by confidence, in {analysis.CALIBRATION_BINS} parts of equal width."
     picture = contents.draw("reliability", figures.draw_reliability(curves), text)
     return page.section("Calibration", page.paragraph(note), picture)
