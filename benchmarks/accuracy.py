@@ -21,7 +21,7 @@ import sys
 if __name__ == "__main__":
     from cifar_jax.huge_pages import restart_with_huge_pages
 
-    restart_with_huge_pages("benchmarks.accuracy")
+    restart_with_huge_pages()
 
 import collections
 from typing import Any

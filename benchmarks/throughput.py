@@ -20,7 +20,7 @@ import sys
 if __name__ == "__main__":
     from cifar_jax.huge_pages import restart_with_huge_pages
 
-    restart_with_huge_pages("benchmarks.throughput")  # all backends get them
+    restart_with_huge_pages()  # with them for all backends
 
 import dataclasses
 import os

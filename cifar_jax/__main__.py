@@ -32,7 +32,7 @@ def describe() -> str:
 def main() -> int:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name == "train":
-        restart_with_huge_pages("cifar_jax", script="cifar-jax")
+        restart_with_huge_pages()
     exit_on_interrupt()
     silence_xla(sys.argv)
     if name in COMMANDS:

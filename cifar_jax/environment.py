@@ -15,7 +15,6 @@ from typing import Any
 import jax
 
 import cifar_jax
-from cifar_jax.huge_pages import has_huge_pages
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "flax", "optax", "orbax-checkpoint")
 VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX"}  # flags of /proc/cpuinfo, the widest first
@@ -40,10 +39,7 @@ def _processor() -> str:
 
 
 def describe_environment(devices: Sequence[jax.Device], packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
-    """Returns {'hardware', 'huge_pages', 'versions', 'date'} for a measurement on these devices.
-
-    It omits packages that are not installed.
-    """
+    """Returns {'hardware', 'versions', 'date'} for a measurement on these devices. Omits packages not installed."""
     versions = {"cifar_jax": cifar_jax.__version__, "python": platform.python_version()}
     for package in packages:
         try:
@@ -56,7 +52,6 @@ def describe_environment(devices: Sequence[jax.Device], packages: Sequence[str] 
         device += f" (float32 products: {precision or 'TensorFloat-32 where it can'})"
     return {
         "hardware": f"{device}, {os.cpu_count()} CPU cores ({_processor()})",
-        "huge_pages": has_huge_pages(),
         "versions": versions,
         "date": datetime.date.today().isoformat(),
     }

@@ -9,7 +9,7 @@ if __name__ == "__main__":
     from cifar_jax.huge_pages import restart_with_huge_pages
     from cifar_jax.interrupt import exit_on_interrupt
 
-    restart_with_huge_pages("cifar_jax.train")
+    restart_with_huge_pages()
     exit_on_interrupt()
     silence_xla(sys.argv)
 
