@@ -16,14 +16,8 @@ give each its --frameworks and --seeds, then run the command once more with all 
 
 from __future__ import annotations
 
-import sys
-
-if __name__ == "__main__":
-    from cifar_jax.huge_pages import restart_with_huge_pages
-
-    restart_with_huge_pages()
-
 import collections
+import sys
 from typing import Any
 
 from benchmarks import output_file, write_result

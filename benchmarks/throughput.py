@@ -15,16 +15,10 @@ PyTorch down tenfold.
 
 from __future__ import annotations
 
-import sys
-
-if __name__ == "__main__":
-    from cifar_jax.huge_pages import restart_with_huge_pages
-
-    restart_with_huge_pages()  # with them for all backends
-
 import dataclasses
 import os
 import statistics
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal

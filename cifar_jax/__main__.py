@@ -7,7 +7,6 @@ import sys
 
 from cifar_jax.cluster import silence_xla
 from cifar_jax.errors import UserError
-from cifar_jax.huge_pages import restart_with_huge_pages
 from cifar_jax.interrupt import exit_on_interrupt
 
 COMMANDS = {
@@ -30,11 +29,9 @@ def describe() -> str:
 
 
 def main() -> int:
-    name, *arguments = sys.argv[1:] or ["--help"]
-    if name == "train":
-        restart_with_huge_pages()
     exit_on_interrupt()
     silence_xla(sys.argv)
+    name, *arguments = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
         sys.argv = [f"{sys.argv[0]} {name}", *arguments]
         return int(importlib.import_module(f"cifar_jax.{name}").main())

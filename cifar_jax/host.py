@@ -7,6 +7,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +16,6 @@ import jax.numpy as jnp
 from cifar_jax.compilation import use_compilation_cache
 from cifar_jax.configs.base import Config
 from cifar_jax.errors import UserError
-from cifar_jax.huge_pages import has_huge_pages
 from cifar_jax.models import get_model
 
 # Parameters of mallopt (malloc.h): free bytes before trimming, bytes of padding per request, number of mapped blocks.
@@ -58,6 +58,24 @@ def release_memory() -> None:
     """Makes glibc return the memory that is free now, such as the 350 MB that compiling All-CNN's step has used."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def has_huge_pages() -> bool:
+    """Whether Linux maps large blocks of memory in pages of 2 MiB, which takes little time.
+
+    The system is set to use them for all blocks, or for those for which a program asks. glibc asks, from version 2.35
+    on, if the process was started with GLIBC_TUNABLES=glibc.malloc.hugetlb=1. Setting the variable later has no effect.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # another system or C library
+        setting = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+        if "[madvise]" not in setting:
+            return "[always]" in setting
+        started_with = Path("/proc/self/environ").read_text(errors="replace").split("\0")
+        tunables = next((line.partition("=")[2] for line in started_with if line.startswith("GLIBC_TUNABLES=")), "")
+        library, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
+        asks = library == "glibc" and tuple(map(int, version.split("."))) >= (2, 35)
+        return asks and "glibc.malloc.hugetlb=1" in tunables.split(":")
+    return False
 
 
 @functools.cache

@@ -6,10 +6,8 @@ import sys
 
 if __name__ == "__main__":
     from cifar_jax.cluster import silence_xla
-    from cifar_jax.huge_pages import restart_with_huge_pages
     from cifar_jax.interrupt import exit_on_interrupt
 
-    restart_with_huge_pages()
     exit_on_interrupt()
     silence_xla(sys.argv)
 

@@ -40,6 +40,48 @@ def test_temporary_arrays_come_in_blocks_that_are_kept(batch_size, num_devices, 
     assert not host.compiler_options(lenet5, batch_size, jax.local_devices()[:num_devices])
 
 
+ASKED = "glibc.malloc.check=3:glibc.malloc.hugetlb=1"
+
+
+@pytest.mark.parametrize(
+    ("setting", "tunables", "library", "huge"),
+    [
+        ("[always] madvise never", None, "glibc 2.28", True),
+        ("always [madvise] never", None, "glibc 2.36", False),
+        ("always [madvise] never", ASKED, "glibc 2.36", True),
+        ("always [madvise] never", ASKED, "glibc 2.34", False),
+        ("always [madvise] never", ASKED, None, False),
+        ("always [madvise] never", "glibc.malloc.hugetlb=0", "glibc 2.36", False),
+        ("always madvise [never]", ASKED, "glibc 2.36", False),
+        (None, ASKED, "glibc 2.36", False),
+    ],
+)
+def test_huge_pages_are_seen(setting, tunables, library, huge, tmp_path, monkeypatch):
+    """What the process was started with counts, not what the environment has now."""
+    enabled, environ = tmp_path / "enabled", tmp_path / "environ"
+    if setting is not None:
+        enabled.write_text(f"{setting}\n")
+    environ.write_text("A=1\0" + (f"GLIBC_TUNABLES={tunables}\0" if tunables else ""))
+    files = {"/sys/kernel/mm/transparent_hugepage/enabled": enabled, "/proc/self/environ": environ}
+    monkeypatch.setattr(host, "Path", files.get)
+    monkeypatch.setattr(host.os, "confstr", lambda name: library, raising=False)
+    monkeypatch.setenv("GLIBC_TUNABLES", ASKED)
+    assert host.has_huge_pages() == huge
+
+
+def test_huge_pages_are_not_expected_of_another_library(monkeypatch):
+    def unknown(name):
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(host.os, "confstr", unknown, raising=False)
+    files = {
+        "/sys/kernel/mm/transparent_hugepage/enabled": "[madvise]",
+        "/proc/self/environ": f"GLIBC_TUNABLES={ASKED}",
+    }
+    monkeypatch.setattr(host, "Path", lambda name: types.SimpleNamespace(read_text=lambda **_: files[name]))
+    assert not host.has_huge_pages()
+
+
 def test_every_core_becomes_a_device_unless_the_user_says_otherwise(monkeypatch):
     updates = []
     monkeypatch.setattr(jax.config, "update", lambda *arguments: updates.append(arguments))
