@@ -27,7 +27,7 @@ from cifar_jax.cli import command, parse_arguments
 from cifar_jax.errors import UserError
 from cifar_jax.host import check_devices
 from cifar_jax.sources import SourceFlags, WeightFileFlags, load_source
-from cifar_jax.weights.files import check_new_file, is_saved_model, load_weights, save_weights
+from cifar_jax.weights.files import check_weight_file, is_saved_model, load_weights, save_weights
 from cifar_jax.weights.scaling import describe_scaling
 
 
@@ -49,7 +49,7 @@ def main() -> int:
     positional = (tyro.conf.PositionalRequiredArgs,)
     arguments = parse_arguments(Arguments, prog="python -m cifar_jax.convert", config=positional)
     check_devices()
-    check_new_file(arguments.output)  # before a temperature is fitted, which takes a while
+    check_weight_file(arguments.output)  # before a temperature is fitted, which takes a while
     if arguments.input.is_dir() and not is_saved_model(arguments.input):
         arguments.weight_file.refuse(without="a weight file as IN")
         source = load_source(SourceFlags(workdir=arguments.input, checkpoint=arguments.checkpoint))

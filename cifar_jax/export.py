@@ -15,7 +15,6 @@ if __name__ == "__main__":
 import dataclasses
 import importlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,7 +32,7 @@ from cifar_jax.environment import describe_environment
 from cifar_jax.errors import UserError
 from cifar_jax.export_formats import FORMATS, choose_format, create_network
 from cifar_jax.host import prepare_host
-from cifar_jax.io import write_atomically
+from cifar_jax.io import check_new_file, write_atomically
 from cifar_jax.sources import Source, SourceFlags, load_source
 from cifar_jax.weights.scaling import describe_scaling
 
@@ -73,8 +72,7 @@ def export(
     name, ending = choose_format(output, format)
     if uint8 and FORMATS[name].holds_weights:
         raise UserError(f"--uint8: a {name} file has only weights: scale the pixels yourself, or use onnx or stablehlo")
-    if os.path.lexists(output):
-        raise UserError(f"{output}: exists: name another file")
+    check_new_file(output)
     config, network = source.config, create_network(source, uint8)
     data, run = FORMATS[name].create(network, ending)
     dataset = load_dataset(config.dataset, data_dir) if data_dir else load_dataset("digits")  # is on every machine
@@ -106,6 +104,7 @@ def main() -> int:
     flags = (tyro.conf.FlagCreatePairsOff,)
     arguments = parse_arguments(Arguments, prog="python -m cifar_jax.export", config=flags)
     prepare_host()
+    check_new_file(arguments.output)  # before a temperature is fitted, which takes a while
     source = calibrate(load_source(arguments.source, "float32", default="all_cnn"), arguments.data_dir)
     result = export(source, arguments.output, arguments.uint8, arguments.data_dir, arguments.format)
     if arguments.json:

@@ -35,6 +35,16 @@ def made_folder(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
+def check_new_file(path: Path) -> None:
+    """Checks that a file can be created. Raises: UserError if it exists, or its folder is missing or read-only."""
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists: name another file")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: the folder {path.parent} does not exist: create it")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: nothing can be written to the folder {path.parent}: name another folder")
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file atomically: after a crash either the old or the new content is there.
 

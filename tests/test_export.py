@@ -190,6 +190,12 @@ def test_bad_input_is_one_line_and_status_2(name, missing, named, tmp_path, run_
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_file_that_exists_is_named_before_anything_is_loaded(tmp_path, run_command):
+    (tmp_path / "there.onnx").write_text("mine")
+    status, _, error = run_command(export.main, tmp_path / "there.onnx", "--pretrained", "unknown")
+    assert (status, "there.onnx exists" in error) == (2, True)
+
+
 def test_a_network_that_computes_in_bfloat16_is_exported_in_float32(tiny_dataset):
     images = tiny_dataset.test_images[:2]
     for uint8 in (False, True):

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import os
 import zipfile
 from pathlib import Path
 from typing import IO, Any, cast
@@ -26,7 +25,7 @@ import numpy as np
 from cifar_jax.batches import InputScaling
 from cifar_jax.console import say
 from cifar_jax.errors import UserError
-from cifar_jax.io import write_atomically
+from cifar_jax.io import check_new_file, write_atomically
 from cifar_jax.models import get_model
 from cifar_jax.weights import pytorch, safetensors_files
 from cifar_jax.weights.keras_files import read_keras, write_keras
@@ -114,18 +113,13 @@ def load_weights(
 
 def save_weights(path: Path, weights: Weights) -> None:
     """Writes a weight file in the format of its name. Raises: UserError if it exists or can't be written."""
-    check_new_file(path)
+    check_weight_file(path)
     write_atomically(path, encode_weights(kind_of_name(path), weights))
 
 
-def check_new_file(path: Path) -> None:
-    """Checks that a weight file can be written. Raises: UserError if it exists, or a folder or package is missing."""
-    if os.path.lexists(path):
-        raise UserError(f"{path} exists: name another file")
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: the folder {path.parent} does not exist: create it")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path}: nothing can be written to the folder {path.parent}: name another folder")
+def check_weight_file(path: Path) -> None:
+    """Checks that a weight file can be created. Raises: UserError if not, or if its format or a package is missing."""
+    check_new_file(path)
     if kind_of_name(path) == ".pth":
         pytorch.import_torch()
 
