@@ -123,7 +123,8 @@ def block_size(images: jax.Array, width: int, limit: int) -> int:
     if not isinstance(size, int) or size == 0:  # a symbolic size is not divided
         return size
     each = (TILE + width - 1) * height * -(-columns // TILE) * channels
-    return max(block for block in range(1, max(min(size, limit // each), 1) + 1) if size % block == 0)
+    most = max(limit // each, 1)
+    return max(block for block in range(1, size + 1) if size % block == 0 and block <= most)
 
 
 def stack_images(images: jax.Array, width: int, pads: Pads) -> jax.Array:
