@@ -58,7 +58,7 @@ gc.disable()
 TFDS_DATA_DIR = os.environ.get("TFDS_DATA_DIR", "")
 
 
-# Modules whose tests train, compile whole networks or start commands: `pytest -m "not slow"` leaves them out.
+# Modules whose tests train, compile networks or start commands. `pytest -m "not slow and not long"` leaves them out.
 SLOW_MODULES = {
     *("accuracy", "augment", "calibration", "checkpoint", "console", "distillation", "early_training", "evaluate"),
     *("export", "extending", "faults", "gpu", "kernels_benchmark", "loggers", "lowering", "models", "network_report"),

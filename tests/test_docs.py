@@ -72,7 +72,7 @@ COMMANDS = {
     "pip install -e '.[parquet]'": INSTALLED,  # included in test
     "pip install -e '.[export,parity]'": INSTALLED,  # included in test
     "pytest": TESTED,
-    "pytest -m 'not slow'": TESTED,
+    "pytest -m 'not slow and not long'": TESTED,
     "pytest tests/test_extending.py": TESTED,
     "pytest tests/test_datasets.py": TESTED,
     "ruff check .": Elsewhere(".ci/run", "\nruff check .\n"),
@@ -91,7 +91,7 @@ COMMANDS = {
     ),
     "python -m cifar_jax.train quickstart --workdir runs/profiled --profile 20": Run(f"{TINY} --profile 1"),
     "python -m cifar_jax.train lenet5 --help": Run(),
-    "python -m cifar_jax.train lenet5 --workdir runs/mine --seed 1": Run(TINY),
+    "python -m cifar_jax.train lenet5 --workdir runs/lenet5_seed1 --seed 1": Run(TINY),
     "python -m cifar_jax.train lenet5 --holdout 5000 --num-epochs 10 --workdir runs/held_out": Run(
         f"{TINY} --holdout 30"
     ),
@@ -107,7 +107,7 @@ COMMANDS = {
     "python -m cifar_jax.train lenet5 --data-dir path/to/folder": Run(f"{TINY} --data-dir ."),
     "python -m cifar_jax.train mine": Run(TINY),
     "python -m cifar_jax.plots runs/first": Run(),
-    "python -m cifar_jax.evaluate --workdir runs/mine": Run(),
+    "python -m cifar_jax.evaluate --workdir runs/lenet5_seed1": Run(),
     "python -m cifar_jax.evaluate --workdir runs/first": Run(),
     "python -m cifar_jax.evaluate --workdir runs/first --checkpoint best --json": Run(),
     "python -m cifar_jax.evaluate --workdir runs/first --eval-dropout": Run(),
@@ -133,11 +133,11 @@ COMMANDS = {
     "python -m cifar_jax.predict photo.jpg --weights calibrated.safetensors": Run(),
     "python -m cifar_jax.report --out report --pretrained lenet5": REPORT,
     "python -m cifar_jax.report --out report --pretrained all_cnn --disturbed-images 0": REPORT,
-    "python -m cifar_jax.convert runs/mine lenet5.pth": Run(),
+    "python -m cifar_jax.convert runs/lenet5_seed1 lenet5.pth": Run(),
     "python -m cifar_jax.convert model.pth model.keras": Run(),
     "python -m cifar_jax.convert runs/first first.safetensors --checkpoint best": Run(),
     "python -m cifar_jax.export all_cnn.onnx --pretrained all_cnn": EXPORT,
-    "python -m cifar_jax.export all_cnn.onnx --pretrained all_cnn --uint8": EXPORT,
+    "python -m cifar_jax.export all_cnn_uint8.onnx --pretrained all_cnn --uint8": EXPORT,
     "python -m cifar_jax.export all_cnn.keras --pretrained all_cnn": EXPORT,
     "python -m cifar_jax.export lenet5.stablehlo --pretrained lenet5": EXPORT,
     "python -m cifar_jax.export pytorch_model.bin --format pytorch --pretrained lenet5": EXPORT,
@@ -165,7 +165,7 @@ COMMANDS = {
     "python -m benchmarks.faults --out results --rounds 10 --seed 1 --only SIGKILL": Stops(
         "--only nothing", "tests/test_faults.py"
     ),
-    "pytest tests/test_faults.py": TESTED,
+    "pytest -m long tests/test_faults.py": TESTED,
     **{
         f"python -m cifar_jax.train quickstart --workdir runs/together --coordinator 127.0.0.1:1234 --num-processes 2 "
         f"--process-id {number}": Elsewhere("tests/test_processes.py", "def test_several_processes_train_like_one")
