@@ -9,6 +9,7 @@ import functools
 import io
 import itertools
 import logging
+import re
 import signal
 import sys
 import threading
@@ -150,7 +151,7 @@ def parse_arguments(kind: type[T], **options: Any) -> T:
         if not stop.code:  # --help
             raise
         # tyro prints a box of ─ and │ with its title in the frame. If stdout is not UTF-8: title, ruler of -, text.
-        box = captured.getvalue()
+        box = re.sub(r"\x1b\[[\d;]*m", "", captured.getvalue())  # colours, if stdout is a terminal
         lines = [line.strip("│ ") for line in box.splitlines()]
         is_ruler = lambda line: line.startswith(("╭", "╰")) or not line.strip("─-")
         paragraphs = [" ".join(group) for ruler, group in itertools.groupby(lines, is_ruler) if not ruler]

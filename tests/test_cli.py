@@ -3,6 +3,7 @@ import importlib
 import io
 import os
 import signal
+import subprocess
 import sys
 
 import jax
@@ -82,6 +83,19 @@ def test_flags_are_read_without_an_output(words, monkeypatch):
         assert not stop.value.code
     else:
         assert evaluate.main() == 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_bad_flag_is_one_line_at_a_terminal(encoding):
+    """tyro colours its text then."""
+    terminal, child = os.openpty()
+    command = (sys.executable, "-m", "cifar_jax.evaluate", "--no-such-flag")
+    environment = {**os.environ, "TERM": "xterm-256color", "PYTHONIOENCODING": encoding}
+    result = subprocess.run(command, stdin=child, stdout=child, stderr=subprocess.PIPE, env=environment, text=True)
+    os.close(child)
+    os.close(terminal)
+    assert result.stderr == "error: Unrecognized options: --no-such-flag: see --help\n"
+    assert result.returncode == 2
 
 
 def test_a_librarys_own_error_is_not_hidden():
