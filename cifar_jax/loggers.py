@@ -135,6 +135,13 @@ class Logger:
                     self._epochs = row.epoch
                     self._write_state()
 
+    def start_again(self) -> None:
+        """Makes the following epochs a new curve, if epochs of an earlier training in this folder were sent."""
+        if self._config.logger != "none":
+            with self._never_failing():
+                if self._read_state()[1]:
+                    self._state.unlink()
+
     def _read_state(self) -> tuple[str, int]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing or damaged
             state = read_json(self._state)

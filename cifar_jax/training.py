@@ -142,6 +142,7 @@ class Run:
                 )
         else:
             probe_workdir(self.workdir)
+            self.logger.start_again()
         write_json(self.workdir / "config.json", dataclasses.asdict(config))
         if resumes:
             self.log.write(self.workdir)

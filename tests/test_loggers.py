@@ -3,6 +3,7 @@ import gzip
 import importlib
 import itertools
 import json
+import shutil
 import struct
 import sys
 import types
@@ -98,6 +99,17 @@ def test_a_resumed_wandb_run_is_the_same_run(tiny_config, tiny_dataset, fake_wan
     train_and_evaluate(other, tiny_dataset)
     assert fake_wandb.inits[-1][0]["id"] != first["id"]
     assert "https://example.org/run" in capsys.readouterr().out
+
+
+def test_a_training_that_starts_again_is_another_curve(tiny_config, tiny_dataset, fake_wandb):
+    config = dataclasses.replace(tiny_config, logger="wandb", num_epochs=2)
+    train_and_evaluate(config, tiny_dataset)
+    shutil.rmtree(Path(config.workdir) / "checkpoints")
+    (Path(config.workdir) / "summary.json").unlink()
+    train_and_evaluate(config, tiny_dataset)
+    (first, _), (second, points) = fake_wandb.inits
+    assert first["id"] != second["id"]
+    assert [point[0] for point in points[:-1]] == [1, 2]
 
 
 @pytest.mark.slow
