@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import uuid
@@ -18,16 +19,23 @@ def user_path(path: str | os.PathLike[str], name: str = "") -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
+        if os.path.lexists(path):
+            return Path(path)  # a file whose own name begins with ~
         setting = f"{name} " if name else ""
         raise UserError(f"{setting}{path}: there is no such home folder: write the path without ~") from error
 
 
 @contextlib.contextmanager
 def made_folder(folder: Path) -> Iterator[None]:
-    """Makes a folder and its parents. At the end those that it made and that are empty are removed. Raises: OSError."""
+    """Makes a folder and its parents. At the end those that it made and that are empty are removed.
+
+    Raises: OSError, also if nothing can be written to the folder.
+    """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
         yield
     finally:
         for path in missing:

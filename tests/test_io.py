@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +55,13 @@ def test_anything_but_an_object_is_a_value_error(content, tmp_path):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(ValueError):  # noqa: PT011  # whose text is the parser's
         read_json(tmp_path / "x.json")
+
+
+def test_a_folder_is_made_to_be_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK or Path(path) != tmp_path / "full")
+    with pytest.raises(PermissionError, match="full"), made_folder(tmp_path / "full"):
+        pass
+    assert not (tmp_path / "full").exists()
 
 
 def test_made_folders_that_stay_empty_go(tmp_path):

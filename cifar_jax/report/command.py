@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -121,10 +122,11 @@ def main() -> int:
         raise UserError(f"--disturbed-images {arguments.disturbed_images}: must be 0 or more")
     prepare_host()
     source = load_source(arguments.source, default="all_cnn")
-    try:
-        with made_folder(arguments.out):  # first, as the rest takes minutes
-            result = report(arguments, source)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"--out {arguments.out}: {error.strerror}: name a writable folder") from error
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(made_folder(arguments.out))  # first, as the rest takes minutes
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise UserError(f"--out {arguments.out}: {error.strerror}: name a writable folder") from error
+        result = report(arguments, source)
     print(f"{arguments.out / 'report.html'}: {source.name}, accuracy {result['test_accuracy']:.2%}")
     return 0

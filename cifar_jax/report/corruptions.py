@@ -68,7 +68,7 @@ def find_sets(folder: Path) -> list[tuple[Path, Path]]:
     """Returns (images' file, labels' file) of each set in a folder of CIFAR-10.1 or CIFAR-10-C.
 
     CIFAR-10.1 has NAME_data.npy beside NAME_labels.npy. CIFAR-10-C has NAME.npy and one labels.npy.
-    Raises: UserError if there is no such file, or labels are missing.
+    Raises: UserError if there is no such file, labels are missing, or arrays don't fit each other or aren't CIFAR-10's.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
@@ -80,21 +80,18 @@ def find_sets(folder: Path) -> list[tuple[Path, Path]]:
     for path, labels in sets:
         if not labels.is_file():
             raise UserError(f"{path}: its labels are missing: {labels.name}")
+        _load_set(path, labels)
     return sets
 
 
 def read_sets(sets: Iterable[tuple[Path, Path]]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Yields (name, images uint8 [N, 32, 32, 3], labels [N]). CIFAR-10-C's files have five equal parts, by severity.
 
-    Args: sets: see find_sets. Raises: UserError if arrays don't fit each other, or aren't CIFAR-10's.
+    Args: sets: see find_sets. Raises: UserError if a file has changed since.
     """
     for path, labels_path in sets:
         name, own = path.stem.removesuffix("_data"), path.stem.endswith("_data")
-        images, labels = _load(path), _load(labels_path)
-        if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or labels.shape != images.shape[:1]:
-            raise UserError(f"{path}: must be uint8 [N, 32, 32, 3] with N labels in {labels_path.name}")
-        if labels.dtype.kind not in "iu" or not np.isin(labels, range(10)).all():
-            raise UserError(f"{labels_path}: must be whole numbers from 0 to 9, CIFAR-10's classes")
+        images, labels = _load_set(path, labels_path)
         if own or len(labels) % 5:
             yield name, images, labels
             continue
@@ -102,8 +99,18 @@ def read_sets(sets: Iterable[tuple[Path, Path]]) -> Iterator[tuple[str, np.ndarr
             yield f"{name}, severity {severity}", images[part], labels[part]
 
 
+def _load_set(path: Path, labels_path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (images, labels). The images stay in their file until they are used: those of CIFAR-10-C are 3 GB."""
+    images, labels = _load(path), _load(labels_path)
+    if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or labels.shape != images.shape[:1]:
+        raise UserError(f"{path}: must be uint8 [N, 32, 32, 3] with N labels in {labels_path.name}")
+    if labels.dtype.kind not in "iu" or not np.isin(labels, range(10)).all():
+        raise UserError(f"{labels_path}: must be whole numbers from 0 to 9, CIFAR-10's classes")
+    return images, labels
+
+
 def _load(path: Path) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False)
+        return np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy's parser can raise anything for a damaged header
         raise UserError(f"{path}: can't be read ({error})") from error
