@@ -12,20 +12,15 @@ if __name__ == "__main__":
 
 import csv
 import dataclasses
-import glob
 import io
 import itertools
 import json
-import os
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 import tyro
 from scipy.special import softmax
 from tqdm import tqdm
@@ -34,67 +29,13 @@ from cifar_jax.cli import command, parse_arguments
 from cifar_jax.console import say
 from cifar_jax.errors import UserError
 from cifar_jax.host import prepare_host
-from cifar_jax.io import user_path
+from cifar_jax.image_files import find_images, load_image
 from cifar_jax.sources import Source, SourceFlags, load_source
 
 DEFAULT = "all_cnn"  # the most accurate released network
 BATCH_SIZE = 256
-STDIN = Path("-")
 
 Classify = Callable[[np.ndarray], np.ndarray]  # uint8 [N, 32, 32, 3] → probabilities, float32 [N, num_classes]
-
-
-def find_images(names: Iterable[Path]) -> list[Path]:
-    """Returns the files that the command's arguments name, in their order, and those of a folder in alphabetical order.
-
-    Raises: UserError if a folder, with its subfolders, or a pattern has no image file.
-    """
-    PIL.Image.init()
-    found: list[Path] = []
-    for name in names:
-        path = user_path(name)
-        if not path.exists() and glob.has_magic(str(path)):
-            paths = map(Path, sorted(glob.glob(str(path), recursive=True)))
-            matches = list(dict.fromkeys(file for match in paths for file in _files(match)))  # ** finds files twice
-        else:
-            matches = _files(path)
-        if not matches:
-            raise UserError(f"{path}: no image file there")
-        found += matches
-    return found
-
-
-def _files(path: Path) -> list[Path]:
-    """Returns a folder's image files, also in its subfolders, or any other path itself."""
-    if not path.is_dir():
-        return [path]
-    below = [Path(folder) / file for folder, _, files in os.walk(path) for file in files]
-    return sorted(file for file in below if file.suffix.lower() in PIL.Image.EXTENSION)
-
-
-def load_image(path: Path) -> np.ndarray:
-    """Reads an image file for the networks: uint8 [32, 32, 3]. The path - is standard input.
-
-    EXIF rotation is applied, transparency becomes white, and the central square is resized to 32×32 pixels.
-    Raises: UserError if Pillow can't read the file; PermissionError.
-    """
-    path = user_path(path)
-    if path != STDIN and not path.is_file():
-        raise UserError(f"{path}: no such file")
-    content: Any = io.BytesIO(sys.stdin.buffer.read()) if path == STDIN else path
-    try:
-        with warnings.catch_warnings(action="ignore"), PIL.Image.open(content) as image:  # Pillow warns of large images
-            if image.mode.startswith(("I", "F")):  # convert would clip them at 255
-                raise ValueError("more than 8 bits per channel")
-            upright = PIL.ImageOps.exif_transpose(image).convert("RGBA")
-    except PermissionError:
-        raise
-    except PIL.UnidentifiedImageError as error:
-        raise UserError(f"{path}: not an image that Pillow can read: convert it to PNG or JPEG") from error
-    except Exception as error:  # a damaged file can raise anything
-        raise UserError(f"{path}: can't be read ({error}): convert it to PNG or JPEG") from error
-    opaque = PIL.Image.alpha_composite(PIL.Image.new("RGBA", upright.size, "white"), upright)
-    return np.asarray(PIL.ImageOps.fit(opaque.convert("RGB"), (32, 32)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +87,8 @@ def predict(source: Source, images: np.ndarray) -> np.ndarray:
 
 def classify_files(paths: list[Path], classify: Classify, failures: list[str]) -> Iterator[tuple[Path, list[float]]]:
     """Yields (file, class probabilities) batch by batch. Appends a line to `failures` for each unreadable file."""
-    with tqdm(total=len(paths), unit="image", leave=False, disable=None if len(paths) > BATCH_SIZE else True) as bar:
+    hidden = None if sys.stderr and len(paths) > BATCH_SIZE else True  # None: unless it is a terminal
+    with tqdm(total=len(paths), unit="image", leave=False, disable=hidden) as bar:
         for start in range(0, len(paths), BATCH_SIZE):
             batch, read, images = paths[start : start + BATCH_SIZE], [], []
             for path in batch:
@@ -155,8 +97,6 @@ def classify_files(paths: list[Path], classify: Classify, failures: list[str]) -
                     read.append(path)
                 except UserError as error:
                     failures.append(str(error))
-                except PermissionError as error:
-                    failures.append(f"{path}: {error.strerror}")
             if images:
                 bar.clear()  # the caller prints what it gets
                 yield from zip(read, classify(np.stack(images)).tolist())
@@ -174,16 +114,17 @@ def main() -> int:
         raise UserError(f"--top {arguments.top}: must be 1 or more")
     if arguments.json and arguments.csv:
         raise UserError("--csv: can't be combined with --json")
-    paths = find_images(arguments.images)
+    paths, failures = find_images(arguments.images)
     source = load_source(arguments.source, default=DEFAULT)
     if arguments.no_calibration:
         source = dataclasses.replace(source, temperature=None)
     names = source.class_names
     if arguments.top > len(names):
         raise UserError(f"--top {arguments.top}: there are only {len(names)} classes")
-    failures: list[str] = []
-    results, table = [], csv.writer(sys.stdout, lineterminator="\n")
+    results, table = [], csv.writer(sys.stdout or io.StringIO(), lineterminator="\n")
+    classified = 0
     for path, row in classify_files(paths, create_classifier(source), failures):
+        classified += 1
         ranked = sorted(zip(names, row), key=lambda pair: -pair[1])[: arguments.top]
         if arguments.json:
             results.append({"image": str(path), "probabilities": dict(ranked)})
@@ -191,11 +132,11 @@ def main() -> int:
             table.writerow([path, *itertools.chain(*((name, f"{share:.6f}") for name, share in ranked))])
         else:
             print(f"{path}: {', '.join(f'{name} {share:.1%}' for name, share in ranked)}")
-    if arguments.json and len(failures) < len(paths):
+    if arguments.json and classified:
         print(json.dumps(results, indent=2))
     for line in failures:
         say(f"error: {' '.join(line.split())}", error=True)
-    return (2 if len(failures) == len(paths) else 1) if failures else 0
+    return (1 if classified else 2) if failures else 0
 
 
 if __name__ == "__main__":

@@ -144,10 +144,11 @@ def load_source(flags: SourceFlags, dtype: Dtype | None = None, default: str | N
         origin = {"workdir": resolve_workdir(str(flags.workdir)), "checkpoint": checkpoint, "epoch": progress.epoch}
         class_names = DATASETS[config.dataset].class_names
         return Source(config, state, name, class_names, {**origin, "step": int(state.step), "dtype": config.dtype})
-    path = flags.weights or pretrained_path(flags.pretrained or str(default))
+    released = str(default) if flags.pretrained is None else flags.pretrained
+    path = flags.weights or pretrained_path(released)
     weights = flags.weight_file.load(path)
     config, state = load_file(weights, dtype or "float32")
-    name = str(flags.weights or flags.pretrained or default)
+    name = str(flags.weights or released)
     origin = {"weights": name, "model": weights.model, "final_relu": weights.final_relu}
     origin |= {"input_scaling": weights.input_scaling, "dtype": config.dtype}
     return Source(config, state, name, _class_names(weights, config.dataset), origin, weights.temperature)

@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from cifar_jax import load_pretrained, predict
 from cifar_jax.batches import pixel_statistics, scale_images
+from cifar_jax.image_files import find_images, load_image
 from cifar_jax.pretrained import pretrained_path
 from cifar_jax.sources import load_run
 from cifar_jax.train import train_and_evaluate
@@ -87,7 +89,7 @@ def test_an_image_is_cut_to_its_upright_middle_square(tmp_path):
     upright.transpose(PIL.Image.Transpose.ROTATE_270).save(tmp_path / "turned.png", exif=exif)
     upright.convert("P").save(tmp_path / "palette.gif")
     for name in ("upright.png", "turned.png", "palette.gif"):
-        image = predict.load_image(tmp_path / name)
+        image = load_image(tmp_path / name)
         assert (image.shape, image.dtype) == ((32, 32, 3), np.uint8)
         assert np.abs(image[:15].astype(int) - [200, 50, 50]).max() < 30, name
         assert np.abs(image[17:].astype(int) - 50).max() < 30, name
@@ -97,7 +99,7 @@ def test_transparent_pixels_are_white(tmp_path):
     pixels = np.full((32, 32, 4), (12, 200, 7, 0), np.uint8)
     pixels[:16, :, 3] = 255
     PIL.Image.fromarray(pixels).save(tmp_path / "half.png")
-    image = predict.load_image(tmp_path / "half.png")
+    image = load_image(tmp_path / "half.png")
     assert (image[:16] == [12, 200, 7]).all()
     assert (image[16:] == 255).all()
 
@@ -122,11 +124,13 @@ def test_bad_input_is_one_line_and_status_2(files, tmp_path, run_command, monkey
         ("-",): "-: not an image",
         (files[0], "--json", "--csv"): "--csv",
         (tmp_path / "cut.png",): "cut.png: ",
-        (tmp_path / "deep.png",): "deep.png: ",
+        (tmp_path / "deep.png",): "save it with 8",
+        ("x" * 300 + ".png",): "File name too long",
         (files[0], "--weights", tmp_path / "large.safetensors"): "not finite",
         (files[0], "--top", 11): "--top 11: ",
         (files[0], "--top", 0): "--top 0: ",
         (files[0], "--pretrained", "resnet"): "'resnet'",
+        (files[0], "--pretrained", ""): "''",
         (files[0], "--pretrained", "lenet5", "--workdir", tmp_path): "--workdir",
         (files[0], "--input-scaling", "unit"): "--input-scaling",
         (files[0], "--checkpoint", "best"): "--checkpoint",
@@ -154,6 +158,43 @@ def test_folders_patterns_and_standard_input(files, run_command, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(Path(names[0]).read_bytes())))
     (row,) = json.loads(predict_json("-"))
     assert (row["image"], row["probabilities"]) == ("-", pytest.approx(expected))
+
+
+def test_a_folder_has_the_files_whose_pixels_pillow_reads(tmp_path, monkeypatch):
+    for name in ("a.png", "only_written.pdf", "only_identified.mpg", "~b.png"):
+        PIL.Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / name, format="PNG")
+    monkeypatch.chdir(tmp_path)
+    for names in ([Path()], [Path("*.png")], [Path("a.png"), Path("~b.png")]):
+        found, failures = find_images(names)
+        assert ([path.name for path in found], failures) == (["a.png", "~b.png"], [])
+    assert [load_image(path).shape for path in found] == [(32, 32, 3)] * 2
+
+
+def test_a_folder_that_cant_be_read_is_told(files, run_command, monkeypatch):
+    folder, scan = files[0].parent, os.scandir
+    (folder / "private").mkdir()
+
+    def scandir(path):
+        if str(path).endswith("private"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    told = f"error: {folder / 'private'}: Permission denied\n"
+    status, output, error = run_command(predict.main, "--pretrained", "lenet5", folder)
+    assert (status, output.count("\n"), error) == (1, len(files), told)
+    assert run_command(predict.main, "--pretrained", "lenet5", folder / "private") == (2, "", told)
+
+
+def test_closed_streams(files, run_command, monkeypatch):
+    monkeypatch.setattr(predict, "BATCH_SIZE", 2)
+    monkeypatch.setattr(sys, "stdin", None)
+    assert run_command(predict.main, "-") == (2, "", "error: -: standard input is closed\n")
+    for stream in ("stdout", "stderr"):
+        with monkeypatch.context() as closed:
+            closed.setattr(sys, "argv", ["predict", "--pretrained", "lenet5", "--csv", *map(str, files)])
+            closed.setattr(sys, stream, None)
+            assert predict.main() == 0
 
 
 def test_results_are_not_written_behind_the_progress_bar(files, monkeypatch):
