@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import shutil
 import signal
+import subprocess
 
 # Compiled quickly rather than well: compilation is what the tests spend their time on.
 _flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
@@ -280,6 +281,20 @@ def small_cifar(monkeypatch):
 def small_batches(small_cifar):
     """CIFAR-10 with 20 images a batch: (train images, train labels, test images, test labels)."""
     return small_cifar["cifar10"]
+
+
+@pytest.fixture
+def process_groups(monkeypatch):
+    """The process groups of the programs that were started. Ctrl-C at a terminal ends all of its foreground group."""
+    groups = []
+
+    class Noted(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            groups.append(os.getpgid(self.pid))
+
+    monkeypatch.setattr(subprocess, "Popen", Noted)
+    return groups
 
 
 @pytest.fixture

@@ -1,3 +1,4 @@
+import os
 import shutil
 from pathlib import Path
 
@@ -44,3 +45,12 @@ def test_a_tfrecord_copy_is_passed_over_unless_it_is_named(small_batches, tmp_pa
     assert "file_format='array_record'" in capsys.readouterr().err
     with pytest.raises(UserError, match="file_format='array_record'"):
         load_dataset("cifar10", tmp_path)
+    write_python(tmp_path / "cifar-10-batches-py", small_batches)
+    assert_loads(small_batches, tmp_path)
+
+
+def test_ctrl_c_does_not_reach_the_program_that_reads(small_batches, tmp_path, process_groups):
+    write_tfds(tmp_path, small_batches)
+    assert_loads(small_batches, tmp_path)
+    assert process_groups
+    assert os.getpgrp() not in process_groups

@@ -408,3 +408,10 @@ def test_keras_is_not_needed(tmp_path, monkeypatch, lenet5):
         assert load_weights(tmp_path / f"x.{kind}").model == "lenet5"
     with pytest.raises(UserError, match="Keras or its backend"):
         keras.create_model("lenet5")
+
+
+def test_ctrl_c_does_not_reach_the_program_that_reads(tmp_path, process_groups):
+    with pytest.raises(UserError):
+        keras_files.read_keras(tmp_path / "none.h5")
+    assert process_groups
+    assert os.getpgrp() not in process_groups

@@ -57,9 +57,16 @@ def _locate(info: Cifar, named: Path | None) -> tuple[Layout, Path]:
 
 
 def _find(info: Cifar, place: Path, named: bool) -> tuple[Layout, Path] | None:
+    """Returns the first layout that the place has. Raises: the first UserError of a layout, if none has it."""
+    refusals = []
     for layout in LAYOUTS:
-        if (path := layout.find(info, place, named)) is not None:
-            return layout, path
+        try:
+            if (path := layout.find(info, place, named)) is not None:
+                return layout, path
+        except UserError as error:
+            refusals.append(error)
+    if refusals:
+        raise refusals[0]
     return None
 
 

@@ -41,7 +41,12 @@ def read_records(
     command = [sys.executable, "-P", str(_READER), json.dumps(request)]
     with tempfile.TemporaryFile() as errors:
         reader = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=environment
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=environment,
+            start_new_session=True,  # otherwise Ctrl-C would end it before this process, as if the files were damaged
         )
         assert reader.stdout is not None
         try:

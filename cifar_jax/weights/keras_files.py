@@ -54,7 +54,12 @@ def run_worker(path: Path) -> bytes:
     environment.pop("HDF5_PLUGIN_PATH", None)
     try:
         result = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=TIMEOUT,
+            start_new_session=True,  # otherwise Ctrl-C would end it before this process, as if the file were damaged
         )
     except subprocess.TimeoutExpired as error:
         raise UserError(f"reading takes more than {TIMEOUT} seconds: damaged, or on a slow disk") from error
