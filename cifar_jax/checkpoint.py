@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import itertools
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -74,8 +75,8 @@ class Checkpoints:
         try:
             self._open()
         except Exception as error:  # Orbax raises many types
-            if _is_the_systems(error):
-                raise
+            if (systems := _systems_error(error, self.directory)) is not None:
+                raise systems from None
             raise UserError(f"{self.directory}: can't open them ({error}): use another --workdir") from error
 
     def _open(self) -> None:
@@ -128,8 +129,7 @@ class Checkpoints:
                 self._manager.save(number, args=items)
                 write_checksums(folder)
         except Exception as error:
-            full = getattr(error, "errno", None) in _FULL or "ENOSPC" in str(error)  # TensorStore only has the text
-            advice = "free disk space" if full else "make it writable"
+            advice = "free disk space" if _errno(error) in _FULL else "make it writable"
             reason = one_line(error)
             raise UserError(f"{self.directory}: can't save ({reason}): {advice}, then run again to resume") from error
         self._numbers.append(number)
@@ -223,16 +223,31 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise many types
             if not folder.exists():
                 raise UserError(f"{folder}: removed by a training run in progress: try again") from error
-            if isinstance(error, UserError) or _is_the_systems(error):
+            if isinstance(error, UserError):
                 raise
+            if (systems := _systems_error(error, folder)) is not None:
+                raise systems from None
             reason = f"{type(error).__name__}: {one_line(error)}"
             raise DamagedCheckpoint(f"{folder}: damaged, or saved from another model ({reason})") from error
 
 
-def _is_the_systems(error: Exception) -> bool:
-    """Tells whether files that can't be read may be intact: too little memory, too many open files, no permission."""
-    errors = errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM
-    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in errors)
+def _errno(error: Exception) -> int | None:
+    """Returns the number of the system's error behind a failure, of which TensorStore has only the name in a text."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    named = re.search(r"\[OS error \d+: (E[A-Z0-9]+)", str(error))
+    return getattr(errno, named[1], None) if named else None
+
+
+def _systems_error(error: Exception, path: Path) -> Exception | None:
+    """Returns the system's error if files that can't be read may be intact, else None.
+
+    Then there is too little memory, also on a device, or there are too many open files, or a permission is missing.
+    """
+    if (number := _errno(error)) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM):
+        return error if isinstance(error, OSError) else OSError(number, os.strerror(number), str(path))
+    exhausted = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return error if exhausted or isinstance(error, MemoryError) else None
 
 
 def _progress(saved: dict[str, Any]) -> Progress:

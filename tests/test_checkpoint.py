@@ -134,6 +134,28 @@ def test_any_damaged_file_of_the_latest_is_survived(damages, state, history, sav
     assert int(Checkpoints(workdir).restore_run(state, history).state.step) == 2
 
 
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (ValueError("UNKNOWN: Error opening: [OS error 24: EMFILE Too many open files]"), OSError),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), jax.errors.JaxRuntimeError),
+        (MemoryError(), MemoryError),
+    ],
+)
+def test_files_that_the_system_cant_read_are_no_damage(failure, told, state, history, save, tmp_path, monkeypatch):
+    for number in (1, 2):
+        save(Checkpoints(tmp_path), number, 0.5)
+
+    def fail(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
+    with pytest.raises(told):
+        Checkpoints(tmp_path).restore_run(state, history)
+    monkeypatch.undo()
+    assert int(Checkpoints(tmp_path).restore_run(state, history).state.step) == 2
+
+
 def test_an_error_of_the_system_is_no_damage(state, history, save, tmp_path, monkeypatch):
     save(Checkpoints(tmp_path), 1, 0.5)
 
@@ -368,6 +390,7 @@ def test_a_full_disk_is_one_line_without_the_noise_of_threads(state, history, sa
         (OSError(28, "No space left on device"), "disk space"),
         (OSError(122, "Disk quota exceeded"), "disk space"),
         (ValueError("RESOURCE_EXHAUSTED: Error writing: [OS error 28: ENOSPC No space left on device]"), "disk space"),
+        (ValueError("UNKNOWN: Error writing: [OS error 122: EDQUOT Disk quota exceeded]"), "disk space"),
         (PermissionError(13, "Permission denied"), "writable"),
         (OSError(5, "Input/output error"), "writable"),
     ],
