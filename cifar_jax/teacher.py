@@ -94,6 +94,7 @@ def compute_teacher_logits(
             f"{size / 2**30:.1f} GiB on each device: use smaller crops"
         )
     folder = on_main(lambda: _folder(teacher, images))
+    writes = folder is not None
     table = np.empty((len(images), len(views), teacher.num_classes), np.float16)
     compute = None
     with progress_bar(f"logits of {config.teacher}", len(views), 0) as bar:
@@ -109,7 +110,7 @@ def compute_teacher_logits(
                     return None
                 if not np.isfinite(logits).all():
                     raise UserError(f"--teacher {config.teacher}: its logits are not finite numbers in float16")
-                folder = on_main(partial(_write, folder, view, logits))
+                writes = writes and on_main(partial(_write, folder, view, logits))
             table[:, number] = logits
             bar.update(1, None)
     return table
@@ -178,10 +179,8 @@ def _read(folder: Path | None, view: View, shape: tuple[int, ...]) -> np.ndarray
     return logits if (logits.dtype, logits.shape) == (np.float16, shape) else None
 
 
-def _write(folder: Path | None, view: View, logits: np.ndarray) -> Path | None:
-    """Writes float16 [N, C] as a .npy file behind its SHA-256. Returns: the folder; None if it can't be written."""
-    if folder is None:
-        return None
+def _write(folder: Path, view: View, logits: np.ndarray) -> bool:
+    """Writes float16 [N, C] as a .npy file behind its SHA-256. Returns: whether it could be written."""
     buffer = io.BytesIO()
     np.save(buffer, logits)
     data = buffer.getvalue()
@@ -191,5 +190,5 @@ def _write(folder: Path | None, view: View, logits: np.ndarray) -> Path | None:
     except (OSError, UserError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         say(f"can't cache the teacher's logits in {folder} ({reason}): each run will compute them again", error=True)
-        return None
-    return folder
+        return False
+    return True

@@ -122,6 +122,27 @@ def test_the_cache_survives_damage_and_is_of_these_images(taught_config, dataset
     assert len(computed) == 6
 
 
+def test_a_full_disk_does_not_hide_what_the_cache_has(taught_config, dataset, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("CIFAR_JAX_CACHE", str(tmp_path))
+    source, devices = load_teacher(taught_config.teacher, CIFAR10), select_devices(taught_config)
+    cached = compute_teacher_logits(taught_config, source, dataset, devices, NEVER)
+    larger = dataclasses.replace(taught_config, crop_padding=taught_config.crop_padding + 1)
+    new = set(list_views(larger)) - set(list_views(taught_config))
+    computed = []
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    def create(*_):
+        return lambda view, stop: computed.append(view) or np.zeros_like(cached[:, 0])
+
+    monkeypatch.setattr(teacher, "write_atomically", full)
+    monkeypatch.setattr(teacher, "_create_compute", create)
+    compute_teacher_logits(larger, source, dataset, devices, NEVER)
+    assert set(computed) == new
+    assert capsys.readouterr().err.count("can't cache") == 1
+
+
 def test_without_a_place_for_the_cache_they_are_computed(taught_config, dataset, monkeypatch, tmp_path, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setenv("CIFAR_JAX_CACHE", str(tmp_path / "file"))
