@@ -48,7 +48,8 @@ def select_devices(config: Config) -> list[jax.Device]:
     most = len(devices)
     if devices[0].platform == "cpu":
         most = max(processes, min(most, config.batch_size // MIN_BATCH_OF_A_CORE))
-        default = dividing_count(config.batch_size, most, processes)
+        even = config.mixes and config.batch_size % 2 == 0  # mixing takes pairs of a device's images
+        default = dividing_count(config.batch_size // 2 if even else config.batch_size, most, processes)
     else:
         default = most
     total = config.num_devices or default or processes

@@ -58,6 +58,12 @@ def test_cpu_cores_share_large_batches_alone(tiny_config, batch_size, count):
     assert len(select_devices(config)) == count
 
 
+@pytest.mark.parametrize(("batch_size", "count"), [(64, 4), (100, 2), (108, 3), (129, 3)])
+def test_cpu_cores_get_pairs_of_images_to_mix(tiny_config, batch_size, count):
+    config = dataclasses.replace(tiny_config, batch_size=batch_size, num_devices=None, mixup_alpha=0.2)
+    assert len(select_devices(config)) == count
+
+
 def test_an_accelerators_devices_are_all_used(monkeypatch, tiny_config):
     devices = [types.SimpleNamespace(platform="gpu")] * 4
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
