@@ -124,6 +124,8 @@ class Run:
         say(f"already complete after {epochs} epochs: name another --workdir for another run")
         if not resumes:
             say(f"its checkpoints are missing: remove {file} to train it again")
+        else:
+            self.log.write(self.workdir)  # its files may be lost or damaged
         return summary
 
     def _prepare(self, resumes: bool, teacher: Weights | None) -> None:

@@ -451,6 +451,7 @@ def test_another_default_generator_changes_nothing(tiny_config, tiny_dataset, ru
 # --- Lost or damaged logs: the checkpoint has their content ---
 
 
+@pytest.mark.parametrize("complete", [True, False])
 @pytest.mark.parametrize(
     "damage",
     [
@@ -462,11 +463,12 @@ def test_another_default_generator_changes_nothing(tiny_config, tiny_dataset, ru
         lambda run: np.save(run / "batch_loss.npy", np.zeros((18, 2))),
     ],
 )
-def test_a_damaged_log_is_rebuilt(damage, copied, uninterrupted, tiny_dataset):
+def test_a_damaged_log_is_rebuilt(damage, complete, copied, uninterrupted, tiny_dataset):
     workdir = Path(copied.workdir)
     before = {name: (workdir / name).read_bytes() for name in ("metrics.csv", "batch_loss.npy")}
     damage(workdir)
-    (workdir / "summary.json").unlink()  # otherwise the run is complete and left alone
+    if not complete:
+        (workdir / "summary.json").unlink()
     summary = train_and_evaluate(copied, tiny_dataset)
     assert {name: (workdir / name).read_bytes() for name in before} == before
     assert [row["epoch"] for row in summary["metrics"]] == [1, 2, 3]
