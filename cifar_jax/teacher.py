@@ -94,7 +94,7 @@ def compute_teacher_logits(
             f"{size / 2**30:.1f} GiB on each device: use smaller crops"
         )
     folder = on_main(lambda: _folder(teacher, images))
-    writes = folder is not None
+    writes = True
     table = np.empty((len(images), len(views), teacher.num_classes), np.float16)
     compute = None
     with progress_bar(f"logits of {config.teacher}", len(views), 0) as bar:
@@ -179,8 +179,10 @@ def _read(folder: Path | None, view: View, shape: tuple[int, ...]) -> np.ndarray
     return logits if (logits.dtype, logits.shape) == (np.float16, shape) else None
 
 
-def _write(folder: Path, view: View, logits: np.ndarray) -> bool:
+def _write(folder: Path | None, view: View, logits: np.ndarray) -> bool:
     """Writes float16 [N, C] as a .npy file behind its SHA-256. Returns: whether it could be written."""
+    if folder is None:
+        return False
     buffer = io.BytesIO()
     np.save(buffer, logits)
     data = buffer.getvalue()
