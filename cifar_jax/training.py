@@ -233,12 +233,12 @@ class Run:
         return FailedTraining(f"training stalled in epoch {epoch} (its loss stays at chance)", self.config)
 
     def _finish(self) -> dict[str, Any]:
-        """Draws figures and writes summary.json, if there is an epoch. Returns: its content."""
+        """Writes summary.json and draws figures, if there is an epoch. Returns: its content."""
         rows = self.log.rows
         summary = summarize(self.config, rows, self.num_parameters, self.devices, self.dataset.source)
         if rows:
+            write_json(self.workdir / "summary.json", summary)  # first: a batch system may soon end the process
             self._draw()
-            write_json(self.workdir / "summary.json", summary)
         return summary
 
     def _draw(self) -> None:

@@ -407,6 +407,18 @@ def test_restarts_end(tiny_config, tiny_dataset, no_steps, monkeypatch, capsys):
 # --- Optional last steps, other environments ---
 
 
+def test_the_summary_is_written_before_the_figures(tiny_config, tiny_dataset, no_steps, monkeypatch):
+    """A batch system that has sent SIGTERM may soon end the process."""
+
+    def end(*_):
+        raise SystemExit
+
+    monkeypatch.setattr(plots, "plot_run", end)
+    with pytest.raises(SystemExit):
+        train_and_evaluate(dataclasses.replace(tiny_config, num_epochs=1), tiny_dataset)
+    assert json.loads((Path(tiny_config.workdir) / "summary.json").read_text())["epochs"] == 1
+
+
 def test_a_figure_that_fails_costs_one_line(tiny_config, tiny_dataset, monkeypatch, capsys):
     def fail(workdir):
         raise RuntimeError("no font\nat all")
