@@ -17,6 +17,7 @@ import jax
 import cifar_jax
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "flax", "optax", "orbax-checkpoint")
+PRODUCTS = {"gpu": "TensorFloat-32 where it can", "tpu": "bfloat16"}  # how JAX multiplies float32 if nothing is said
 VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX"}  # flags of /proc/cpuinfo, the widest first
 
 
@@ -47,9 +48,9 @@ def describe_environment(devices: Sequence[jax.Device], packages: Sequence[str] 
         except importlib.metadata.PackageNotFoundError:
             continue
     device = f"{len(devices)} × {devices[0].device_kind}"
-    if devices[0].platform == "gpu":
+    if (default := PRODUCTS.get(devices[0].platform)) is not None:
         precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-        device += f" (float32 products: {precision or 'TensorFloat-32 where it can'})"
+        device += f" (float32 products: {precision or default})"
     return {
         "hardware": f"{device}, {os.cpu_count()} CPU cores ({_processor()})",
         "versions": versions,

@@ -3,6 +3,7 @@ import types
 from functools import partial
 
 import jax
+import pytest
 
 from cifar_jax import environment
 
@@ -24,9 +25,10 @@ def test_the_processor_is_told_where_the_system_tells_it(monkeypatch):
     assert hardware() == "4 × cpu, 8 CPU cores (z80)"
 
 
-def test_a_gpus_precision_is_told(monkeypatch):
-    gpu = types.SimpleNamespace(platform="gpu", device_kind="Abacus 100")
-    hardware = lambda: environment.describe_environment([gpu])["hardware"]
-    assert hardware().startswith("1 × Abacus 100 (float32 products: TensorFloat-32 where it can), ")
+@pytest.mark.parametrize(("platform", "default"), [("gpu", "TensorFloat-32 where it can"), ("tpu", "bfloat16")])
+def test_an_accelerators_precision_is_told(platform, default):
+    device = types.SimpleNamespace(platform=platform, device_kind="Abacus 100")
+    hardware = lambda: environment.describe_environment([device])["hardware"]
+    assert hardware().startswith(f"1 × Abacus 100 (float32 products: {default}), ")
     with jax.default_matmul_precision("highest"):
         assert hardware().startswith("1 × Abacus 100 (float32 products: highest), ")
