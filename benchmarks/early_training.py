@@ -121,9 +121,12 @@ def main() -> int:
                     f"seed {seed} {framework:8} lowest 5-step mean {smooth[low]:.3f} near step {low + 2}, {after}",
                     flush=True,
                 )
+            measured = describe_environment(jax.local_devices()[:1], (*PACKAGES, "torch"))
+            if jax.default_backend() != "cpu":
+                measured["hardware"] += "; PyTorch on the CPU"
             content = {
                 "command": describe_command("-m benchmarks.early_training", sys.argv[1:]),
-                **describe_environment(jax.local_devices()[:1], (*PACKAGES, "torch")),
+                **measured,
                 "dataset": arguments.dataset,
                 "runs": runs,
             }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
+import jax
 import scipy.stats
 
 from benchmarks.pytorch_training import train_in_pytorch, unsupported_fields
@@ -62,7 +63,8 @@ def run_parity(arguments: Arguments, model: str, stop: Stop) -> dict[str, Any] |
     for seed in arguments.seeds:
         for name in arguments.frameworks:
             run = configure(arguments, recipe, f"parity_{model}/{name}_seed{seed}", seed)
-            all_runs[name].append(TRAINERS[name](run, dataset, stop))
+            with jax.default_matmul_precision("highest"):  # otherwise NVIDIA GPUs use TensorFloat-32
+                all_runs[name].append(TRAINERS[name](run, dataset, stop))
     if not compared:
         return None
     curves = {
@@ -70,6 +72,8 @@ def run_parity(arguments: Arguments, model: str, stop: Stop) -> dict[str, Any] |
     }
     trained = origin(all_runs["jax"])  # PyTorch's runs do not store theirs
     trained["versions"]["torch"] = importlib.metadata.version("torch")
+    if jax.default_backend() != "cpu":
+        trained["hardware"] += "; PyTorch on the CPU"
     result = compare({name: [run[-1] for run in runs] for name, runs in curves.items()})
     p = "none, as no seed differs" if result["p_value"] is None else f"{result['p_value']:.2f}"
     print(f"difference {result['difference']:+.2%}, p = {p}")
