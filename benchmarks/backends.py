@@ -30,6 +30,9 @@ FAMILIES: dict[Family, tuple[str, ...]] = {
 }
 
 
+STEPS_OF_A_CALL = 50  # at most, on an accelerator: enough to hide the call, and few enough for rounds of 0.1 s
+
+
 def best_rate(multiply: Callable[[], Any], wait: Callable[[Any], Any], size: int) -> float:
     """Times products of two [size, size] matrices. Returns: the best rate in FLOP/s."""
     wait(multiply())
@@ -136,7 +139,10 @@ class JaxBackend(Backend):
         return len(self._labels) // self._workload.plain.batch_size if phase == "inference" else ORDER_STEPS
 
     def _steps_of_a_call(self, phase: str) -> int:
-        return choose_steps_per_call(self._workload.plain, self._devices, self._steps_of_a_pass(phase))
+        in_a_pass = self._steps_of_a_pass(phase)
+        if has_constant_bounds(self._devices):
+            return max(count for count in range(1, STEPS_OF_A_CALL + 1) if in_a_pass % count == 0)
+        return choose_steps_per_call(self._workload.plain, self._devices, in_a_pass)
 
     def unit(self, phase: str) -> int:
         return self._steps_of_a_call(phase) if has_constant_bounds(self._devices) else 1  # else calls compile once more

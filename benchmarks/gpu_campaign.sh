@@ -12,6 +12,9 @@ PYTHON=${PYTHON:-python}
 case $PYTHON in */*) PYTHON=$(realpath -s "$PYTHON") || exit 2 ;; esac  # -s keeps the link: its target has no packages
 mkdir -p "$1" && OUT=$(cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}  # the trainings would take all GPUs
+export JAX_PLATFORMS=cuda,cpu CIFAR_JAX_TEST_PLATFORMS=cuda,cpu
+"$PYTHON" -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu")' || { echo "JAX finds no GPU" >&2; exit 2; }
 runs=$(mktemp -d)
 trap 'rm -rf "$runs"' EXIT
 trap stop INT TERM HUP
@@ -29,26 +32,29 @@ part() {  # NAME SECONDS COMMAND…
   wait $! || failed+=("$name: exit status $?, see $name.log")
 }
 
-train() {  # RECIPE SECONDS: trains a recipe, then measures it on the test set
-  part "$1" "$2" -m cifar_jax.train "$1" --workdir "$runs/$1" ${DATA_DIR:+--data-dir "$DATA_DIR"}
+train() {  # RECIPE SECONDS FLAG…: trains a recipe, then measures it on the test set
+  part "$1" "$2" -m cifar_jax.train "$1" "${@:3}" --workdir "$runs/$1" ${DATA_DIR:+--data-dir "$DATA_DIR"}
   [ -e "$runs/$1/summary.json" ] || return
   cp "$runs/$1/summary.json" "$OUT/$1.json"
   part "$1_evaluate" 15 -m cifar_jax.evaluate --workdir "$runs/$1" --json ${DATA_DIR:+--data-dir "$DATA_DIR"}
   [ ! -s "$OUT/$1_evaluate.txt" ] || mv "$OUT/$1_evaluate.txt" "$OUT/$1_evaluate.json"
 }
 
-throughput() {  # SECONDS MODEL DTYPE BATCH_SIZE FRAMEWORK…: images a second
-  local name=throughput_$2_$3_batch$4_${*: -1}
-  part "$name" "$1" -m benchmarks.throughput --out "$OUT" --name "$name" --models "$2" --dtype "$3" \
-    --batch-sizes "$4" --frameworks "${@:5}" --rounds 5 --seconds-per-round 0.1 --timeout 40
+throughput() {  # NAME SECONDS FLAG…: images a second
+  part "throughput_$1" "$2" -m benchmarks.throughput --out "$OUT" --name "throughput_$1" --rounds 5 \
+    --seconds-per-round 0.1 --timeout 40 "${@:3}"
 }
 
-export CIFAR_JAX_TEST_PLATFORMS=cuda,cpu
-part smoke 55 -m pytest -n 0 -m gpu tests/test_gpu.py
-train all_cnn_reference 230
-throughput 60 all_cnn bfloat16 512 jax pytorch pytorch-cudagraphs
-throughput 45 lenet5 float32 128 jax pytorch pytorch-cudagraphs
-train all_cnn_fast 60
-throughput 75 all_cnn bfloat16 512 jax pytorch-compile
+# pytest has no handler of SIGTERM, and would not tell which tests failed before the time limit.
+pytest='import pytest, signal, sys
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+sys.exit(pytest.main(sys.argv[1:]))'
+
+part smoke 90 -c "$pytest" -W default -n 0 -m gpu tests/test_gpu.py
+train all_cnn_reference 150 --steps-per-call 46  # of 782 an epoch: a call is short, so the time limit finds it soon
+throughput all_cnn 75 --models all_cnn --dtype bfloat16 --batch-sizes 512 --frameworks jax pytorch pytorch-cudagraphs
+throughput lenet5 50 --models lenet5 --batch-sizes 128 --frameworks jax pytorch pytorch-cudagraphs
+train all_cnn_fast 70
+throughput compiled 95 --models all_cnn --dtype bfloat16 --batch-sizes 512 --phases training --frameworks jax pytorch-compile
 
 [ ${#failed[@]} -eq 0 ] || { printf 'failed: %s\n' "${failed[@]}" >&2; exit 1; }

@@ -9,7 +9,9 @@ import signal
 import subprocess
 
 # Compiled quickly rather than well: compilation is what the tests spend their time on.
-_flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+_flags = "--xla_force_host_platform_device_count=4"
+if "CIFAR_JAX_TEST_PLATFORMS" not in os.environ:  # a GPU's programs are tested as they are used
+    _flags += " --xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA ends a process for a flag that it does not know
     _flags += " --xla_cpu_use_fusion_emitters=false"  # XLA's former way to emit fused loops compiles in half the time
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flags}"

@@ -376,11 +376,11 @@ def test_an_accelerator_runs_whole_calls(monkeypatch):
     backend = JaxBackend(workload)
     assert backend.unit("training") == 1
     backend._devices = [types.SimpleNamespace(platform="gpu")]
-    assert (backend.unit("training"), backend.unit("inference")) == (1000, 512)
+    assert (backend.unit("training"), backend.unit("inference")) == (50, 32)
     lengths = []
     monkeypatch.setattr(backend, "run", lambda phase, steps: lengths.append(steps) or 0.001 * steps)
-    assert backend.warm_up("inference", 6)["steps_of_a_round"] == 6144
-    assert lengths == [512] * 4 + [2048]
+    assert backend.warm_up("inference", 6)["steps_of_a_round"] == 6016
+    assert lengths == [32] * 4 + [128, 512, 2048]
 
 
 def test_jax_takes_one_of_several_gpus(monkeypatch):
@@ -392,14 +392,11 @@ def test_jax_takes_one_of_several_gpus(monkeypatch):
 
 def test_the_gpu_campaign_takes_10_minutes_at_most():
     script = (ROOT / "benchmarks" / "gpu_campaign.sh").read_text()
-    inner, outer = script.split("\nexport CIFAR_JAX_TEST_PLATFORMS")
+    inner, outer = script.split("\npart smoke")
     grace, evaluation = (int(re.search(pattern, inner)[1]) for pattern in (r"timeout -k (\d+)", r"_evaluate\" (\d+)"))
-    trainings = re.findall(r"^train (\w+) (\d+)$", outer, re.MULTILINE)
-    timings = re.findall(r"^throughput (\d+) \w+ \w+ \d+ (.*)$", outer, re.MULTILINE)
-    smoke = re.findall(r"^part smoke (\d+)", outer, re.MULTILINE)
-    limits = [
-        int(seconds) for seconds in [*smoke, *(limit for _, limit in trainings), *(limit for limit, _ in timings)]
-    ]
+    trainings = re.findall(r"^train \w+ (\d+)", outer, re.MULTILINE)
+    timings = re.findall(r"^throughput \w+ (\d+) .*--frameworks (.*)$", outer, re.MULTILINE)
+    limits = [int(outer.split()[0]), *map(int, trainings), *(int(limit) for limit, _ in timings)]
     limits += [evaluation] * len(trainings)
     assert len(limits) == 8
     assert sum(limits) + grace * len(limits) <= 10 * 60 + grace
@@ -419,35 +416,39 @@ def test_the_gpu_campaign_on_a_cpu(tmp_path, run_command, rounds):
     """A stub of Python records the script's commands and writes their results. Then the test runs smaller ones."""
     python = tmp_path / "python"
     python.write_text("""#!/bin/sh
-        echo "$CIFAR_JAX_TEST_PLATFORMS" "$@" >> $LOG
+        echo "$CUDA_VISIBLE_DEVICES" "$JAX_PLATFORMS" "$CIFAR_JAX_TEST_PLATFORMS" "$@" | tr '\\n' ' ' >> $LOG
+        echo >> $LOG
         case "$*" in
-          *train*all_cnn_fast*) echo "out of memory" >&2; exit 2 ;;
-          *train*) for workdir; do :; done; mkdir "$workdir"; echo '"a summary"' > "$workdir/summary.json" ;;
+          *cifar_jax.train*all_cnn_fast*) echo "out of memory" >&2; exit 2 ;;
+          *cifar_jax.train*) for workdir; do :; done; mkdir "$workdir"; echo '"a summary"' > "$workdir/summary.json" ;;
           *evaluate*) echo '"an evaluation"'; echo "a warning" >&2 ;;
           *) echo "a line for each backend" ;;
         esac
         """)
     python.chmod(0o755)
     environment = os.environ | {"PYTHON": str(python), "LOG": str(tmp_path / "log")}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
     script, out = ROOT / "benchmarks" / "gpu_campaign.sh", tmp_path / "out"
     result = subprocess.run([script, out], env=environment, capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stderr) == (1, "failed: all_cnn_fast: exit status 2, see all_cnn_fast.log\n")
     content = {path.name: json.loads(path.read_text()) for path in out.glob("*.json")}
     assert content == {"all_cnn_reference.json": "a summary", "all_cnn_reference_evaluate.json": "an evaluation"}
     assert (out / "all_cnn_fast.log").read_text() == "out of memory\n"
-    assert (out / "throughput_all_cnn_bfloat16_batch512_pytorch-compile.txt").read_text() == "a line for each backend\n"
+    assert (out / "throughput_compiled.txt").read_text() == "a line for each backend\n"
 
     recorded = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
-    assert {words[0] for words in recorded} == {"cuda,cpu"}
-    lines = [words[1:] for words in recorded]
+    assert {tuple(words[:3]) for words in recorded} == {("0", "cuda,cpu", "cuda,cpu")}
+    first, smoke, *lines = [words[3:] for words in recorded]
+    assert "jax.default_backend()" in " ".join(first)
+    assert smoke[-2:] == ["gpu", "tests/test_gpu.py"]
     assert [words[1] for words in lines] == [
-        *("pytest", "cifar_jax.train", "cifar_jax.evaluate", "benchmarks.throughput", "benchmarks.throughput"),
+        *("cifar_jax.train", "cifar_jax.evaluate", "benchmarks.throughput", "benchmarks.throughput"),
         *("cifar_jax.train", "benchmarks.throughput"),
     ]
-    smoke, training, evaluation, timing, *_ = (words[2:] for words in lines)
-    assert "gpu" in smoke
+    training, evaluation, timing, *_ = (words[2:] for words in lines)
     workdir = tmp_path / "run"
     small = {"all_cnn_reference": "quickstart", "all_cnn": "lenet5", "512": "4", "pytorch-cudagraphs": "pytorch"}
+    small |= {"46": "1"}
     fit = lambda words: [workdir if word.endswith("/all_cnn_reference") else small.get(word, word) for word in words]
     assert run_command(train.main, *fit(training), "--num-epochs", "1")[0] == 0
     status, output, _ = run_command(evaluate.main, *fit(evaluation))
@@ -455,7 +456,7 @@ def test_the_gpu_campaign_on_a_cpu(tmp_path, run_command, rounds):
     assert json.loads((workdir / "summary.json").read_text())["epochs"] == json.loads(output)["epoch"] == 1
     less = ["--dtype", "float32", "--phases", "inference", "--rounds", "1", "--seconds-per-round", "0.001"]
     assert run_command(throughput.main, *fit(timing), *less)[0] == 0
-    name = "throughput_all_cnn_bfloat16_batch512_pytorch-cudagraphs"
+    name = "throughput_all_cnn"
     assert list(json.loads((out / f"{name}.json").read_text())["workloads"]) == ["lenet5_batch4"]
     assert rounds == [(name, "inference") for name in ("jax", "pytorch", "pytorch channels_last")]
 
@@ -463,7 +464,7 @@ def test_the_gpu_campaign_on_a_cpu(tmp_path, run_command, rounds):
 @needs_timeout
 def test_an_interrupted_gpu_campaign_stops_its_part_and_leaves_the_rest(tmp_path):
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho $$ >> $LOG\nexec sleep 100\n")
+    python.write_text('#!/bin/sh\ncase "$2" in *default_backend*) exit 0 ;; esac\necho $$ >> $LOG\nexec sleep 100\n')
     python.chmod(0o755)
     environment = os.environ | {"PYTHON": str(python), "LOG": str(tmp_path / "log")}
     os.mkfifo(tmp_path / "log")
