@@ -232,11 +232,11 @@ class Checkpoints:
 
 
 def _errno(error: Exception) -> int | None:
-    """Returns the number of the system's error behind a failure, of which TensorStore has only the name in a text."""
+    """Returns the number of the system's error behind a failure, which TensorStore only has in its text."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    named = re.search(r"\[OS error \d+: (E[A-Z0-9]+)", str(error))
-    return getattr(errno, named[1], None) if named else None
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(found[1]) if found else None
 
 
 def _systems_error(error: Exception, path: Path) -> Exception | None:
