@@ -15,17 +15,24 @@ import jax.numpy as jnp
 
 from cifar_jax.compilation import use_compilation_cache
 from cifar_jax.configs.base import Config
-from cifar_jax.errors import UserError
+from cifar_jax.errors import UserError, one_line
 from cifar_jax.models import get_model
 
 # Parameters of mallopt (malloc.h): free bytes before trimming, bytes of padding per request, number of mapped blocks.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of all cores, of each period
 _HEAP_BYTES = 60 * 2**20  # below the 64 MiB of glibc's heaps
 
 
 def cpu_cores() -> int:
-    """Number of CPU cores available to this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Number of CPU cores available to this process, also in a container or a step of SLURM with a limit."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # "max" if there is no limit
+        quota, period = map(int, _CPU_LIMIT.read_text().split())
+        cores = min(cores, -(-quota // period))
+    with contextlib.suppress(ValueError):
+        cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", "")))
+    return max(cores, 1)
 
 
 def use_cpu_cores() -> None:
@@ -124,13 +131,14 @@ def prepare_host() -> None:
 
 
 def check_devices() -> None:
-    """Checks that JAX has a device. Raises: UserError if not, because JAX_PLATFORMS names a missing platform."""
+    """Checks that JAX has a device. Raises: UserError if not: one fails, or JAX_PLATFORMS names a missing platform."""
     try:
         jax.local_devices()
     except (RuntimeError, AssertionError) as error:
         if jax.distributed.is_initialized():  # the processes tell each other their devices: one may be gone
             raise
-        asked = os.environ.get("JAX_PLATFORMS", "")
-        raise UserError(
-            f"JAX finds no device for JAX_PLATFORMS={asked}: install JAX for it (see README) or unset the variable"
-        ) from error
+        reason = one_line(error)
+        if asked := os.environ.get("JAX_PLATFORMS"):
+            advice = f"JAX finds no device for JAX_PLATFORMS={asked} ({reason})"
+            raise UserError(f"{advice}: install JAX for it (see README) or unset the variable") from error
+        raise UserError(f"JAX can't use a device ({reason}): set JAX_PLATFORMS=cpu to do without it") from error

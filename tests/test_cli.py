@@ -111,11 +111,15 @@ def test_without_a_device_commands_still_tell_their_flags(run_command, monkeypat
         raise RuntimeError("no such platform")
 
     monkeypatch.setattr(jax, "local_devices", absent)
+    monkeypatch.setenv("JAX_PLATFORMS", "abacus")
     for main in (train.main, evaluate.main, predict.main, convert.main, accuracy.main):
         assert run_command(main, "--help")[0] == 0
     status, _, error = run_command(convert.main, pretrained_path("lenet5"), tmp_path / "lenet5.pth")
     assert (status, error.count("\n")) == (2, 1)
-    assert "JAX finds no device" in error
+    assert "JAX finds no device for JAX_PLATFORMS=abacus (no such platform): " in error
+    monkeypatch.delenv("JAX_PLATFORMS")
+    _, _, error = run_command(convert.main, pretrained_path("lenet5"), tmp_path / "lenet5.pth")
+    assert error == "error: JAX can't use a device (no such platform): set JAX_PLATFORMS=cpu to do without it\n"
 
 
 def closed():

@@ -82,7 +82,22 @@ def test_huge_pages_are_not_expected_of_another_library(monkeypatch):
     assert not host.has_huge_pages()
 
 
-def test_every_core_becomes_a_device_unless_the_user_says_otherwise(monkeypatch):
+@pytest.mark.parametrize(
+    ("limit", "slurm", "cores"),
+    [("max 100000", None, 8), ("150000 100000", None, 2), ("20000 100000", "4", 1), (None, "3", 3), (None, "x", 8)],
+)
+def test_a_containers_or_slurms_limit_of_cores(limit, slurm, cores, tmp_path, monkeypatch):
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(host, "_CPU_LIMIT", tmp_path / "cpu.max")
+    if limit is not None:
+        (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    if slurm is not None:
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", slurm)
+    assert host.cpu_cores() == cores
+
+
+def test_every_core_becomes_a_device_unless_the_user_says_otherwise(monkeypatch, tmp_path):
+    monkeypatch.setattr(host, "_CPU_LIMIT", tmp_path / "none")
     updates = []
     monkeypatch.setattr(jax.config, "update", lambda *arguments: updates.append(arguments))
     for name in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS"):
