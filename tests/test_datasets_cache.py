@@ -48,6 +48,23 @@ def test_a_shared_cache_can_be_read_by_others(small_batches, tmp_path, cache):
     assert entry.stat().st_mode & 0o777 == 0o755
 
 
+def test_copies_in_ever_new_places_do_not_fill_the_cache(small_batches, tmp_path, cache):
+    """A batch job may copy the data to a folder of its own."""
+    (cache / "cifar10-mine").mkdir(parents=True)
+    for job in range(cache_module.KEPT + 2):
+        write_python(tmp_path / f"{job}" / "cifar-10-batches-py", small_batches)
+        assert_loads(small_batches, tmp_path / f"{job}")
+        for number, entry in enumerate(sorted(cache.iterdir(), key=lambda path: path.stat().st_mtime_ns)):
+            os.utime(entry, (number, number))
+    assert len(list(cache.iterdir())) == cache_module.KEPT + 1
+    assert (cache / "cifar10-mine").is_dir()
+    newest = max(cache.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cifar_jax.datasets.official.read_batch", None)  # decoding again would fail
+        assert_loads(small_batches, tmp_path / f"{job}")
+    assert newest.exists()
+
+
 def test_a_named_cache_needs_no_pooch(small_batches, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pooch", None)
     write_python(tmp_path / "cifar-10-batches-py", small_batches)

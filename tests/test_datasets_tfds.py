@@ -1,11 +1,13 @@
 import os
 import shutil
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 from cifar_files import assert_loads, write_python, write_tfds
 
-from cifar_jax.datasets import load_dataset
+from cifar_jax.datasets import load_dataset, records
 from cifar_jax.errors import UserError
 
 
@@ -47,6 +49,30 @@ def test_a_tfrecord_copy_is_passed_over_unless_it_is_named(small_batches, tmp_pa
         load_dataset("cifar10", tmp_path)
     write_python(tmp_path / "cifar-10-batches-py", small_batches)
     assert_loads(small_batches, tmp_path)
+
+
+def test_a_signal_to_all_processes_of_a_job_does_not_end_the_program_that_reads(small_batches, tmp_path, monkeypatch):
+    """The parent stops it. Otherwise its end would look like damaged files."""
+    write_tfds(tmp_path, small_batches)
+    receive = records._receive
+
+    class Signalled(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            started.append(self)
+
+    def late(stream, count):
+        head = stream.peek(1)  # the program runs
+        assert head
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            started[-1].send_signal(number)
+        return receive(stream, count)
+
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", Signalled)
+    monkeypatch.setattr(records, "_receive", late)
+    assert_loads(small_batches, tmp_path)
+    assert started
 
 
 def test_ctrl_c_does_not_reach_the_program_that_reads(small_batches, tmp_path, process_groups):

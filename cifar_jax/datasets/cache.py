@@ -28,6 +28,7 @@ from cifar_jax.io import write_json
 
 _MANIFEST = "manifest.json"
 _MANIFEST_LIMIT = 2**16  # bytes
+KEPT = 4  # entries of a dataset
 
 
 class _Damaged(Exception):
@@ -49,6 +50,7 @@ def cached(info: Cifar, cache: Path | None, files: Iterable[Path], decode: Calla
     arrays = decode()
     try:
         _save(info, entry, arrays)
+        _prune(info, entry)
     except OSError as error:
         say(f"can't cache decoded data in {entry} ({error}): the next start will decode again", error=True)
     return arrays
@@ -156,6 +158,13 @@ def _save(info: Cifar, entry: Path, arrays: Arrays) -> None:
                 if not _is_good(info, entry):  # otherwise another process has written it
                     raise
             _sync_folder(entry.parent)
+
+
+def _prune(info: Cifar, newest: Path) -> None:
+    """Removes the oldest entries of a dataset above KEPT. A batch job may copy the data to a new place each time."""
+    entries = [path for path in newest.parent.glob(f"{info.name}-{'[0-9a-f]' * 16}") if path != newest]
+    for entry in sorted(entries, key=lambda path: path.stat().st_mtime_ns)[: 1 - KEPT]:
+        shutil.rmtree(entry, ignore_errors=True)  # what another process has mapped stays readable to it
 
 
 def _is_good(info: Cifar, entry: Path) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import struct
 import sys
 import time
@@ -73,6 +74,8 @@ def main() -> None:
     if stack == resource.RLIM_INFINITY or stack > STACK:  # threads get the limit in force when the program started
         resource.setrlimit(resource.RLIMIT_STACK, (STACK, most))
         os.execv(sys.executable, sys.orig_argv)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a batch system may signal all processes: the parent ends this one
+        signal.signal(number, signal.SIG_IGN)
     request = json.loads(sys.argv[1])
     for key, label, png in {"parquet": read_parquet, "tfds": read_tfds}[request["kind"]](request):
         if len(key) >= 2**16 or len(png) >= 2**16:

@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import re
+import signal
 import struct
 import sys
 import zipfile
@@ -196,6 +197,8 @@ def answer(path: str, h5py: Any, numpy: Any) -> Iterator[bytes]:
 
 
 def main() -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a batch system may signal all processes: the parent ends this one
+        signal.signal(number, signal.SIG_IGN)
     path, *folders = sys.argv[1:]
     sys.path += folders
     import h5py
