@@ -27,15 +27,17 @@ def say(text: str, *, error: bool = False, everywhere: bool = False) -> None:
     stream = sys.stderr if error else sys.stdout
     if stream is None or not (everywhere or is_main()):  # None: closed before Python started
         return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    line = f"{text}\n".encode(encoding, "replace").decode(encoding)
     written = False
     try:
         with tqdm.external_write_mode(file=stream):
-            stream.write(f"{text}\n")
+            stream.write(line)
             written = True
     except FAILURES:  # either the stream or the progress bar's terminal fails
         try:
             if not written:
-                stream.write(f"{text}\n")
+                stream.write(line)
         except FAILURES:
             silence(stream)
 

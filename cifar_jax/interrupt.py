@@ -16,9 +16,10 @@ from typing import Any
 def exit_on_interrupt() -> None:
     """Makes Ctrl-C print "interrupted" and end the process with status 130. Nothing needs to be cleaned up yet.
 
-    An exception would not work, because some modules catch it while they are imported.
+    An exception would not work, because some modules catch it while they are imported. An ignored signal stays ignored,
+    and IPython's %run keeps its handler.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # an ignored signal stays ignored
+    if "IPython" not in sys.modules and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit)
 
 

@@ -65,6 +65,7 @@ def _tested_images(workdir: Path) -> str:
 @contextlib.contextmanager
 def drawn(size: tuple[float, float], rows: int = 1, columns: int = 1) -> Iterator[tuple[Any, Any]]:
     """Yields (figure, its axes) of `size` inches. It depends on neither a display nor the user's style."""
+    first = "matplotlib" not in sys.modules
     backend = os.environ.pop("MPLBACKEND", None)  # a notebook sets a backend that may be missing here
     try:
         import matplotlib.style
@@ -72,6 +73,9 @@ def drawn(size: tuple[float, float], rows: int = 1, columns: int = 1) -> Iterato
     finally:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
+    if first and backend is not None:  # matplotlib reads the variable only once
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
     with matplotlib.style.context("default"):
         figure = Figure(figsize=size, dpi=120, layout="constrained")
         yield figure, figure.subplots(rows, columns)

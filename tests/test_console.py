@@ -138,3 +138,12 @@ def test_a_closed_pipe_loses_no_epoch(use_tiny_dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", FAILURES["pipe"]())
     assert train.main() == 0
     assert len(read_metrics(tmp_path / "run")) == 2
+
+
+def test_a_character_that_cant_be_encoded_costs_nothing_else(monkeypatch):
+    """A program that calls train_and_evaluate may have such an output."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    say("on 1 × cpu")
+    say("more")
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue() == b"on 1 ? cpu\nmore\n"

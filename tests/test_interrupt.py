@@ -92,6 +92,14 @@ def test_a_command_that_began_clears_away():
     assert cleared
 
 
+def test_ipython_keeps_its_handler(monkeypatch):
+    """After %run the session goes on."""
+    monkeypatch.setitem(sys.modules, "IPython", sys)
+    before = signal.getsignal(signal.SIGINT)
+    interrupt.exit_on_interrupt()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 # --- Where an exception of the handler is lost ---
 
 STATUSES = [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, ""), (signal.SIGHUP, 129, "")]

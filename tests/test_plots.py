@@ -66,6 +66,8 @@ def test_the_users_backend_does_not_matter(backend, run, monkeypatch):
     plots.plot_run(run)
     assert all((run / name).read_bytes().startswith(b"\x89PNG") for name in NAMES)
     assert os.environ["MPLBACKEND"] == backend
+    if backend.startswith("module:"):  # the user's own figures go there: matplotlib reads the variable only once
+        assert sys.modules["matplotlib"].rcParams._get_backend_or_none() == backend
 
 
 def test_the_users_settings_do_not_matter(run, tmp_path_factory):
