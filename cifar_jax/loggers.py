@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from cifar_jax.configs.base import EXECUTION_FIELDS, Config
 from cifar_jax.console import say
 from cifar_jax.errors import UserError, one_line
+from cifar_jax.installed import import_installed
 from cifar_jax.io import read_json, write_json
 from cifar_jax.metrics import EpochMetrics
 
@@ -106,7 +107,7 @@ class Logger:
         name, self._create = SERVICES[config.logger]
         self._state = Path(config.workdir) / config.logger / "logged.json"
         try:
-            self._library = importlib.import_module(name)
+            self._library = import_installed(name)
         except ImportError as error:
             advice = f"pip install 'cifar_jax[{config.logger}]'"
             raise UserError(f"--logger {config.logger}: {name} is not installed: {advice}") from error

@@ -163,6 +163,15 @@ def test_a_full_disk_does_not_stop_tensorboard_runs(tiny_config, tiny_dataset, m
     assert [epoch for epoch, _ in read_events(Path(tiny_config.workdir) / "tensorboard")] == [1, 2]
 
 
+def test_a_folder_of_the_librarys_name_is_no_library(tmp_path, tiny_config, monkeypatch):
+    """Another project may have left its wandb/ in the current folder."""
+    (tmp_path / "abacus").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(loggers.SERVICES, "wandb", ("abacus", None))
+    with pytest.raises(UserError, match="abacus is not installed"):
+        loggers.Logger(dataclasses.replace(tiny_config, logger="wandb"))
+
+
 @pytest.mark.parametrize(("name", "library"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
 def test_a_missing_library_is_one_line(name, library, use_tiny_dataset, tmp_path, run_command, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from cifar_jax.errors import UserError
+from cifar_jax.installed import import_installed
 from cifar_jax.models import get_model
 from cifar_jax.weights.pairing import pair_tensors
 from cifar_jax.weights.params import Params, layers_from_params, params_from_layers
@@ -29,14 +30,13 @@ def import_keras() -> Any:
     """
     os.environ.setdefault("KERAS_BACKEND", "torch")
     try:
-        import keras
+        return import_installed("keras")
     except (ImportError, ValueError) as error:  # ValueError: Keras does not know the KERAS_BACKEND
         backend = os.environ["KERAS_BACKEND"]
         advice = (
             "pip install 'cifar_jax[parity]'" if backend == "torch" else f"KERAS_BACKEND is {backend}: set it to torch"
         )
         raise UserError(f"Keras or its backend is not installed ({error}): {advice}") from error
-    return keras
 
 
 def _initializer(kind: str, **config: Any) -> dict[str, Any]:

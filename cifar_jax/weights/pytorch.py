@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from cifar_jax.errors import UserError
+from cifar_jax.installed import import_installed
 from cifar_jax.models import get_model
 from cifar_jax.weights.pairing import pair_tensors
 from cifar_jax.weights.params import (
@@ -101,10 +102,9 @@ TWINS: dict[str, Callable[..., Any]] = {"all_cnn": _all_cnn, "lenet5": _lenet5}
 def import_torch() -> Any:
     """Imports torch. Raises: UserError if PyTorch is not installed."""
     try:
-        import torch
+        return import_installed("torch")
     except ImportError as error:
         raise UserError("PyTorch is not installed: pip install 'cifar_jax[parity]'") from error
-    return torch
 
 
 def params_from_pytorch(state_dict: Mapping[str, Any], model: str | None = None) -> Params:
