@@ -27,10 +27,10 @@ def say(text: str, *, error: bool = False, everywhere: bool = False) -> None:
     stream = sys.stderr if error else sys.stdout
     if stream is None or not (everywhere or is_main()):  # None: closed before Python started
         return
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    line = f"{text}\n".encode(encoding, "replace").decode(encoding)
-    written = False
+    line, written = f"{text}\n", False
     try:
+        if getattr(stream, "errors", None) == "strict":  # a program that calls a function has set nothing else
+            line = line.encode(stream.encoding, "replace").decode(stream.encoding)
         with tqdm.external_write_mode(file=stream):
             stream.write(line)
             written = True

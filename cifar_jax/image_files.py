@@ -41,7 +41,7 @@ def find_images(names: Iterable[Path]) -> tuple[list[Path], list[str]]:
         if not matches and len(failures) == unreadable:
             raise UserError(f"{path}: no image file there")
         found += matches
-    return found, failures
+    return found, list(dict.fromkeys(failures))  # ** finds a folder again below each that it is in
 
 
 def _files(path: Path, failures: list[str]) -> list[Path]:
@@ -49,7 +49,7 @@ def _files(path: Path, failures: list[str]) -> list[Path]:
     if not os.path.isdir(path):
         return [path]
     PIL.Image.init()
-    formats = {kind for kind in PIL.Image.OPEN if kind not in _IDENTIFIED}
+    formats = {*PIL.Image.OPEN, "MPO"} - _IDENTIFIED  # JPEG's reader opens MPO
     endings = {ending for ending, kind in PIL.Image.EXTENSION.items() if kind in formats}  # .pdf is only written
     fail = lambda error: failures.append(f"{error.filename}: {error.strerror}")
     below = [Path(folder) / file for folder, _, files in os.walk(path, onerror=fail) for file in files]
@@ -60,7 +60,7 @@ def load_image(path: Path) -> np.ndarray:
     """Reads an image file for the networks: uint8 [32, 32, 3]. The path - is standard input.
 
     EXIF rotation is applied, transparency becomes white, and the central square is resized to 32×32 pixels.
-    Raises: UserError if the file can't be read, or has more than 8 bits per channel and one channel.
+    Raises: UserError if the file can't be read, or is an image of one channel with more than 8 bits.
     """
     path = user_path(path)
     content = _standard_input() if path == STDIN else _regular_file(path)

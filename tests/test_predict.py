@@ -161,10 +161,11 @@ def test_folders_patterns_and_standard_input(files, run_command, monkeypatch):
 
 
 def test_a_folder_has_the_files_whose_pixels_pillow_reads(tmp_path, monkeypatch):
-    for name in ("a.png", "only_written.pdf", "only_identified.mpg", "~b.png"):
+    for name in ("a.png", "only_written.pdf", "only_identified.mpg", "three_dimensional.mpo", "~b.png"):
         PIL.Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / name, format="PNG")
     monkeypatch.chdir(tmp_path)
-    for names in ([Path()], [Path("*.png")], [Path("a.png"), Path("~b.png")]):
+    assert [path.name for path in find_images([Path()])[0]] == ["a.png", "three_dimensional.mpo", "~b.png"]
+    for names in ([Path("*.png")], [Path("a.png"), Path("~b.png")]):
         found, failures = find_images(names)
         assert ([path.name for path in found], failures) == (["a.png", "~b.png"], [])
     assert [load_image(path).shape for path in found] == [(32, 32, 3)] * 2
@@ -181,8 +182,9 @@ def test_a_folder_that_cant_be_read_is_told(files, run_command, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", scandir)
     told = f"error: {folder / 'private'}: Permission denied\n"
-    status, output, error = run_command(predict.main, "--pretrained", "lenet5", folder)
-    assert (status, output.count("\n"), error) == (1, len(files), told)
+    for name in (folder, f"{folder}/**"):
+        status, output, error = run_command(predict.main, "--pretrained", "lenet5", name)
+        assert (status, output.count("\n"), error) == (1, len(files), told)
     assert run_command(predict.main, "--pretrained", "lenet5", folder / "private") == (2, "", told)
 
 
