@@ -37,7 +37,7 @@ def test_a_description_that_is_nested_too_deep(small_batches, tmp_path):
         load_dataset("cifar10", tmp_path)
 
 
-def test_a_tfrecord_copy_is_passed_over_unless_it_is_named(small_batches, tmp_path, monkeypatch, capsys):
+def test_a_tfrecord_copy_is_passed_over_if_there_is_another(small_batches, tmp_path, monkeypatch, capsys):
     folder = write_tfds(tmp_path, small_batches)
     for file in folder.glob("*.array_record*"):
         shutil.move(file, str(file).replace("array_record", "tfrecord"))
@@ -49,6 +49,7 @@ def test_a_tfrecord_copy_is_passed_over_unless_it_is_named(small_batches, tmp_pa
         load_dataset("cifar10", tmp_path)
     write_python(tmp_path / "cifar-10-batches-py", small_batches)
     assert_loads(small_batches, tmp_path)
+    assert "file_format='array_record'" in capsys.readouterr().err
 
 
 def test_a_signal_to_all_processes_of_a_job_does_not_end_the_program_that_reads(small_batches, tmp_path, monkeypatch):

@@ -42,7 +42,10 @@ def cached(info: Cifar, cache: Path | None, files: Iterable[Path], decode: Calla
         return decode()
     entry = cache / f"{info.name}-{_key(files)}"
     try:
-        return _open(info, entry)
+        arrays = _open(info, entry)
+        with contextlib.suppress(OSError):  # a read-only cache
+            os.utime(entry)  # it was used: see _prune
+        return arrays
     except FileNotFoundError:
         pass
     except (_Damaged, OSError) as error:
@@ -50,9 +53,10 @@ def cached(info: Cifar, cache: Path | None, files: Iterable[Path], decode: Calla
     arrays = decode()
     try:
         _save(info, entry, arrays)
-        _prune(info, entry)
     except OSError as error:
         say(f"can't cache decoded data in {entry} ({error}): the next start will decode again", error=True)
+    with contextlib.suppress(OSError):  # another process prunes too
+        _prune(info, entry)
     return arrays
 
 
@@ -161,7 +165,10 @@ def _save(info: Cifar, entry: Path, arrays: Arrays) -> None:
 
 
 def _prune(info: Cifar, newest: Path) -> None:
-    """Removes the oldest entries of a dataset above KEPT. A batch job may copy the data to a new place each time."""
+    """Removes a dataset's entries above KEPT, those first that were not used for longest.
+
+    A batch job may copy the data to a new place each time.
+    """
     entries = [path for path in newest.parent.glob(f"{info.name}-{'[0-9a-f]' * 16}") if path != newest]
     for entry in sorted(entries, key=lambda path: path.stat().st_mtime_ns)[: 1 - KEPT]:
         shutil.rmtree(entry, ignore_errors=True)  # what another process has mapped stays readable to it

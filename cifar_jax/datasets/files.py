@@ -58,10 +58,12 @@ def _locate(info: Cifar, named: Path | None) -> tuple[Layout, Path]:
 
 def _find(info: Cifar, place: Path, named: bool) -> tuple[Layout, Path] | None:
     """Returns the first layout that the place has. Raises: the first UserError of a layout, if none has it."""
-    refusals = []
+    refusals: list[UserError] = []
     for layout in LAYOUTS:
         try:
             if (path := layout.find(info, place, named)) is not None:
+                for refusal in refusals:
+                    say(f"note: skipped {refusal}", error=True)
                 return layout, path
         except UserError as error:
             refusals.append(error)

@@ -70,12 +70,13 @@ def read_tfds(request: dict[str, Any]) -> Iterator[Record]:
 
 
 def main() -> None:
+    # A batch system may signal all processes: the parent ends this one.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     stack, most = resource.getrlimit(resource.RLIMIT_STACK)
     if stack == resource.RLIM_INFINITY or stack > STACK:  # threads get the limit in force when the program started
         resource.setrlimit(resource.RLIMIT_STACK, (STACK, most))
         os.execv(sys.executable, sys.orig_argv)
-    for number in (signal.SIGTERM, signal.SIGHUP):  # a batch system may signal all processes: the parent ends this one
-        signal.signal(number, signal.SIG_IGN)
     request = json.loads(sys.argv[1])
     for key, label, png in {"parquet": read_parquet, "tfds": read_tfds}[request["kind"]](request):
         if len(key) >= 2**16 or len(png) >= 2**16:

@@ -86,6 +86,8 @@ def _reason(status: int, errors: IO[bytes]) -> str:
     """Returns why the program ended; empty if it gave no reason."""
     if status == -signal.SIGXCPU:
         return "reading takes too long for the file's size"
+    if -status in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # before it could ignore them
+        return f"the program that reads it was ended by {signal.Signals(-status).name}"
     if status < 0:
         return f"the library that reads it crashed with {signal.Signals(-status).name}"
     errors.seek(0)

@@ -197,7 +197,8 @@ def answer(path: str, h5py: Any, numpy: Any) -> Iterator[bytes]:
 
 
 def main() -> None:
-    for number in (signal.SIGTERM, signal.SIGHUP):  # a batch system may signal all processes: the parent ends this one
+    # A batch system may signal all processes: the parent ends this one.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     path, *folders = sys.argv[1:]
     sys.path += folders
