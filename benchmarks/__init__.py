@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from cifar_jax.errors import UserError
 from cifar_jax.io import made_folder, write_json
@@ -16,10 +17,21 @@ def output_file(folder: Path, name: str) -> Path:
     Raises: UserError if the file can't be written or `name` is not a file name; OSError.
     """
     path = folder / f"{name}.json"
-    with made_folder(folder):
-        if Path(name).name != name or path.is_dir() or not os.access(folder, os.W_OK):
-            raise UserError(f"can't write {path}: name another --out, or a --name without a folder")
+    refusal = UserError(f"can't write {path}: name another --out, or a --name without a folder")
+    try:
+        with made_folder(folder):
+            if Path(name).name != name or path.is_dir():
+                raise refusal
+    except PermissionError as error:
+        raise refusal from error
     return path
+
+
+def with_pytorch_on_cpu(environment: dict[str, Any]) -> dict[str, Any]:
+    """Returns an environment whose hardware names PyTorch's part, which ran on the CPU, if JAX's part did not."""
+    if jax.default_backend() == "cpu":
+        return environment
+    return {**environment, "hardware": f"{environment['hardware']}; PyTorch on the CPU"}
 
 
 def write_result(path: Path, content: dict[str, Any]) -> None:

@@ -30,7 +30,9 @@ FAMILIES: dict[Family, tuple[str, ...]] = {
 }
 
 
-STEPS_OF_A_CALL = 50  # at most, on an accelerator: enough to hide the call, and few enough for rounds of 0.1 s
+STEPS_OF_A_CALL = (
+    50  # at most, of ORDER_STEPS, on an accelerator: enough to hide the call, and few enough for rounds of 0.1 s
+)
 
 
 def best_rate(multiply: Callable[[], Any], wait: Callable[[Any], Any], size: int) -> float:
@@ -100,7 +102,10 @@ class Backend(abc.ABC):
 
 
 class JaxBackend(Backend):
-    """The package's training and evaluation steps, called as in train.py and evaluate.py."""
+    """The package's training and evaluation steps, called as in train.py and evaluate.py.
+
+    Only on an accelerator a call has fewer steps: STEPS_OF_A_CALL.
+    """
 
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
@@ -136,12 +141,17 @@ class JaxBackend(Backend):
         return time.perf_counter() - begin
 
     def _steps_of_a_pass(self, phase: str) -> int:
-        return len(self._labels) // self._workload.plain.batch_size if phase == "inference" else ORDER_STEPS
+        if phase != "inference":
+            return ORDER_STEPS
+        batches = len(self._labels) // self._workload.plain.batch_size
+        if has_constant_bounds(self._devices):  # whole calls alone: others would be compiled too
+            return batches // STEPS_OF_A_CALL * STEPS_OF_A_CALL or batches
+        return batches
 
     def _steps_of_a_call(self, phase: str) -> int:
         in_a_pass = self._steps_of_a_pass(phase)
         if has_constant_bounds(self._devices):
-            return max(count for count in range(1, STEPS_OF_A_CALL + 1) if in_a_pass % count == 0)
+            return min(STEPS_OF_A_CALL, in_a_pass)
         return choose_steps_per_call(self._workload.plain, self._devices, in_a_pass)
 
     def unit(self, phase: str) -> int:

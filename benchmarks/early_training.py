@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import output_file, write_result
+from benchmarks import output_file, with_pytorch_on_cpu, write_result
 from cifar_jax.augment import augmentation_keys, create_augment
 from cifar_jax.batches import epoch_order, pixel_statistics, scale_images
 from cifar_jax.cli import command, parse_arguments
@@ -122,11 +122,9 @@ def main() -> int:
                     flush=True,
                 )
             measured = describe_environment(jax.local_devices()[:1], (*PACKAGES, "torch"))
-            if jax.default_backend() != "cpu":
-                measured["hardware"] += "; PyTorch on the CPU"
             content = {
                 "command": describe_command("-m benchmarks.early_training", sys.argv[1:]),
-                **measured,
+                **with_pytorch_on_cpu(measured),
                 "dataset": arguments.dataset,
                 "runs": runs,
             }

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import scipy.stats
 
+from benchmarks import with_pytorch_on_cpu
 from benchmarks.pytorch_training import train_in_pytorch, unsupported_fields
 from benchmarks.seeds import Arguments, Stop, configure, origin, spread, train_in_jax
 from benchmarks.workloads import reference_recipe
@@ -72,8 +73,6 @@ def run_parity(arguments: Arguments, model: str, stop: Stop) -> dict[str, Any] |
     }
     trained = origin(all_runs["jax"])  # PyTorch's runs do not store theirs
     trained["versions"]["torch"] = importlib.metadata.version("torch")
-    if jax.default_backend() != "cpu":
-        trained["hardware"] += "; PyTorch on the CPU"
     result = compare({name: [run[-1] for run in runs] for name, runs in curves.items()})
     p = "none, as no seed differs" if result["p_value"] is None else f"{result['p_value']:.2f}"
     print(f"difference {result['difference']:+.2%}, p = {p}")
@@ -81,7 +80,7 @@ def run_parity(arguments: Arguments, model: str, stop: Stop) -> dict[str, Any] |
         "recipe": recipe,
         "dataset": config.dataset,
         "num_epochs": config.num_epochs,
-        **trained,
+        **with_pytorch_on_cpu(trained),
         "seeds": list(arguments.seeds),
         "test_accuracy_by_epoch": curves,
         "last_epoch": result,

@@ -376,11 +376,11 @@ def test_an_accelerator_runs_whole_calls(monkeypatch):
     backend = JaxBackend(workload)
     assert backend.unit("training") == 1
     backend._devices = [types.SimpleNamespace(platform="gpu")]
-    assert (backend.unit("training"), backend.unit("inference")) == (50, 32)
+    assert (backend.unit("training"), backend.unit("inference")) == (50, 50)
     lengths = []
     monkeypatch.setattr(backend, "run", lambda phase, steps: lengths.append(steps) or 0.001 * steps)
-    assert backend.warm_up("inference", 6)["steps_of_a_round"] == 6016
-    assert lengths == [32] * 4 + [128, 512, 2048]
+    assert backend.warm_up("inference", 6)["steps_of_a_round"] == 6000
+    assert lengths == [50] * 4 + [200, 800]
 
 
 def test_jax_takes_one_of_several_gpus(monkeypatch):
