@@ -25,7 +25,7 @@ _HEAP_BYTES = 60 * 2**20  # below the 64 MiB of glibc's heaps
 
 
 def cpu_cores() -> int:
-    """Number of CPU cores available to this process, also in a container or a step of SLURM with a limit."""
+    """Number of CPU cores available to this process, also with the limit of a container (cgroup v2) or of SLURM."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # "max" if there is no limit
         quota, period = map(int, _CPU_LIMIT.read_text().split())
@@ -137,8 +137,8 @@ def check_devices() -> None:
     except (RuntimeError, AssertionError) as error:
         if jax.distributed.is_initialized():  # the processes tell each other their devices: one may be gone
             raise
-        reason = one_line(error)
+        reason = one_line(error) or type(error).__name__
         if asked := os.environ.get("JAX_PLATFORMS"):
-            advice = f"JAX finds no device for JAX_PLATFORMS={asked} ({reason})"
-            raise UserError(f"{advice}: install JAX for it (see README) or unset the variable") from error
+            missing = f"JAX finds no device for JAX_PLATFORMS={asked} ({reason})"
+            raise UserError(f"{missing}: install JAX for it (see README) or unset the variable") from error
         raise UserError(f"JAX can't use a device ({reason}): set JAX_PLATFORMS=cpu to do without it") from error

@@ -137,7 +137,10 @@ class Logger:
                     self._write_state()
 
     def start_again(self) -> None:
-        """Makes the following epochs a new curve, if epochs of an earlier training in this folder were sent."""
+        """Forgets that epochs of an earlier training in this folder were sent, and its id.
+
+        TensorBoard, which goes by folders, shows the later points in place of the earlier ones.
+        """
         if self._config.logger != "none":
             with self._never_failing():
                 if self._read_state()[1]:

@@ -102,7 +102,7 @@ def _initialize(processes: Processes) -> None:
         say("connecting to the other processes of this cluster; --coordinator none trains without them")
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         if visible and "," not in visible and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
-            given["local_device_ids"] = [0]  # srun --gpus-per-task=1; JAX would take the task's number
+            given["local_device_ids"] = [0]  # the only GPU that the task sees; JAX would take that of the task's number
     given |= {"heartbeat_timeout_seconds": SILENCE_SECONDS, "shutdown_timeout_seconds": LEAVING_SECONDS}
     try:
         with _default_signals():

@@ -89,6 +89,7 @@ def test_huge_pages_are_not_expected_of_another_library(monkeypatch):
 def test_a_containers_or_slurms_limit_of_cores(limit, slurm, cores, tmp_path, monkeypatch):
     monkeypatch.setattr(host.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(host, "_CPU_LIMIT", tmp_path / "cpu.max")
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
     if limit is not None:
         (tmp_path / "cpu.max").write_text(f"{limit}\n")
     if slurm is not None:
@@ -98,6 +99,7 @@ def test_a_containers_or_slurms_limit_of_cores(limit, slurm, cores, tmp_path, mo
 
 def test_every_core_becomes_a_device_unless_the_user_says_otherwise(monkeypatch, tmp_path):
     monkeypatch.setattr(host, "_CPU_LIMIT", tmp_path / "none")
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
     updates = []
     monkeypatch.setattr(jax.config, "update", lambda *arguments: updates.append(arguments))
     for name in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS"):

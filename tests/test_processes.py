@@ -13,7 +13,7 @@ import tiny_command
 from small_runs import latest_state, untimed_rows
 
 import benchmarks.processes
-from cifar_jax import models
+from cifar_jax import models, processes
 from cifar_jax.cluster import Processes, is_clusters_process, silence_xla
 from cifar_jax.errors import UserError
 from cifar_jax.processes import agree, any_of, broadcast, check_same, connected, on_main
@@ -184,6 +184,20 @@ def test_xlas_messages_are_hidden_from_several_processes(monkeypatch):
     assert "TF_CPP_MIN_LOG_LEVEL" not in os.environ
     silence_xla(["train", "--coordinator=a:1"])
     assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "4"
+
+
+@pytest.mark.parametrize(
+    ("visible", "named", "ids"), [("3", None, [0]), ("0,1", None, None), (None, None, None), ("3", "1", None)]
+)
+def test_a_task_of_a_cluster_takes_the_one_gpu_that_it_sees(visible, named, ids, monkeypatch):
+    """As under srun --gpus-per-task=1, where JAX would take the GPU of the task's number."""
+    given = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: given.append(options))
+    for name, value in (("CUDA_VISIBLE_DEVICES", visible), ("JAX_LOCAL_DEVICE_IDS", named)):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    processes._initialize(Processes("auto"))
+    assert given[0].get("local_device_ids") == ids
 
 
 def test_one_process_agrees_with_itself():
