@@ -422,6 +422,32 @@ def test_eval_shape_and_wrong_arguments():
             jax.eval_shape(partial(ops.convolution, padding=((0, 0), (0, 0))), wrong, kernel)
 
 
+def test_without_jit_and_with_checks_for_nan():
+    """Both make JAX run operation by operation."""
+    images, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 4))
+    expected = ops.convolution(images, kernel, "SAME")
+    with jax.disable_jit():
+        np.testing.assert_array_equal(ops.convolution(images, kernel, "SAME"), expected)
+    program = jax.jit(lambda images: ops.convolution(images, kernel, "SAME"))
+    with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
+        program(images * jnp.nan)
+
+
+def test_the_precision_is_that_where_a_convolution_is_called():
+    """The program is lowered after its context has ended."""
+
+    def loss(kernel):
+        with jax.default_matmul_precision("highest"):
+            return ops.convolution(jnp.ones((2, 8, 8, 3)), kernel, "SAME").sum()
+
+    def text(loss):
+        program = jax.jit(jax.value_and_grad(loss)).trace(jnp.ones((3, 3, 3, 4)))
+        return program.lower(lowering_platforms=("cuda",)).as_text()
+
+    assert text(loss).count("precision HIGHEST") == 2 * operations(text(loss))["convolution"] > 0
+    assert "HIGHEST" not in text(lambda kernel: ops.convolution(jnp.ones((2, 8, 8, 3)), kernel, "SAME").sum())
+
+
 # --- the platform's form ---
 
 
