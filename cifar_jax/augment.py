@@ -126,7 +126,7 @@ def trivial_augment(key: jax.Array, image: jax.Array) -> jax.Array:
     """
     kind_key, strength_key, sign_key = jax.random.split(key, 3)
     kind = jax.random.randint(kind_key, (), 0, 13)
-    strength = jax.random.uniform(strength_key)
+    strength = jax.random.uniform(strength_key, dtype=jnp.float32)
     signed = jnp.where(jax.random.bernoulli(sign_key), strength, -strength)
     image = image.astype(jnp.float32)
 
@@ -142,7 +142,7 @@ def trivial_augment(key: jax.Array, image: jax.Array) -> jax.Array:
     columns = (s + shear_x) * y[:, None] + c * x[None, :] + shift_x
     warped = _warp(image, [rows + (height - 1) / 2, columns + (width - 1) / 2])
 
-    gray = (image * jnp.array([0.299, 0.587, 0.114]).reshape(1, 1, 3)).sum(-1, keepdims=True)
+    gray = (image * jnp.array([0.299, 0.587, 0.114], jnp.float32).reshape(1, 1, 3)).sum(-1, keepdims=True)
     padded = jnp.pad(image, ((1, 1), (1, 1), (0, 0)), mode="edge")
     box = sum(padded[i : i + height, j : j + width] for i in range(3) for j in range(3))
     blend = lambda dull: dull + (1 + 0.9 * signed) * (image - dull)  # moves away from or towards the dull image

@@ -26,15 +26,15 @@ def mix(
     _, height, width, _ = images.shape
     share_keys, y_keys, x_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
     alpha = mixup_alpha or cutmix_alpha
-    share = jax.vmap(lambda key: jax.random.beta(key, alpha, alpha))(share_keys)
+    share = jax.vmap(lambda key: jax.random.beta(key, alpha, alpha, dtype=jnp.float32))(share_keys)
     if mixup_alpha:
         weight = share.reshape(-1, 1, 1, 1).astype(images.dtype)
         return weight * images + (1 - weight) * others, share
 
     def inside(keys: jax.Array, length: int) -> jax.Array:
-        centre = jax.vmap(lambda key: jax.random.uniform(key, (1,)))(keys) * length
+        centre = jax.vmap(lambda key: jax.random.uniform(key, (1,), jnp.float32))(keys) * length
         half = length * jnp.sqrt(1 - share)[:, None] / 2
-        return jnp.abs(jnp.arange(0.5, length)[None, :] - centre) < half
+        return jnp.abs(jnp.arange(0.5, length, dtype=jnp.float32)[None, :] - centre) < half
 
     box = inside(y_keys, height)[:, :, None] & inside(x_keys, width)[:, None, :]  # clipped at the edges: count pixels
-    return jnp.where(box[..., None], others, images), 1 - box.mean((1, 2))
+    return jnp.where(box[..., None], others, images), 1 - box.mean((1, 2), dtype=jnp.float32)

@@ -274,3 +274,13 @@ def test_each_field_augments_by_itself(field, value, is_so):
     assert (np.abs(images - image).max((1, 2, 3)) > 0.01).sum() > 4
     kinds = (is_a_turn, is_a_shift, is_a_crop, is_a_flip, is_a_hole)
     assert [kind(images, image) for kind in kinds] == [kind is is_so for kind in kinds]
+
+
+@pytest.mark.parametrize("alphas", [(0.4, 0.0), (0.0, 1.0)])
+def test_draws_are_float32_also_where_float64_is_enabled(alphas):
+    with jax.enable_x64(True):
+        image = jnp.zeros((8, 8, 3), jnp.uint8)
+        assert augment.trivial_augment(jax.random.key(0), image).dtype == jnp.float32
+        images = jnp.zeros((2, 8, 8, 3), jnp.float32)
+        mixed, share = mixing.mix(keys(0, 2), images, images[::-1], *alphas)
+        assert (mixed.dtype, share.dtype) == (jnp.float32, jnp.float32)
