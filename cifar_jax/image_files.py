@@ -7,7 +7,6 @@ import io
 import os
 import stat
 import sys
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -65,7 +64,7 @@ def load_image(path: Path) -> np.ndarray:
     path = user_path(path)
     content = _standard_input() if path == STDIN else _regular_file(path)
     try:
-        with warnings.catch_warnings(action="ignore"), PIL.Image.open(content) as image:  # Pillow warns of large images
+        with PIL.Image.open(content) as image:
             deep = image.mode.startswith(("I", "F"))  # convert would clip them at 255
             upright = PIL.ImageOps.exif_transpose(image).convert("RGBA")
     except PermissionError as error:

@@ -73,7 +73,8 @@ class WandB:
             id=run_id,
             resume="allow",
             config=recipe,
-            settings=library.Settings(silent=True, console="off", finish_timeout=FINISH_SECONDS),
+            # create_new: the calling program may have a run of its own.
+            settings=library.Settings(silent=True, console="off", finish_timeout=FINISH_SECONDS, reinit="create_new"),
         )
         if not self._run.offline:
             say(f"wandb: {self._run.url}")

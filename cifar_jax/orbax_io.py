@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 
 import jax
 import orbax.checkpoint as ocp
+
+_LOCK = threading.RLock()
 
 
 def alone() -> ocp.options.MultiprocessingOptions:
@@ -18,13 +21,17 @@ def alone() -> ocp.options.MultiprocessingOptions:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hides failures that Orbax' threads print, now or later. The same failure is raised as an exception."""
+    """Hides failures that Orbax' threads print, now or later. The same failure is raised as an exception.
+
+    Only one thread at a time is in this context, because it changes what all threads share.
+    """
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
-    sys.unraisablehook = lambda _: None
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
-    yield
-    sys.unraisablehook = hook
-    for logger, level in zip(loggers, levels):
-        logger.setLevel(level)
+    with _LOCK:
+        levels, hook = [logger.level for logger in loggers], sys.unraisablehook
+        sys.unraisablehook = lambda _: None
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        yield
+        sys.unraisablehook = hook
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)

@@ -14,6 +14,7 @@ import contextlib
 import io
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from cifar_jax.io import read_json, user_path
 from cifar_jax.metrics import read_batch_loss, read_metrics
 
 RUNNING_MEAN_STEPS = 500
+_LOCK = threading.RLock()
 USAGE = "usage: python -m cifar_jax.plots RUN, where RUN is a run's workdir"
 
 
@@ -76,7 +78,7 @@ def drawn(size: tuple[float, float], rows: int = 1, columns: int = 1) -> Iterato
     if first and backend is not None:  # matplotlib reads the variable only once
         with contextlib.suppress(ValueError):
             matplotlib.rcParams["backend"] = backend
-    with matplotlib.style.context("default"):
+    with _LOCK, matplotlib.style.context("default"):  # the settings belong to all threads
         figure = Figure(figsize=size, dpi=120, layout="constrained")
         yield figure, figure.subplots(rows, columns)
 

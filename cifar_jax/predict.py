@@ -16,6 +16,7 @@ import io
 import itertools
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -108,6 +109,7 @@ def main() -> int:
     flags = (tyro.conf.FlagCreatePairsOff,)
     arguments = parse_arguments(Arguments, prog="python -m cifar_jax.predict", config=flags)
     prepare_host()
+    warnings.simplefilter("ignore")  # Pillow's, of large images
     if not arguments.images:
         raise UserError("no image given: name one or more image files")
     if arguments.top < 1:

@@ -89,6 +89,7 @@ def test_a_resumed_wandb_run_is_the_same_run(tiny_config, tiny_dataset, fake_wan
     interrupt_then_resume(config, tiny_dataset)
     (first, points), (second, more) = fake_wandb.inits
     assert (first["id"], first["resume"]) == (second["id"], "allow")
+    assert first["settings"].reinit == "create_new"  # the calling program may have a run of its own
     assert first["config"]["batch_size"] == 16
     assert not {"workdir", "logger", "profile"} & set(first["config"])
     assert [point[0] for point in points[:-1]] == [1]
