@@ -165,7 +165,8 @@ class Parallel:
         parallel = jax.pmap(
             self.function, AXIS, in_axes=in_axes, out_axes=None, donate_argnums=self.donate, devices=list(self.devices)
         )
-        return parallel.lower(*args, index)
+        with jax.set_mesh(None):  # pmap has a mesh of its own, and refuses one of the calling program
+            return parallel.lower(*args, index)
 
 
 def repeat(step: Callable[[Any, Any], Any], start: jax.Array, count: jax.Array | int, carry: Any, at_most: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ import numpy as np
 import optax
 import tyro
 
-from cifar_jax.batches import InputScaling, pixel_statistics, scale_images, split_seed
+from cifar_jax.batches import InputScaling, check_images, pixel_statistics, scale_images, split_seed
 from cifar_jax.checkpoint import Checkpoints, Progress
 from cifar_jax.configs.base import Config, DatasetName, ModelName
 from cifar_jax.datasets import DATASETS
@@ -112,12 +113,20 @@ class Source:
             has = f"{self.name} has {count} outputs and {dataset} has {classes} classes"
             raise UserError(f"{has}: use another --dataset")
 
+    @functools.cached_property
+    def _compiled(self) -> Callable[[np.ndarray], jax.Array]:
+        return jax.jit(self.logits)
+
     def create_predictor(self) -> Callable[[np.ndarray], np.ndarray]:
-        """Returns logits(images): uint8 [N, 32, 32, 3] → float64 [N, classes], compiled once and run in batches."""
-        run = jax.jit(self.logits)
+        """Returns logits(images): uint8 [N, 32, 32, 3] → float64 [N, classes], compiled once and run in batches.
+
+        logits raises UserError for images of another type or shape.
+        """
 
         def logits(images: np.ndarray) -> np.ndarray:
-            parts = [run(images[start : start + BATCH_SIZE]) for start in range(0, len(images), BATCH_SIZE)]
+            check_images(images)
+            starts = range(0, max(len(images), 1), BATCH_SIZE)
+            parts = [self._compiled(images[start : start + BATCH_SIZE]) for start in starts]
             return np.concatenate(parts).astype(np.float64)
 
         return logits

@@ -30,7 +30,7 @@ from cifar_jax.cluster import Processes
 from cifar_jax.configs import DESCRIPTIONS, FAULTY, RECIPES
 from cifar_jax.configs.base import Config
 from cifar_jax.console import say
-from cifar_jax.datasets import Dataset
+from cifar_jax.datasets import Dataset, check_dataset
 from cifar_jax.errors import UserError
 from cifar_jax.host import prepare_host
 from cifar_jax.outcomes import FailedTraining, Interrupted
@@ -53,8 +53,8 @@ def train_and_evaluate(
     Raises: UserError for errors that the user can fix; Interrupted if `stop` ended the run before its last epoch's end.
     """
     config = dataclasses.replace(config, workdir=resolve_workdir(config.workdir))
-    if dataset is not None and (name := dataset.info.name) != config.dataset:  # whose classes would be recorded
-        raise UserError(f"the images are of {name}, and the recipe's dataset is {config.dataset}: set it to {name}")
+    if dataset is not None:
+        check_dataset(dataset, config.dataset)
     check_same_devices()
     check_same("recipe or version", _facts(config))
     if any_of(stop()):

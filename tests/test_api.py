@@ -1,15 +1,26 @@
 """The Python API. test_docs.py executes the examples of docs/api.md."""
 
+import dataclasses
 import importlib
 import inspect
+import pickle
 import re
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 import cifar_jax
 from benchmarks.report.results import ROOT
+from cifar_jax.checkpoint import Progress
+from cifar_jax.configs import RECIPES
+from cifar_jax.datasets import DATASETS, check_dataset
+from cifar_jax.errors import UserError
+from cifar_jax.outcomes import FailedTraining, Interrupted
+from cifar_jax.predict import predict
+from cifar_jax.sources import SourceFlags, load_source
 
 PAGE = (ROOT / "docs/api.md").read_text()
 SIGNATURES = re.findall(r"^## \w+\n\n`([\w.]+)\((.*)\)`$", PAGE, re.MULTILINE)
@@ -62,3 +73,71 @@ for number, (old, new) in enumerate(zip(before, state())):
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
+
+
+def test_reading_weights_starts_no_device():
+    """A program that uses them in PyTorch shares the GPU, and its data loaders fork."""
+    code = """
+from cifar_jax.pretrained import load_pretrained, pretrained_path
+from cifar_jax.weights.files import load_weights
+from jax._src import xla_bridge
+load_weights(pretrained_path("lenet5"))
+load_pretrained("all_cnn")
+assert not xla_bridge.backends_are_initialized()
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    "error", [Interrupted(Progress(2, 3, 0.5), 9), FailedTraining("it diverged", RECIPES["quickstart"])]
+)
+def test_a_runs_end_reaches_another_process(error):
+    """As from a ProcessPoolExecutor."""
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy)) == (type(error), str(error))
+
+
+@pytest.mark.usefixtures("direct_convolutions")
+def test_preprocess_can_be_sent_and_takes_no_images():
+    model, variables, preprocess = cifar_jax.load_pretrained("lenet5")
+    preprocess = pickle.loads(pickle.dumps(preprocess))
+    assert model.apply(variables, preprocess(np.zeros((0, 32, 32, 3), np.uint8))).shape == (0, 10)
+
+
+@pytest.mark.usefixtures("direct_convolutions")
+def test_predict_takes_uint8_and_compiles_once():
+    source = load_source(SourceFlags(pretrained="lenet5"))
+    with pytest.raises(UserError, match="must be uint8"):
+        predict(source, np.zeros((1, 32, 32, 3), np.float32))
+    assert predict(source, np.zeros((0, 32, 32, 3), np.uint8)).shape == (0, 10)
+    for _ in range(2):
+        predict(source, np.zeros((1, 32, 32, 3), np.uint8))
+    assert source._compiled._cache_size() == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"train_images": np.zeros((8, 32, 32, 3), np.float32)}, r"train_images are float32 \[8, 32, 32, 3\]"),
+        ({"test_images": np.zeros((4, 64, 64, 3), np.uint8)}, "test_images are uint8"),
+        ({"test_images": np.zeros((0, 32, 32, 3), np.uint8), "test_labels": np.zeros(0, int)}, "one or more"),
+        ({"train_labels": np.zeros((8, 1), np.uint8)}, r"train_labels are uint8 \[8, 1\]: .* \[8\]"),
+        ({"test_labels": np.zeros(4, np.float32)}, "test_labels are float32"),
+        ({"train_labels": np.arange(8) - 1}, "train_labels are from -1 to 6: must be from 0 to 9"),
+        ({"info": dataclasses.replace(DATASETS["digits"], class_names=("a", "b"))}, "info differs"),
+        ({"info": DATASETS["cifar100"]}, "set it to cifar100"),
+    ],
+)
+def test_a_programs_own_dataset_is_checked(changes, told):
+    images, labels = np.zeros((8, 32, 32, 3), np.uint8), np.arange(8)
+    dataset = cifar_jax.datasets.Dataset(images, labels, images[:4], labels[:4], DATASETS["digits"], "mine")
+    check_dataset(dataset, "digits")
+    with pytest.raises(UserError, match=told):
+        cifar_jax.train_and_evaluate(RECIPES["quickstart"], dataclasses.replace(dataset, **changes))
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_run_under_the_calling_programs_mesh(tiny_config, tiny_dataset):
+    with jax.set_mesh(jax.make_mesh((2,), ("data",))):
+        config = dataclasses.replace(tiny_config, num_epochs=1)
+        assert cifar_jax.train_and_evaluate(config, tiny_dataset)["epochs"] == 1

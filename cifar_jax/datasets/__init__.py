@@ -11,12 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from cifar_jax.datasets.cifar import CIFAR
+from cifar_jax.datasets.cifar import CIFAR, IMAGE_SHAPE
 from cifar_jax.datasets.digits import DIGITS
 from cifar_jax.datasets.info import SPLITS, Dataset, DatasetInfo
 from cifar_jax.errors import UserError
 
-__all__ = ["DATASETS", "Dataset", "DatasetInfo", "get_dataset", "hold_out", "load_dataset", "mix_classes"]
+__all__ = [
+    "DATASETS",
+    "Dataset",
+    "DatasetInfo",
+    "check_dataset",
+    "get_dataset",
+    "hold_out",
+    "load_dataset",
+    "mix_classes",
+]
 
 DATASETS: dict[str, DatasetInfo] = {**CIFAR, DIGITS.name: DIGITS}
 
@@ -35,6 +44,29 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> D
     Raises: UserError, naming the file, if a file is incomplete or corrupt, or the download fails.
     """
     return mix_classes(get_dataset(name).load(data_dir))
+
+
+def check_dataset(dataset: Dataset, name: str) -> None:
+    """Checks that a dataset made by a program suits recipes for the registry's dataset `name`.
+
+    Raises: UserError if its info is another, or if its arrays are not as Dataset describes them.
+    """
+    info = dataset.info
+    if info.name != name:  # whose classes would be recorded
+        raise UserError(f"the images are of {info.name}, and the recipe's dataset is {name}: set it to {info.name}")
+    if info != get_dataset(name):
+        raise UserError(f"the dataset's info differs from the registry's entry {name}: add an entry of another name")
+    for split in SPLITS:
+        images, labels = getattr(dataset, f"{split}_images"), getattr(dataset, f"{split}_labels")
+        if images.dtype != np.uint8 or images.shape[1:] != IMAGE_SHAPE or not len(images):
+            found = f"{images.dtype} {list(images.shape)}"
+            raise UserError(f"{split}_images are {found}: must be uint8 [N, 32, 32, 3], one or more, from 0 to 255")
+        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+            found = f"{labels.dtype} {list(labels.shape)}"
+            raise UserError(f"{split}_labels are {found}: must be whole numbers [{len(images)}]")
+        if labels.min() < 0 or labels.max() >= info.num_classes:
+            found = f"{labels.min()} to {labels.max()}"
+            raise UserError(f"{split}_labels are from {found}: must be from 0 to {info.num_classes - 1}")
 
 
 def mix_classes(dataset: Dataset) -> Dataset:

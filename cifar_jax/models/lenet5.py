@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, ClassVar
 
@@ -56,7 +57,8 @@ class LeNet5(nn.Module):
         x = images.astype(self.dtype)
         x = ops.max_pool(first(nn.relu(conv(x, 32))), window=2, stride=2)
         x = ops.max_pool(second(nn.relu(conv(x, 64))), window=2, stride=2)
-        x = x.reshape(x.shape[0], -1)  # NHWC; PyTorch flattens NCHW, which matters when weights are converted
+        # NHWC; PyTorch flattens NCHW, which matters when weights are converted. -1 would not do for 0 images.
+        x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
         x = nn.relu(dense(x, 200, xavier_normal))
         x = nn.relu(dense(x, 100))
         return dense(x, self.num_classes).astype(np.promote_types(self.dtype, np.float32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cifar_jax.batches import pixel_statistics, scale_images
+from cifar_jax.batches import check_images, pixel_statistics, scale_images
 from cifar_jax.errors import UserError
 from cifar_jax.weights.files import load_weights
 
@@ -36,10 +37,11 @@ def load_pretrained(name: str, dtype: Any = jnp.float32) -> tuple[nn.Module, Any
     """
     weights = load_weights(pretrained_path(name))
 
-    def preprocess(images: Any) -> jax.Array:
-        images = jnp.asarray(images)
-        if images.dtype != jnp.uint8 or images.shape[1:] != (32, 32, 3):
-            raise UserError(f"images {images.dtype} {list(images.shape)}: must be uint8 [N, 32, 32, 3]")
-        return scale_images(images, *pixel_statistics(weights.input_scaling, "cifar10"))
-
+    preprocess = partial(_preprocess, statistics=pixel_statistics(weights.input_scaling, "cifar10"))
     return weights.create_module(dtype=dtype), {"params": weights.params}, preprocess
+
+
+def _preprocess(images: Any, statistics: tuple[Any, Any]) -> jax.Array:
+    images = jnp.asarray(images)
+    check_images(images)
+    return scale_images(images, *statistics)

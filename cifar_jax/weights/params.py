@@ -36,7 +36,8 @@ def expected_shapes(model: str, num_classes: int = 10) -> Shapes:
 @functools.cache
 def _shapes(network: Any) -> Shapes:
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    params = jax.eval_shape(network().init, jax.random.key(0), images)["params"]
+    init = lambda images: network().init(jax.random.key(0), images)  # a key outside would start JAX's devices
+    params = jax.eval_shape(init, images)["params"]
     if set(params) != set(network.LAYERS):
         raise ValueError(f"{network.__name__}.LAYERS is {network.LAYERS}, but its parameters belong to {list(params)}")
     return tuple((name, params[name]["kernel"].shape, params[name]["bias"].shape) for name in network.LAYERS)
