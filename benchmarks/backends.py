@@ -30,9 +30,8 @@ FAMILIES: dict[Family, tuple[str, ...]] = {
 }
 
 
-STEPS_OF_A_CALL = (
-    50  # at most, of ORDER_STEPS, on an accelerator: enough to hide the call, and few enough for rounds of 0.1 s
-)
+# On an accelerator, at most; it divides ORDER_STEPS. Enough to hide the call, few enough for rounds of 0.1 s.
+STEPS_OF_A_CALL = 50
 
 
 def best_rate(multiply: Callable[[], Any], wait: Callable[[Any], Any], size: int) -> float:
@@ -104,7 +103,7 @@ class Backend(abc.ABC):
 class JaxBackend(Backend):
     """The package's training and evaluation steps, called as in train.py and evaluate.py.
 
-    Only on an accelerator a call has fewer steps: STEPS_OF_A_CALL.
+    On an accelerator a call has at most STEPS_OF_A_CALL steps, and inference leaves out what fills no whole call.
     """
 
     def __init__(self, workload: Workload) -> None:

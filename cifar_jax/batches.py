@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from cifar_jax.datasets import DATASETS
-from cifar_jax.errors import UserError
 
 # A fixed generator keeps runs independent of the user's jax_default_prng_impl.
 PRNG_IMPL = "threefry2x32"
@@ -58,12 +56,6 @@ def pixel_statistics(input_scaling: str, dataset: str) -> tuple[Sequence[float],
     return {"unit": ((0.0,), (1.0,)), "symmetric": ((0.5,), (0.5,)), "standardized": (info.mean, info.std)}[
         input_scaling
     ]
-
-
-def check_images(images: Any) -> None:
-    """Raises: UserError unless the images are uint8 [N, 32, 32, 3]."""
-    if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3):
-        raise UserError(f"images {images.dtype} {list(images.shape)}: must be uint8 [N, 32, 32, 3]")
 
 
 def scale_images(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:

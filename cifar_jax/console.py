@@ -29,10 +29,11 @@ def say(text: str, *, error: bool = False, everywhere: bool = False) -> None:
         return
     line, written = f"{text}\n", False
     try:
-        if getattr(stream, "errors", None) == "strict":  # a program that calls a function has set nothing else
-            line = line.encode(stream.encoding, "replace").decode(stream.encoding)
         with tqdm.external_write_mode(file=stream):
-            stream.write(line)
+            try:
+                stream.write(line)
+            except UnicodeEncodeError:  # commands prevent it, and programs that call functions may not
+                stream.write(line.encode(stream.encoding, "replace").decode(stream.encoding))
             written = True
     except FAILURES:  # either the stream or the progress bar's terminal fails
         try:

@@ -65,7 +65,7 @@ class Arguments:
 def create_classifier(source: Source) -> Classify:
     """Returns classify(images) → class probabilities: uint8 [N, 32, 32, 3] → float32 [N, num_classes].
 
-    classify raises UserError if they are not finite.
+    classify raises UserError for images of another type or shape, or if a probability is not finite.
     """
     temperature, logits = source.temperature or 1.0, source.create_predictor()
 
@@ -81,7 +81,7 @@ def create_classifier(source: Source) -> Classify:
 def predict(source: Source, images: np.ndarray) -> np.ndarray:
     """Returns class probabilities, float32 [N, num_classes]. Args: images: uint8 [N, 32, 32, 3].
 
-    Raises: UserError if they are not finite.
+    Raises: UserError for images of another type or shape, or if a probability is not finite.
     """
     return create_classifier(source)(images)
 
@@ -109,7 +109,7 @@ def main() -> int:
     flags = (tyro.conf.FlagCreatePairsOff,)
     arguments = parse_arguments(Arguments, prog="python -m cifar_jax.predict", config=flags)
     prepare_host()
-    warnings.simplefilter("ignore")  # Pillow's, of large images
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of large or odd images
     if not arguments.images:
         raise UserError("no image given: name one or more image files")
     if arguments.top < 1:

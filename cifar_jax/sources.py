@@ -14,10 +14,10 @@ import numpy as np
 import optax
 import tyro
 
-from cifar_jax.batches import InputScaling, check_images, pixel_statistics, scale_images, split_seed
+from cifar_jax.batches import InputScaling, pixel_statistics, scale_images, split_seed
 from cifar_jax.checkpoint import Checkpoints, Progress
 from cifar_jax.configs.base import Config, DatasetName, ModelName
-from cifar_jax.datasets import DATASETS
+from cifar_jax.datasets import DATASETS, check_images
 from cifar_jax.errors import UserError
 from cifar_jax.models import get_model
 from cifar_jax.parallel import replicate

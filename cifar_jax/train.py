@@ -54,7 +54,7 @@ def train_and_evaluate(
     """
     config = dataclasses.replace(config, workdir=resolve_workdir(config.workdir))
     if dataset is not None:
-        check_dataset(dataset, config.dataset)
+        check_dataset(dataset, config.dataset, config.holdout)
     check_same_devices()
     check_same("recipe or version", _facts(config))
     if any_of(stop()):

@@ -7,10 +7,12 @@ import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from small_runs import stop_at
 
 import cifar_jax
 from benchmarks.report.results import ROOT
@@ -18,6 +20,7 @@ from cifar_jax.checkpoint import Progress
 from cifar_jax.configs import RECIPES
 from cifar_jax.datasets import DATASETS, check_dataset
 from cifar_jax.errors import UserError
+from cifar_jax.evaluate import evaluate
 from cifar_jax.outcomes import FailedTraining, Interrupted
 from cifar_jax.predict import predict
 from cifar_jax.sources import SourceFlags, load_source
@@ -118,11 +121,13 @@ def test_predict_takes_uint8_and_compiles_once():
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"train_images": np.zeros((8, 32, 32, 3), np.float32)}, r"train_images are float32 \[8, 32, 32, 3\]"),
-        ({"test_images": np.zeros((4, 64, 64, 3), np.uint8)}, "test_images are uint8"),
-        ({"test_images": np.zeros((0, 32, 32, 3), np.uint8), "test_labels": np.zeros(0, int)}, "one or more"),
-        ({"train_labels": np.zeros((8, 1), np.uint8)}, r"train_labels are uint8 \[8, 1\]: .* \[8\]"),
-        ({"test_labels": np.zeros(4, np.float32)}, "test_labels are float32"),
+        ({"train_images": np.zeros((8, 32, 32, 3), np.float32)}, r"train_images float32 \[8, 32, 32, 3\]"),
+        ({"test_images": np.zeros((4, 64, 64, 3), np.uint8)}, "test_images uint8"),
+        ({"test_images": np.zeros((0, 32, 32, 3), np.uint8), "test_labels": np.zeros(0, int)}, "no test images"),
+        ({"train_labels": np.zeros((8, 1), np.uint8)}, r"train_labels uint8 \[8, 1\]: .* \[8\]"),
+        ({"test_labels": np.zeros(4, np.float32)}, "test_labels float32"),
+        ({"train_labels": list(range(8))}, "train_labels list: must be a NumPy array"),
+        ({"train_images": [np.zeros((32, 32, 3), np.uint8)] * 8}, "train_images list:"),
         ({"train_labels": np.arange(8) - 1}, "train_labels are from -1 to 6: must be from 0 to 9"),
         ({"info": dataclasses.replace(DATASETS["digits"], class_names=("a", "b"))}, "info differs"),
         ({"info": DATASETS["cifar100"]}, "set it to cifar100"),
@@ -131,13 +136,19 @@ def test_predict_takes_uint8_and_compiles_once():
 def test_a_programs_own_dataset_is_checked(changes, told):
     images, labels = np.zeros((8, 32, 32, 3), np.uint8), np.arange(8)
     dataset = cifar_jax.datasets.Dataset(images, labels, images[:4], labels[:4], DATASETS["digits"], "mine")
-    check_dataset(dataset, "digits")
+    check_dataset(dataset, "digits", holdout=0)
+    untested = dataclasses.replace(dataset, test_images=images[:0], test_labels=labels[:0])
+    check_dataset(untested, "digits", holdout=2)
     with pytest.raises(UserError, match=told):
         cifar_jax.train_and_evaluate(RECIPES["quickstart"], dataclasses.replace(dataset, **changes))
 
 
 @pytest.mark.usefixtures("no_figures")
 def test_a_run_under_the_calling_programs_mesh(tiny_config, tiny_dataset):
+    config = dataclasses.replace(tiny_config, num_epochs=2)
     with jax.set_mesh(jax.make_mesh((2,), ("data",))):
-        config = dataclasses.replace(tiny_config, num_epochs=1)
-        assert cifar_jax.train_and_evaluate(config, tiny_dataset)["epochs"] == 1
+        with pytest.raises(Interrupted):
+            cifar_jax.train_and_evaluate(config, tiny_dataset, stop_at(6))
+        summary = cifar_jax.train_and_evaluate(config, tiny_dataset)
+        result = evaluate(load_source(SourceFlags(workdir=Path(config.workdir))))
+    assert summary["epochs"] == result["epoch"] == 2

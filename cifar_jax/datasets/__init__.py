@@ -21,6 +21,7 @@ __all__ = [
     "Dataset",
     "DatasetInfo",
     "check_dataset",
+    "check_images",
     "get_dataset",
     "hold_out",
     "load_dataset",
@@ -46,10 +47,17 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> D
     return mix_classes(get_dataset(name).load(data_dir))
 
 
-def check_dataset(dataset: Dataset, name: str) -> None:
-    """Checks that a dataset made by a program suits recipes for the registry's dataset `name`.
+def check_images(images: Any, name: str = "images") -> None:
+    """Raises: UserError, with the name, unless the images are an array, uint8 [N, 32, 32, 3]."""
+    if _form(images)[0] != "uint8" or images.shape[1:] != IMAGE_SHAPE:
+        raise UserError(f"{name} {' '.join(_form(images)).rstrip()}: must be uint8 [N, 32, 32, 3]")
 
-    Raises: UserError if its info is another, or if its arrays are not as Dataset describes them.
+
+def check_dataset(dataset: Dataset, name: str, holdout: int) -> None:
+    """Checks that a dataset made by a program suits recipes for `name` that hold out this many images.
+
+    Raises: UserError if its info is not the registry's of this name, its arrays are not as Dataset describes them, or
+    there are no test images and none are held out.
     """
     info = dataset.info
     if info.name != name:  # whose classes would be recorded
@@ -58,15 +66,25 @@ def check_dataset(dataset: Dataset, name: str) -> None:
         raise UserError(f"the dataset's info differs from the registry's entry {name}: add an entry of another name")
     for split in SPLITS:
         images, labels = getattr(dataset, f"{split}_images"), getattr(dataset, f"{split}_labels")
-        if images.dtype != np.uint8 or images.shape[1:] != IMAGE_SHAPE or not len(images):
-            found = f"{images.dtype} {list(images.shape)}"
-            raise UserError(f"{split}_images are {found}: must be uint8 [N, 32, 32, 3], one or more, from 0 to 255")
-        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-            found = f"{labels.dtype} {list(labels.shape)}"
-            raise UserError(f"{split}_labels are {found}: must be whole numbers [{len(images)}]")
+        check_images(images, f"{split}_images")
+        kind, shape = _form(labels)
+        if not kind.startswith(("int", "uint")) or labels.shape != images.shape[:1]:
+            found = f"{kind} {shape}".rstrip()
+            raise UserError(f"{split}_labels {found}: must be a NumPy array of whole numbers [{len(images)}]")
+        if not len(images):
+            if split == "test" and holdout:
+                continue
+            raise UserError(f"there are no {split} images: give some, or a recipe with holdout for test images")
         if labels.min() < 0 or labels.max() >= info.num_classes:
             found = f"{labels.min()} to {labels.max()}"
             raise UserError(f"{split}_labels are from {found}: must be from 0 to {info.num_classes - 1}")
+
+
+def _form(array: Any) -> tuple[str, str]:
+    """Returns an array's type and shape, or another object's class."""
+    if hasattr(array, "dtype") and hasattr(array, "shape"):
+        return str(array.dtype), str(list(array.shape))
+    return type(array).__name__, ""
 
 
 def mix_classes(dataset: Dataset) -> Dataset:

@@ -11,7 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cifar_jax.batches import check_images, pixel_statistics, scale_images
+from cifar_jax.batches import pixel_statistics, scale_images
+from cifar_jax.datasets import check_images
 from cifar_jax.errors import UserError
 from cifar_jax.weights.files import load_weights
 

@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 import scipy.ndimage
 
+from cifar_jax.datasets.cifar import IMAGE_SHAPE
 from cifar_jax.errors import UserError
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -102,7 +103,7 @@ def read_sets(sets: Iterable[tuple[Path, Path]]) -> Iterator[tuple[str, np.ndarr
 def _load_set(path: Path, labels_path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Returns (images, labels). The images stay in their file until they are used: those of CIFAR-10-C are 3 GB."""
     images, labels = _load(path), _load(labels_path)
-    if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or labels.shape != images.shape[:1]:
+    if images.dtype != np.uint8 or images.shape[1:] != IMAGE_SHAPE or labels.shape != images.shape[:1]:
         raise UserError(f"{path}: must be uint8 [N, 32, 32, 3] with N labels in {labels_path.name}")
     if labels.dtype.kind not in "iu" or not np.isin(labels, range(10)).all():
         raise UserError(f"{labels_path}: must be whole numbers from 0 to 9, CIFAR-10's classes")
