@@ -69,8 +69,9 @@ def test_the_package_still_offers_its_names():
         cifar_jax.nothing_such  # noqa: B018
 
 
-def test_a_command_that_began_clears_away():
+def test_a_command_that_began_clears_away(monkeypatch):
     """Once a command runs, Ctrl-C raises an exception."""
+    monkeypatch.delitem(sys.modules, "IPython", raising=False)  # the tutorial's tests import it
     before = signal.getsignal(signal.SIGINT)
     cleared = []
 
