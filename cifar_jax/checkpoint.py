@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import errno
 import itertools
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from cifar_jax.console import say
 from cifar_jax.errors import UserError, one_line
 from cifar_jax.keys import plain, with_keys
 from cifar_jax.metrics import EpochMetrics, RunLog
-from cifar_jax.orbax_io import alone, quiet
+from cifar_jax.orbax_io import alone, error_number, quiet, systems_error
 from cifar_jax.preservation import LatestTwoAndBest
 from cifar_jax.train_step import Metrics, TrainState
 
@@ -75,7 +74,7 @@ class Checkpoints:
         try:
             self._open()
         except Exception as error:  # Orbax raises many types
-            if (systems := _systems_error(error, self.directory)) is not None:
+            if (systems := systems_error(error, self.directory)) is not None:
                 raise systems from None
             raise UserError(f"{self.directory}: can't open them ({error}): use another --workdir") from error
 
@@ -129,7 +128,7 @@ class Checkpoints:
                 self._manager.save(number, args=items)
                 write_checksums(folder)
         except Exception as error:
-            advice = "free disk space" if _errno(error) in _FULL else "make it writable"
+            advice = "free disk space" if error_number(error) in _FULL else "make it writable"
             reason = one_line(error)
             raise UserError(f"{self.directory}: can't save ({reason}): {advice}, then run again to resume") from error
         self._numbers.append(number)
@@ -225,29 +224,10 @@ class Checkpoints:
                 raise UserError(f"{folder}: removed by a training run in progress: try again") from error
             if isinstance(error, UserError):
                 raise
-            if (systems := _systems_error(error, folder)) is not None:
+            if (systems := systems_error(error, folder)) is not None:
                 raise systems from None
             reason = f"{type(error).__name__}: {one_line(error)}"
             raise DamagedCheckpoint(f"{folder}: damaged, or saved from another model ({reason})") from error
-
-
-def _errno(error: Exception) -> int | None:
-    """Returns the number of the system's error behind a failure, which TensorStore only has in its text."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno
-    found = re.search(r"os_error_code='(\d+)'", str(error))
-    return int(found[1]) if found else None
-
-
-def _systems_error(error: Exception, path: Path) -> Exception | None:
-    """Returns the system's error if files that can't be read may be intact, else None.
-
-    Then there is too little memory, also on a device, or there are too many open files, or a permission is missing.
-    """
-    if (number := _errno(error)) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM):
-        return error if isinstance(error, OSError) else OSError(number, os.strerror(number), str(path))
-    exhausted = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
-    return error if exhausted or isinstance(error, MemoryError) else None
 
 
 def _progress(saved: dict[str, Any]) -> Progress:

@@ -1,12 +1,16 @@
-"""Orbax, in process 0 of several and without messages of its own."""
+"""Orbax, in process 0 of several and without messages of its own, and the system's errors behind its failures."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
@@ -35,3 +39,22 @@ def quiet() -> Iterator[None]:
         sys.unraisablehook = hook
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
+
+
+def error_number(error: Exception) -> int | None:
+    """Returns the number of the system's error behind a failure, which TensorStore only has in its text."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(found[1]) if found else None
+
+
+def systems_error(error: Exception, path: Path) -> Exception | None:
+    """Returns the system's error if files that can't be read may be intact, else None.
+
+    Then there is too little memory, also on a device, or there are too many open files, or a permission is missing.
+    """
+    if (number := error_number(error)) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM):
+        return error if isinstance(error, OSError) else OSError(number, os.strerror(number), str(path))
+    exhausted = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return error if exhausted or isinstance(error, MemoryError) else None
