@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from cifar_jax.errors import UserError
 from cifar_jax.io import made_folder, write_json
 
@@ -25,13 +23,6 @@ def output_file(folder: Path, name: str) -> Path:
     except PermissionError as error:
         raise refusal from error
     return path
-
-
-def with_pytorch_on_cpu(environment: dict[str, Any]) -> dict[str, Any]:
-    """Returns an environment whose hardware names PyTorch's part, which ran on the CPU, if JAX's part did not."""
-    if jax.default_backend() == "cpu":
-        return environment
-    return {**environment, "hardware": f"{environment['hardware']}; PyTorch on the CPU"}
 
 
 def write_result(path: Path, content: dict[str, Any]) -> None:

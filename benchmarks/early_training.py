@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import output_file, with_pytorch_on_cpu, write_result
+from benchmarks import output_file, write_result
+from benchmarks.pytorch_training import with_pytorch_on_cpu
 from cifar_jax.augment import augmentation_keys, create_augment
 from cifar_jax.batches import epoch_order, pixel_statistics, scale_images
 from cifar_jax.cli import command, parse_arguments

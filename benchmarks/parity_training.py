@@ -8,8 +8,7 @@ from typing import Any
 import jax
 import scipy.stats
 
-from benchmarks import with_pytorch_on_cpu
-from benchmarks.pytorch_training import train_in_pytorch, unsupported_fields
+from benchmarks.pytorch_training import train_in_pytorch, unsupported_fields, with_pytorch_on_cpu
 from benchmarks.seeds import Arguments, Stop, configure, origin, spread, train_in_jax
 from benchmarks.workloads import reference_recipe
 from cifar_jax.datasets import load_dataset

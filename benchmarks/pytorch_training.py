@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -153,3 +154,10 @@ def train_in_pytorch(config: Config, dataset: Dataset, stop: Stop) -> dict[str, 
         print(f"pytorch seed {config.seed} epoch {epoch:2} test accuracy {accuracy:.2%} {seconds:.0f} s", flush=True)
         run.save()
     return {"metrics": run.metrics[: config.num_epochs]}  # an earlier call may have trained more epochs
+
+
+def with_pytorch_on_cpu(environment: dict[str, Any]) -> dict[str, Any]:
+    """Returns an environment whose hardware names PyTorch's part, which ran on the CPU, if JAX's part did not."""
+    if jax.default_backend() == "cpu":
+        return environment
+    return {**environment, "hardware": f"{environment['hardware']}; PyTorch on the CPU"}
