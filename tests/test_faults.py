@@ -95,8 +95,9 @@ def test_another_end_is_found(lab):
 def test_falling_back_otherwise_is_found(method, outcome, lab, monkeypatch):
     owner = checkpoint.Checkpoints if method == "_set_aside" else checkpoint
     monkeypatch.setattr(owner, method, lambda *_, **__: "nowhere")
-    outcomes = list(disks.latest_checkpoint(lab, 1, np.random.default_rng(0)))
-    assert any(outcome in found for found in outcomes), outcomes
+    file = Path("checkpoints", "2", "progress", "metadata")
+    found = disks.one_damaged_file(lab, file, "cut", np.random.default_rng(0))
+    assert found == f"cut metadata: {outcome} lines"
 
 
 def test_a_cache_that_is_taken_as_it_is_is_found(lab, monkeypatch):

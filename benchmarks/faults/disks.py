@@ -48,17 +48,21 @@ def latest_checkpoint(lab: Lab, count: int, rng: np.random.Generator) -> Iterato
     cases = list(itertools.product(files, DAMAGES))
     order = [int(i) for _ in range(-(-count // len(cases))) for i in rng.permutation(len(cases))]
     for index in order[:count]:
-        file, how = cases[index]
-        workdir = lab.new_folder(lab.half)
-        damage(workdir / file, how, rng)
-        end = lab.train(workdir)
-        outcome = lab.outcome(end, workdir)
-        kept = any((workdir / "checkpoints").glob("damaged-2*"))
-        if outcome == IDENTICAL and (kept or end.lines):
-            one = len(end.lines) == 1 and "damaged" in end.lines[0] and kept
-            outcome = FELL_BACK if one else f"kept: {kept}, says {len(end.lines)} lines"
-        yield outcome if outcome in (IDENTICAL, FELL_BACK) else f"{how} {file.name}: {outcome}"
-        shutil.rmtree(workdir)
+        yield one_damaged_file(lab, *cases[index], rng)
+
+
+def one_damaged_file(lab: Lab, file: Path, how: str, rng: np.random.Generator) -> str:
+    """Resumes a run after `file`, relative to its folder, of its latest checkpoint is damaged. Returns: the outcome."""
+    workdir = lab.new_folder(lab.half)
+    damage(workdir / file, how, rng)
+    end = lab.train(workdir)
+    outcome = lab.outcome(end, workdir)
+    kept = any((workdir / "checkpoints").glob("damaged-2*"))
+    shutil.rmtree(workdir)
+    if outcome == IDENTICAL and (kept or end.lines):
+        one = len(end.lines) == 1 and "damaged" in end.lines[0] and kept
+        outcome = FELL_BACK if one else f"kept: {kept}, says {len(end.lines)} lines"
+    return outcome if outcome in (IDENTICAL, FELL_BACK) else f"{how} {file.name}: {outcome}"
 
 
 def logs(lab: Lab, count: int, rng: np.random.Generator) -> Iterator[str]:
