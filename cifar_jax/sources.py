@@ -20,6 +20,7 @@ from cifar_jax.configs.base import Config, DatasetName, ModelName
 from cifar_jax.datasets import DATASETS, check_images
 from cifar_jax.errors import UserError
 from cifar_jax.models import get_model
+from cifar_jax.ops.blocks import infer
 from cifar_jax.parallel import replicate
 from cifar_jax.pretrained import pretrained_path
 from cifar_jax.runs import read_config, refuse_restarted, resolve_workdir
@@ -87,7 +88,8 @@ class Source:
 
     def apply(self, images: jax.Array) -> jax.Array:
         """Returns logits, float32 [N, classes], of scaled images, float [N, 32, 32, 3]."""
-        return self.state.apply_fn({"params": jax.device_get(self.state.eval_params)}, images)
+        params = jax.device_get(self.state.eval_params)
+        return infer(lambda images: self.state.apply_fn({"params": params}, images), images)
 
     def logits(self, images: jax.Array) -> jax.Array:
         """Returns logits, float32 [N, classes], of images with pixels from 0 to 255, [N, 32, 32, 3]."""

@@ -29,6 +29,7 @@ from cifar_jax.errors import UserError
 from cifar_jax.host import compiler_options
 from cifar_jax.io import user_path, write_atomically
 from cifar_jax.multi_step import round_eval_batch_size
+from cifar_jax.ops.blocks import infer
 from cifar_jax.parallel import AXIS, Parallel, local, replicate
 from cifar_jax.pretrained import pretrained_names
 from cifar_jax.processes import on_main
@@ -134,7 +135,7 @@ def _create_compute(
         seen = jnp.where(mirrored == 1, seen[:, :, ::-1], seen)
         seen = jnp.pad(seen, ((0, 0), (padding, padding), (padding, padding), (0, 0)), mode="reflect")
         seen = jax.vmap(lambda image: slice_window(image, y + padding, x + padding, padding))(seen)
-        logits = model.apply({"params": params}, scale_images(seen, *statistics))
+        logits = infer(lambda seen: model.apply({"params": params}, scale_images(seen, *statistics)), seen)
         return lax.all_gather(logits.astype(jnp.float16), AXIS, tiled=True)
 
     params, *data = replicate((teacher.params, dataset.train_images, dataset.train_labels), devices)

@@ -20,6 +20,7 @@ from cifar_jax.datasets import DATASETS
 from cifar_jax.distillation import create_view_numbers, distillation_loss
 from cifar_jax.models import get_model, unit_variance, whitening_kernel
 from cifar_jax.normalization import Moments, Statistics, add_scales, apply_normalized
+from cifar_jax.ops.blocks import infer
 from cifar_jax.optimizer import create_tx
 from cifar_jax.parallel import AXIS
 from cifar_jax.symmetry import symmetric_start
@@ -204,10 +205,15 @@ def create_eval_step(
     statistics = pixel_statistics(config.input_scaling, config.dataset)
 
     def eval_step(state: TrainState, batch: Batch) -> Metrics:
-        images, rngs = scale_images(batch["image"], *statistics), {"dropout": jax.random.fold_in(state.rng, 2**32 - 1)}
-        apply = lambda images: state.apply_fn({"params": state.eval_params}, images, train=dropout, rngs=rngs)
-        with ops.number_images(batch["start"]):
-            logits = (apply(images) + apply(images[:, :, ::-1])) / 2 if flip_tta else apply(images)
+        rngs = {"dropout": jax.random.fold_in(state.rng, 2**32 - 1)}
+
+        def logits_of(images: jax.Array) -> jax.Array:
+            images = scale_images(images, *statistics)
+            apply = lambda images: state.apply_fn({"params": state.eval_params}, images, train=dropout, rngs=rngs)
+            return (apply(images) + apply(images[:, :, ::-1])) / 2 if flip_tta else apply(images)
+
+        with ops.number_images(batch["start"]):  # with dropout, an image's mask depends on its number
+            logits = logits_of(batch["image"]) if dropout else infer(logits_of, batch["image"])
         labels, mask = batch["label"], batch["mask"]
         values = cross_entropy(logits, labels), is_correct(logits, labels), jnp.ones_like(mask)
         loss, correct, count = (lax.psum((x * mask).sum(), AXIS) for x in values)

@@ -4,6 +4,7 @@ reference.py   the operations by lax: the form of all platforms except the CPU
 primitives.py  the convolution, its derivatives, and the choice of its form
 cpu.py         the CPU's forms: winograd.py needs about half of the products, bfloat16.py is for that type,
                direct.py computes the other convolutions
+blocks.py      few images at a time on a CPU
 outline.py     parts of a program that XLA compiles by themselves
 """
 
