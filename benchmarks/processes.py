@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import random
 import re
 import socket
 import subprocess
@@ -52,15 +53,22 @@ class Arguments:
     """Epochs of each run; at least 2."""
 
 
+def _free_port() -> int:
+    """Returns a port that is free, and that the system gives to no program that does not ask for this one."""
+    for port in random.sample(range(10_000, 32_000), 100):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise UserError("no port of 127.0.0.1 between 10,000 and 32,000 seems to be free")
+
+
 @contextlib.contextmanager
 def started(commands: list[list[str]], environments: list[dict[str, str]]) -> Iterator[list[subprocess.Popen[str]]]:
     """Starts processes that train together, if there are several, and kills those that are left at the end.
 
     Args: commands: the words of each process, without the flags of several; environments: changed variables of each.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{_free_port()}"
     inherited = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}  # JAX sets it
     if len(commands) > 1:
         together = ["--coordinator", address, "--num-processes", str(len(commands)), "--process-id"]
