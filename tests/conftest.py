@@ -26,6 +26,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _compilation_cache = tempfile.TemporaryDirectory(prefix="cifar_jax-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compilation_cache.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["MPLCONFIGDIR"] = _compilation_cache.name  # its list of fonts, which takes seconds where there are many
+    # An entry that another process is just writing is compiled again.
+    os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cache entry"
 
 # Checkpoints wait for the disk, so temporary folders, 0.6 GB in all, are in memory where there is room, unless TMPDIR
 # names another place. Some tests execute files there.
@@ -95,15 +98,18 @@ def _collected():
 
 
 @pytest.fixture(autouse=True)
-def _isolated(monkeypatch, tmp_path_factory):
-    """No test reads or writes the user's folders, or finds a dataset that it did not make."""
+def _isolated(tmp_path_factory):
+    """No test reads or writes the user's folders, finds a dataset that it did not make, or asks a proxy."""
     home = tmp_path_factory.mktemp("home")
-    for name, value in {"HOME": home, "CIFAR_JAX_CACHE": home / "cache", "TFDS_DATA_DIR": home / "tfds"}.items():
-        monkeypatch.setenv(name, str(value))
     (home / "tfds").mkdir()
-    monkeypatch.delenv("KERAS_HOME", raising=False)
-    monkeypatch.chdir(home)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"HOME": home, "CIFAR_JAX_CACHE": home / "cache", "TFDS_DATA_DIR": home / "tfds"}.items():
+            patch.setenv(name, str(value))
+        proxies = (name for name in os.environ if name.lower().endswith("_proxy"))
+        for name in ("DATA_DIR", "KERAS_HOME", *proxies):
+            patch.delenv(name, raising=False)
+        patch.chdir(home)
+        yield
     shutil.rmtree(home, ignore_errors=True)
 
 
