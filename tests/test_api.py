@@ -59,7 +59,7 @@ import jax, matplotlib
 numbers = sorted(signal.valid_signals())
 state = lambda: [
     [signal.getsignal(number) for number in numbers], dict(os.environ), dict(jax.config.values), sys.excepthook,
-    sys.unraisablehook, threading.excepthook, list(warnings.filters), logging.getLogger().handlers,
+    sys.unraisablehook, threading.excepthook, list(warnings.filters), list(logging.getLogger().handlers),
     logging.getLogger("absl").level, os.getcwd(), sys.stdout, sys.stderr, matplotlib.rcParams.copy(),
 ]
 import flax.linen, optax, orbax.checkpoint, scipy.ndimage, sklearn.datasets, tqdm, tyro  # which may change them

@@ -102,9 +102,12 @@ def test_a_bar_tells_steps_and_loss(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     with progress_bar("epoch 1/2", 4, 1) as bar:
+        bar._bar.mininterval = 0  # draws each update
         bar.update(1, None)
         bar.update(2, jnp.float32(1.25))
-    assert "epoch 1/2" in terminal.getvalue()
+    drawn = terminal.getvalue().split("\r")
+    assert any("epoch 1/2" in text and "2/4" in text and "loss" not in text for text in drawn)
+    assert any("4/4" in text and "loss=1.2500" in text for text in drawn)
     assert terminal.getvalue().split("\r")[-1].strip(" \n\x1b[A") == ""  # nothing of the bar remains
 
 

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from cifar_jax import evaluate
@@ -12,8 +13,9 @@ from cifar_jax.configs import RECIPES
 from cifar_jax.io import write_json
 from cifar_jax.metrics import RunLog, read_metrics
 from cifar_jax.parallel import replicate
+from cifar_jax.pretrained import load_pretrained
 from cifar_jax.train import train_and_evaluate
-from cifar_jax.train_step import create_train_state
+from cifar_jax.train_step import create_train_state, cross_entropy
 from cifar_jax.trainer import create_history
 
 pytestmark = pytest.mark.usefixtures("direct_convolutions", "no_figures", "use_tiny_dataset")
@@ -133,6 +135,11 @@ def test_flip_tta_averages_with_the_mirror_image(tmp_path, tiny_dataset, run_com
     assert ours["flip_tta"] is True
     assert ours["test_loss"] == pytest.approx(theirs["test_loss"], rel=1e-5)
     assert abs(ours["test_loss"] - plain["test_loss"]) > 1e-3
+    network, params, preprocess = load_pretrained("lenet5")
+    images = tiny_dataset.test_images
+    both = [network.apply(params, preprocess(images)) for images in (images, images[:, :, ::-1])]
+    expected = cross_entropy((both[0] + both[1]) / 2, jnp.asarray(tiny_dataset.test_labels)).mean()
+    assert ours["test_loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_a_run_in_the_home_folder(run, run_command):

@@ -209,9 +209,13 @@ def test_one_process_agrees_with_itself():
     check_same("recipe", {"seed": 0})
 
 
-def test_a_cluster_that_jax_does_not_find_is_said():
+def test_a_cluster_that_jax_does_not_find_is_said(monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
     with (
-        pytest.raises(UserError, match=r"can't connect .*: check --coordinator; none trains"),
+        pytest.raises(UserError, match=r"can't connect .*coordinator_address.*: check --coordinator; none trains"),
         connected(Processes("auto")),
     ):
         pass

@@ -69,6 +69,7 @@ def test_a_second_signal_stops_at_once(
     result, _, error = run_command(train.main, *QUICK, "--workdir", tmp_path / "run")
     assert result == status
     assert "Traceback" not in error
+    assert "To resume" not in error  # as after one signal
     assert signal.getsignal(signum) is before
 
 
