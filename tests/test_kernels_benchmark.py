@@ -32,8 +32,10 @@ def test_every_form_is_timed_and_written(tmp_path, run_command, monkeypatch):
     assert forms["plain"]["speedup"] == 1
     for form in forms.values():
         assert form["ms_per_step"] == form["rounds_ms"][0] > 0
-        assert form["speedup"] == pytest.approx(forms["plain"]["ms_per_step"] / form["ms_per_step"], rel=0.01)
-        assert form["images_per_second"] == pytest.approx(4000 / form["ms_per_step"], rel=0.01)
+        assert form["speedup"] == pytest.approx(
+            forms["plain"]["ms_per_step"] / form["ms_per_step"], rel=0.01, abs=0.001
+        )
+        assert form["images_per_second"] == pytest.approx(4000 / form["ms_per_step"], rel=0.01, abs=0.1)
 
 
 @pytest.mark.long

@@ -261,6 +261,7 @@ def test_pytorchs_scaling_is_the_packages(input_scaling):
 
 
 def test_pytorchs_augmentation_draws_for_each_image():
+    torch.manual_seed(0)
     shades = (np.mgrid[:32, :32].sum(axis=0) ** 1.5).astype(np.float32)
     images = torch.from_numpy(np.broadcast_to(shades, (64, 3, 32, 32)).copy())
     plain = dataclasses.replace(create_workload("lenet5", 4, "float32")[1].plain)

@@ -247,7 +247,7 @@ def test_a_lost_or_earlier_summary_is_written_again(content, copied, tiny_datase
     before = json.loads(summary.read_text())
     summary.write_text(content)
     train_and_evaluate(copied, tiny_dataset)
-    assert json.loads(summary.read_text()) == before
+    assert json.loads(summary.read_text()) | {"date": before["date"]} == before  # the test may last until tomorrow
 
 
 @pytest.mark.parametrize("removed", ["the folder", "what is in it"])
