@@ -24,7 +24,9 @@ from cifar_jax.parallel import choose_steps_per_call, has_constant_bounds, repli
 from cifar_jax.train_step import Metrics, TrainState, create_train_state
 
 FOLD_IMAGES, FOLD_BATCH = 2500, 250  # training images for `fold`'s statistics, in all and on a device at a time
-MAX_PENDING_CALLS = 2  # calls queued on the device; JAX would queue 32, which delays the response to a signal
+# Calls queued on the devices. JAX would queue 32, which delays the response to a signal. Then it waits in threads that
+# the cores of a CPU need, so two of them can wait for each other for ever.
+MAX_PENDING_CALLS = 2
 
 
 def create_history(num_steps: int) -> Metrics:
@@ -65,6 +67,8 @@ class Trainer:
         self._teacher_logits: tuple[jax.Array, ...] = ()
         self._num_images = len(labels)
         self._compiled: dict[tuple[int, bool], Callable[..., Any]] = {}
+        self._pending: collections.deque[jax.Array] = collections.deque()
+        self._finished_loss: jax.Array | None = None
         self._statistics: Callable[..., Any] | None = None
 
     def teach(self, logits: np.ndarray) -> None:
@@ -102,7 +106,7 @@ class Trainer:
         return self._compiled[image_size, constant]
 
     def run_steps(self, order: jax.Array, start: int, count: int, image_size: int = 32) -> jax.Array:
-        """Starts steps start … start + count - 1 of an order in one call and does not wait for them.
+        """Starts steps start … start + count - 1 of an order in one call and waits for an earlier call, if at all.
 
         Args: order: int32 [N]; count: at most steps_per_call. Returns: the last step's loss, a float32 scalar.
         """
@@ -110,6 +114,9 @@ class Trainer:
         self.state, self.history, loss = run(
             self.state, self.history, *self._data, *self._teacher_logits, order, np.int32(start), np.int32(count)
         )
+        self._pending.append(loss)
+        if len(self._pending) > MAX_PENDING_CALLS:
+            self._finished_loss = self._pending.popleft().block_until_ready()
         return loss
 
     def run_epoch(
@@ -124,14 +131,13 @@ class Trainer:
         Args: on_progress: called after each call with its number of steps and the loss of an earlier call, or None.
         """
         order, image_size = self.order(epoch), self.config.image_size(epoch)
-        pending: collections.deque[jax.Array] = collections.deque()
-        step = start
+        self._pending.clear()
+        self._finished_loss, step = None, start
         while step < self.steps_per_epoch and not stop():
             count = min(self.steps_per_call, self.steps_per_epoch - step)
-            pending.append(self.run_steps(order, step, count, image_size))
+            self.run_steps(order, step, count, image_size)
             step += count
-            done = pending.popleft().block_until_ready() if len(pending) > MAX_PENDING_CALLS else None
-            on_progress(count, done)
+            on_progress(count, self._finished_loss)
         jax.block_until_ready(self.state)
         return step
 

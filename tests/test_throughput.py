@@ -17,7 +17,7 @@ import pytest
 from frameworks import OnUse, import_torch, needs_frameworks, torch
 
 from benchmarks import throughput, workloads
-from benchmarks.backends import FAMILIES, Backend, JaxBackend
+from benchmarks.backends import FAMILIES, QUEUED_CALLS, Backend, JaxBackend
 from benchmarks.report.figures import draw_throughput
 from benchmarks.report.performance import throughput_table
 from benchmarks.report.results import ROOT
@@ -389,6 +389,26 @@ def test_jax_takes_one_of_several_gpus(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     _, workload = create_workload("lenet5", 64, "float32")
     assert JaxBackend(workload)._devices == jax.devices()[:1]
+
+
+def test_few_calls_are_queued_at_a_time():
+    """With 32 of them the devices of a CPU could wait for each other."""
+    waiting, most = [], []
+
+    class Result:
+        def block_until_ready(self):
+            waiting.clear()
+
+    def call(first, count):
+        waiting.append(first)
+        most.append(len(waiting))
+        return Result()
+
+    backend = JaxBackend(create_workload("lenet5", 4, "float32")[1])
+    backend._phases["training"] = call
+    backend.run("training", 999)
+    assert max(most) == QUEUED_CALLS < 32
+    assert waiting == []
 
 
 def test_the_gpu_campaign_takes_10_minutes_at_most():

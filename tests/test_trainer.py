@@ -17,6 +17,26 @@ from cifar_jax.trainer import Evaluator, Trainer
 pytestmark = pytest.mark.usefixtures("direct_convolutions", "compiled_once")
 
 
+def test_few_calls_are_queued(tiny_config, tiny_dataset, monkeypatch):
+    """With 32 of them the devices of a CPU could wait for each other."""
+    config, data = dataclasses.replace(tiny_config, steps_per_call=1), tiny_dataset
+    training = Trainer(config, data.train_images, data.train_labels, jax.devices()[:1])
+    waiting, most = [], []
+
+    class Loss:
+        def __init__(self):
+            waiting.append(self)
+            most.append(len(waiting))
+
+        def block_until_ready(self):
+            del waiting[: waiting.index(self) + 1]
+
+    monkeypatch.setattr(training, "program", lambda *_: lambda state, history, *_: (state, history, Loss()))
+    for step in range(training.steps_per_epoch):
+        training.run_steps(training.order(0), step, 1)
+    assert max(most) == trainer.MAX_PENDING_CALLS + 1 < training.steps_per_epoch
+
+
 def test_several_steps_in_one_call(tiny_dataset, plain_config):
     """6 steps in calls of 4 give the same result as 6 calls."""
     (one, history_one), (many, history_many) = (
