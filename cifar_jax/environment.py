@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -37,6 +38,14 @@ def _processor() -> str:
     flags = found.get("flags", "").split()
     vectors = next((title for flag, title in VECTORS.items() if flag in flags), None)
     return ", ".join(part for part in (platform.machine(), found.get("model name"), vectors) if part)
+
+
+def code_checksum() -> str:
+    """Returns the SHA-256 of this package's Python files, because its version is the same at different commits."""
+    folder, digest = Path(cifar_jax.__file__).parent, hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def describe_environment(devices: Sequence[jax.Device], packages: Sequence[str] = PACKAGES) -> dict[str, Any]:

@@ -14,13 +14,13 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import difflib
+import importlib.metadata
 import shlex
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import tyro
 
 import cifar_jax
@@ -31,6 +31,7 @@ from cifar_jax.configs import DESCRIPTIONS, FAULTY, RECIPES
 from cifar_jax.configs.base import Config
 from cifar_jax.console import say
 from cifar_jax.datasets import Dataset, check_dataset
+from cifar_jax.environment import code_checksum
 from cifar_jax.errors import UserError
 from cifar_jax.host import prepare_host
 from cifar_jax.outcomes import FailedTraining, Interrupted
@@ -77,7 +78,8 @@ def train_and_evaluate(
 def _facts(config: Config) -> dict[str, Any]:
     """Returns what all processes of a run must have in common."""
     fields = dataclasses.asdict(config)
-    versions = {"cifar_jax": cifar_jax.__version__, "jax": jax.__version__}
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
+    versions |= {"cifar_jax": cifar_jax.__version__, "SHA-256 of cifar_jax": code_checksum()}
     return versions | {name: value for name, value in fields.items() if name != "data_dir"}
 
 
