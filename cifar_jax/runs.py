@@ -150,22 +150,22 @@ def _read_identity(workdir: Path) -> dict[str, Any] | None:
     return content if {"source", "train_labels_sha256"} <= set(content) else {}
 
 
-def _checksum(labels: np.ndarray) -> str:
-    """Returns the SHA-256 of labels, which also identifies the order of the images."""
-    return hashlib.sha256(labels.tobytes()).hexdigest()
+def _checksum(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
 def identify(dataset: Dataset) -> dict[str, Any]:
-    """Returns what tells datasets apart: numbers of images, and checksums of the labels."""
-    sets = {"training": dataset.train_labels, "test": dataset.test_labels}
-    sizes = {f"number of {name} images": len(labels) for name, labels in sets.items()}
-    return sizes | {f"{name} labels' SHA-256": _checksum(labels) for name, labels in sets.items()}
+    """Returns what tells datasets apart: numbers of images, and checksums of labels and images in their order."""
+    images = {"training images": dataset.train_images, "test images": dataset.test_images}
+    arrays = images | {"training labels": dataset.train_labels, "test labels": dataset.test_labels}
+    sizes = {f"number of {name}": len(array) for name, array in images.items()}
+    return sizes | {f"{name}' SHA-256": _checksum(array) for name, array in arrays.items()}
 
 
 def check_same_data(workdir: Path, dataset: Dataset, resumes: bool, teacher: str | None = None) -> None:
     """Checks that a resumed run sees the same training data and teacher, and records their identity in dataset.json.
 
-    Args: teacher: its SHA-256, see `teacher.identify_teacher`. Raises: UserError, see refuse_other_data.
+    Args: teacher: its SHA-256. Raises: UserError, see refuse_other_data.
     """
     if resumes:
         refuse_other_data(workdir, dataset)
@@ -173,22 +173,25 @@ def check_same_data(workdir: Path, dataset: Dataset, resumes: bool, teacher: str
             raise UserError(
                 f"{workdir}: --teacher has changed since this run began: restore it, or use another --workdir"
             )
-    identity = {"source": dataset.source, "train_labels_sha256": _checksum(dataset.train_labels)}
+    arrays = {"labels": dataset.train_labels, "images": dataset.train_images}
+    identity = {"source": dataset.source} | {f"train_{name}_sha256": _checksum(x) for name, x in arrays.items()}
     identity |= {"teacher_sha256": teacher} if teacher else {}
     write_json(workdir / "dataset.json", identity)
 
 
 def refuse_other_data(workdir: Path, dataset: Dataset) -> None:
-    """Raises: UserError if the run began with other training labels or another order of them.
+    """Raises: UserError if the run began with other training images or labels, or another order of them.
 
     Batches, flips and held-out images depend on the order of the images, and copies of CIFAR-10 differ in it.
     """
-    saved = _read_identity(workdir)
-    if saved and saved["train_labels_sha256"] != _checksum(dataset.train_labels):
-        raise UserError(
-            f"{workdir}: this run began with {saved['source']}, and {dataset.source} has other labels or another "
-            "order: name the former with --data-dir, or name another --workdir"
-        )
+    saved = _read_identity(workdir) or {}
+    for name, array in (("labels", dataset.train_labels), ("images", dataset.train_images)):
+        found = _checksum(array)
+        if saved.get(f"train_{name}_sha256", found) != found:  # earlier versions have no checksum of the images
+            raise UserError(
+                f"{workdir}: this run began with {saved['source']}, and {dataset.source} has other {name} or another "
+                "order: name the former with --data-dir, or name another --workdir"
+            )
 
 
 def restarted(config: Config, number: int) -> Config:
