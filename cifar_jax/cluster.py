@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
+import socket
 from collections.abc import Mapping, Sequence
 
 from cifar_jax.errors import UserError
@@ -47,6 +49,29 @@ def is_clusters_process(environment: Mapping[str, str]) -> bool:
         counts.append(environment.get("OMPI_COMM_WORLD_SIZE", "1"))
     hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
     return len(hosts) > 1 or any(count.isdecimal() and int(count) > 1 for count in counts)
+
+
+def refuse_unknown_launcher(environment: Mapping[str, str]) -> None:
+    """Raises: UserError for one of several processes of Open MPI 5 or later, each of which would train by itself."""
+    count = environment.get("OMPI_COMM_WORLD_SIZE", "1")
+    if count.isdecimal() and int(count) > 1 and not is_clusters_process(environment):
+        raise UserError(
+            f"this is one of {count} processes of mpirun, which JAX can't connect by itself: start each by sh -c with "
+            "--coordinator HOST:PORT --num-processes $OMPI_COMM_WORLD_SIZE --process-id $OMPI_COMM_WORLD_RANK, or "
+            "with --coordinator none, if each is to train alone"
+        )
+
+
+def check_port(processes: Processes) -> None:
+    """Raises: UserError if a program of this host uses the coordinator's port. JAX would crash or join its run."""
+    port = int(str(processes.coordinator).rpartition(":")[2])
+    both = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
+    try:
+        socket.create_server(("", port), **both).close()  # type: ignore[arg-type]
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            reason = "another program uses this port" if error.errno == errno.EADDRINUSE else "this port is not allowed"
+            raise UserError(f"--coordinator {processes.coordinator}: {reason}: name another in all processes") from None
 
 
 def silence_xla(arguments: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from cifar_jax.compilation import use_compilation_cache
 from cifar_jax.configs.base import Config
-from cifar_jax.errors import UserError, one_line
+from cifar_jax.errors import UserError, is_lost_process, one_line
 from cifar_jax.models import get_model
 
 # Parameters of mallopt (malloc.h): free bytes before trimming, bytes of padding per request, number of mapped blocks.
@@ -135,7 +135,7 @@ def check_devices() -> None:
     try:
         jax.local_devices()
     except (RuntimeError, AssertionError) as error:
-        if jax.distributed.is_initialized():  # the processes tell each other their devices: one may be gone
+        if jax.distributed.is_initialized() and is_lost_process(error):  # they tell each other their devices
             raise
         reason = one_line(error) or type(error).__name__
         if asked := os.environ.get("JAX_PLATFORMS"):

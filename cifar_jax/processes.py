@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import os
 import pickle
-import re
 import signal
 import subprocess
 import sys
@@ -25,9 +24,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cifar_jax.cli import say_failure
-from cifar_jax.cluster import Processes, is_clusters_process
+from cifar_jax.cluster import Processes, check_port, is_clusters_process, refuse_unknown_launcher
 from cifar_jax.console import is_main, say
-from cifar_jax.errors import UserError, one_line
+from cifar_jax.errors import UserError, is_lost_process, one_line
 from cifar_jax.host import use_cpu_cores
 from cifar_jax.interrupt import Interrupts, Terminated
 
@@ -37,8 +36,6 @@ SILENCE_SECONDS = 30  # a process that sends no heartbeat for so long is taken f
 LEAVING_SECONDS = 10  # how long the end of one process waits for the ends of the others
 RESUME = "run the same command in all processes to resume"
 CHECK = "check --coordinator; none trains without other processes"
-# What XLA and the coordination service say of a process that is gone.
-_LOST = re.compile(r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|by peer|remote process|Broken pipe")
 
 
 @contextlib.contextmanager
@@ -47,8 +44,11 @@ def connected(processes: Processes) -> Iterator[None]:
 
     A failure in one process ends all: each says in a line what it knows, and does not wait for the others. If another
     process dies, that is within SILENCE_SECONDS or little more.
-    Raises: UserError if JAX finds no cluster; SystemExit with the status of a failure that was said.
+    Raises: UserError if JAX finds no cluster or another program uses the port; SystemExit with the status of a failure
+    that was said.
     """
+    if processes.coordinator is None:
+        refuse_unknown_launcher(os.environ)
     if processes.coordinator == "none" or (processes.coordinator is None and not is_clusters_process(os.environ)):
         yield
         return
@@ -80,7 +80,7 @@ def _say_sudden(error: BaseException) -> int:
     """Says why this process ends before the others. Returns: its exit status."""
     if isinstance(error, (KeyboardInterrupt, Terminated)):
         return 128 + (signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
-    if isinstance(error, (jax.errors.JaxRuntimeError, ValueError)) and _LOST.search(str(error)):
+    if isinstance(error, (jax.errors.JaxRuntimeError, ValueError)) and is_lost_process(error):
         reason = one_line(error)
         say(f"error: lost another process ({reason}): {RESUME}", error=True, everywhere=True)
         return 2
@@ -103,6 +103,8 @@ def _initialize(processes: Processes) -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         if visible and "," not in visible and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
             given["local_device_ids"] = [0]  # the only GPU that the task sees; JAX would take that of the task's number
+    if given.get("process_id") == 0:
+        check_port(processes)
     given |= {"heartbeat_timeout_seconds": SILENCE_SECONDS, "shutdown_timeout_seconds": LEAVING_SECONDS}
     try:
         with _default_signals():

@@ -14,6 +14,7 @@ from benchmarks import accuracy
 from cifar_jax import __main__, convert, evaluate, plots, predict, train
 from cifar_jax.cli import command, parse_arguments
 from cifar_jax.errors import UserError
+from cifar_jax.host import check_devices
 from cifar_jax.pretrained import pretrained_path
 
 
@@ -120,6 +121,19 @@ def test_without_a_device_commands_still_tell_their_flags(run_command, monkeypat
     monkeypatch.delenv("JAX_PLATFORMS")
     _, _, error = run_command(convert.main, pretrained_path("lenet5"), tmp_path / "lenet5.pth")
     assert error == "error: JAX can't use a device (no such platform): set JAX_PLATFORMS=cpu to do without it\n"
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    with pytest.raises(UserError, match="no such platform"):
+        check_devices()
+
+
+def test_a_lost_process_is_no_missing_device(monkeypatch):
+    def lost():
+        raise RuntimeError("DEADLINE_EXCEEDED: Barrier timed out")
+
+    monkeypatch.setattr(jax, "local_devices", lost)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    with pytest.raises(RuntimeError, match="Barrier"):
+        check_devices()
 
 
 def closed():

@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 from pathlib import Path
 
 import jax
@@ -13,8 +15,9 @@ import tiny_command
 from small_runs import latest_state, untimed_rows
 
 import benchmarks.processes
-from cifar_jax import models, processes
-from cifar_jax.cluster import Processes, is_clusters_process, silence_xla
+import cifar_jax
+from cifar_jax import models, processes, train
+from cifar_jax.cluster import Processes, check_port, is_clusters_process, refuse_unknown_launcher, silence_xla
 from cifar_jax.errors import UserError
 from cifar_jax.processes import agree, any_of, broadcast, check_same, connected, on_main
 from cifar_jax.runs import read_config
@@ -108,7 +111,7 @@ def test_when_one_process_is_killed_the_other_ends_with_a_line(tmp_path, victim)
     ("flags", "seeds", "named"),
     [
         (["--learning-rate", "0.1"], ("0", "0"), "another recipe or version: learning_rate 0.1, and process 0 0.05"),
-        ([], ("0", "1"), "process 1 has another dataset: training labels' SHA-256"),
+        ([], ("0", "1"), "process 1 has another dataset: training images' SHA-256"),
     ],
 )
 def test_a_process_that_differs_is_refused_by_all(tmp_path, flags, seeds, named):
@@ -198,6 +201,48 @@ def test_a_task_of_a_cluster_takes_the_one_gpu_that_it_sees(visible, named, ids,
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     processes._initialize(Processes("auto"))
     assert given[0].get("local_device_ids") == ids
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_a_port_that_is_in_use_is_refused(reuse, monkeypatch):
+    """Also one of another coordinator, which allows its reuse: the runs would mix."""
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("it connects"))
+    with socket.socket() as other:
+        if reuse:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"--coordinator {address}: another program uses this port: name another"):
+            processes._initialize(Processes(address, 2, 0))
+    check_port(Processes(address, 2, 0))  # free again
+
+
+def test_processes_of_a_launcher_that_jax_does_not_know_are_refused(tmp_path, run_command, monkeypatch):
+    """Each would train by itself, in the same folder."""
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    status, _, error = run_command(train.main, "quickstart", "--workdir", tmp_path / "run")
+    assert (status, error.count("\n")) == (2, 1)
+    assert "--process-id $OMPI_COMM_WORLD_RANK" in error
+    assert not (tmp_path / "run").exists()
+    for environment in ({"OMPI_COMM_WORLD_SIZE": "1"}, {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "x"}):
+        refuse_unknown_launcher(environment)
+    with connected(Processes("none")):
+        pass
+
+
+def test_processes_compare_their_code(tiny_config, tmp_path, monkeypatch):
+    """Every commit has the same version."""
+    package, without = Path(cifar_jax.__file__).parent, shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(package, tmp_path / "cifar_jax", ignore=without)
+    before = train._facts(tiny_config)
+    monkeypatch.setattr(cifar_jax, "__file__", str(tmp_path / "cifar_jax" / "__init__.py"))
+    assert train._facts(tiny_config) == before
+    with (tmp_path / "cifar_jax" / "ops" / "cpu.py").open("a") as file:
+        file.write("# another line")
+    assert train._facts(tiny_config) != before
 
 
 def test_one_process_agrees_with_itself():
