@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 os.environ["KERAS_BACKEND"] = "torch"  # gradients are taken through torch.autograd
+os.environ["KERAS_TORCH_DEVICE"] = "cpu"  # else Keras takes a GPU, which lacks float64 or rounds products
 
 import jax
 import numpy as np

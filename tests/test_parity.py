@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import runpy
 import sys
 
@@ -344,6 +345,11 @@ def test_other_biases_and_flips_are_seen(monkeypatch, batch, initial_anew):
     monkeypatch.undo()
     monkeypatch.setattr(augment, "random_flip", lambda key, image: image)
     assert failed(parity_keras.check_augmentation(batch[0])) == ["augmentation: share of flips"]
+
+
+def test_keras_computes_on_the_cpu():
+    """Even where PyTorch finds a GPU."""
+    assert os.environ["KERAS_TORCH_DEVICE"] == "cpu"
 
 
 def test_dropout_at_test_is_seen_to_differ(tmp_path, batch, monkeypatch, direct):
