@@ -119,6 +119,9 @@ def test_the_headline_follows_the_reference_run(copy):
     change(copy, "all_cnn_reference_seed0", metrics=run["metrics"] * 100, epochs=200, test_accuracy=0.8991)
     assert "| 89.91 (one seed) |" in accuracy.headline(results)
     assert "\n| 200 | 89.9 | 34.99 |  |" in accuracy.all_cnn_reference(results)
+    assert "over the seeds 0, 1, 2, one model" in accuracy.headline(results)
+    change(copy, "accuracy_lenet5", seeds=[7, 8])
+    assert "over the seeds 0, 1, 2 or 7, 8, one model" in accuracy.headline(results)
 
 
 def test_the_summaries_show_the_largest_error_and_the_ratio(copy):

@@ -28,22 +28,23 @@ RELEASED = {"float32": "float32", "bfloat16": "bfloat16", "flip_tta": "float32, 
 
 def headline(results: Results) -> str:
     """One row per network: the original, its recipe here, the best recipe here."""
-    rows, hardware = [], set()
-    lenet5 = results.load("parity_lenet5")["last_epoch"]["jax"]
-    reference = {"lenet5": mean_and_deviation(lenet5), "all_cnn": _all_cnn_reference_cell(results)}
+    parity = results.load("parity_lenet5")
+    rows, hardware, seeds = [], set(), {tuple(parity["seeds"])}
+    reference = {"lenet5": mean_and_deviation(parity["last_epoch"]["jax"]), "all_cnn": _all_cnn_reference_cell(results)}
     sizes = {"lenet5": "lenet5_reference", "all_cnn": "all_cnn_reference_seed0"}
     for model, title in NETWORKS.items():
         best = max(_recipes_of(results, model), key=lambda result: result["test_accuracy"]["mean"])
         hardware |= set(map(_machine, best["hardware"].split("; ")))
+        seeds.add(tuple(best["seeds"]))
         cells = [title, f"{results.load(sizes[model])['num_parameters']:,}", ORIGINALS[model], reference[model]]
         value = f"**{mean_and_deviation(best['test_accuracy'])}** (`{best['recipe']}`)"
         minutes = three_digits(min(best["training_seconds"]) / 60)
         rows.append([*cells, value, str(best["config"]["num_epochs"]), minutes])
     columns = ["network", "parameters", "original program", "its recipe, here", "best recipe here", "epochs", "minutes"]
-    seeds = ", ".join(map(str, results.load("parity_lenet5")["seeds"]))
+    names = " or ".join(", ".join(map(str, own)) for own in sorted(seeds))
     note = (
         "Test accuracy in percent after the last epoch: mean ± sample standard deviation (n − 1) over the seeds "
-        f"{seeds}, one model, one view of each image. Minutes of training of the fastest seed; they are rough, as "
+        f"{names}, one model, one view of each image. Minutes of training of the fastest seed; they are rough, as "
         f"other work ran on the machine. Hardware: {'; '.join(sorted(hardware))}."
     )
     return f"{table(columns, rows)}\n\n{note}"
