@@ -25,7 +25,13 @@ def output_file(folder: Path, name: str) -> Path:
     return path
 
 
-def write_result(path: Path, content: dict[str, Any]) -> None:
-    """Writes a measurement's JSON, and makes its folder: not before, so that a refused command leaves none."""
+def write_result(path: Path, content: dict[str, Any], complete: bool = True) -> None:
+    """Writes a measurement's JSON, and makes its folder: not before, so that a refused command leaves none.
+
+    A measurement that is not complete goes to FILE.json.partial, so that an interrupted one replaces no earlier result.
+    """
+    partial = path.with_name(f"{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, content)
+    write_json(path if complete else partial, content)
+    if complete:
+        partial.unlink(missing_ok=True)

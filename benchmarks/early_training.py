@@ -129,7 +129,7 @@ def main() -> int:
                 "dataset": arguments.dataset,
                 "runs": runs,
             }
-            write_result(file, content)
+            write_result(file, content, complete=seed == arguments.seeds[-1])
     return 0
 
 

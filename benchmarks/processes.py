@@ -94,9 +94,17 @@ def train_together(
     return started([[*RUN, *flags]] * count, [environment] * count)
 
 
+def end_of(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """Waits for a process and returns its stdout and stderr. Raises: UserError if it does not end in time."""
+    try:
+        return process.communicate(timeout=DEADLINE)
+    except subprocess.TimeoutExpired as expired:
+        raise UserError(f"a process did not end in {DEADLINE} s: {(expired.stderr or b'')[-300:]!r}") from expired
+
+
 def finish(running: list[subprocess.Popen[str]]) -> str:
     """Waits for processes and returns the first one's stdout. Raises: UserError if one fails."""
-    outputs = [process.communicate(timeout=DEADLINE) for process in running]
+    outputs = [end_of(process) for process in running]
     for process, (_, err) in zip(running, outputs):
         if process.returncode:
             raise UserError(f"a process ended with status {process.returncode}: {err[-300:]}")
@@ -144,7 +152,7 @@ def kill_one(folder: Path, number: int, num_epochs: int) -> dict[str, Any]:
             raise UserError(f"the run ended before epoch {epoch}: {running[0].communicate()[1][-300:]}")
         running[victim].kill()
         killed = time.perf_counter()
-        _, err = running[1 - victim].communicate(timeout=DEADLINE)
+        _, err = end_of(running[1 - victim])
         seconds = time.perf_counter() - killed
         status = running[1 - victim].returncode
     with train_together(2, 1, flags) as running:

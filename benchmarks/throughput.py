@@ -181,7 +181,7 @@ def main() -> int:
             "matrix_flops_per_second": limit,
             "workloads": workloads,
         }
-        write_result(file, content)
+        write_result(file, content, complete=len(workloads) == len(tasks))
         for backend, values in workloads[name]["contenders"].items():
             rates = (f"{values['phases'][phase]['images_per_second']:12,.1f}" for phase in arguments.phases)
             print(f"{name:18} {backend:32} {' '.join(rates)} images/s ({', '.join(arguments.phases)})")

@@ -144,7 +144,7 @@ def main() -> int:
             program = {"recipe": name, "topology": topology, "phase": phase, "scaling": scaling}
             program |= compile_program(config, topology, phase, state)
             content["programs"].append(program)
-            write_result(file, content)
+            write_result(file, content, complete=len(content["programs"]) == len(pairs) * len(PHASES))
             cost = f"{program['compile_cpu_seconds']:6.1f} s of CPU time, {program['cycles']:10,} cycles a step"
             print(f"{name:18} {topology:10} {phase:10} {cost}", *program["surprises"])
     return int(any(program["surprises"] for program in content["programs"]))

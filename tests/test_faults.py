@@ -80,6 +80,30 @@ def test_bad_flags(arguments, named, run_command):
     assert named in errors
 
 
+def test_an_interrupted_benchmark_keeps_what_it_measured(tmp_path, run_command, monkeypatch):
+    def inject(fault, lab, count, seed):
+        if fault is not FAULTS[0]:
+            raise KeyboardInterrupt
+        return {"name": fault.name, "times": 1, "failed": 0, "outcomes": {}, "seconds": 0}
+
+    monkeypatch.setattr(faults, "inject", inject)
+    monkeypatch.setattr(faults, "prepare", lambda folder: None)
+    monkeypatch.setattr(faults, "Lab", lambda folder: None)
+    (tmp_path / "faults.json").write_text("earlier")
+    assert run_command(faults.main, "--out", tmp_path)[0] == 130
+    assert (tmp_path / "faults.json").read_text() == "earlier"
+    rows = json.loads((tmp_path / "faults.json.partial").read_text())["faults"]
+    assert [row["name"] for row in rows] == [FAULTS[0].name]
+
+
+def test_a_chain_without_a_hit_is_no_success(tmp_path, monkeypatch):
+    class Other:
+        new_folder, finish = (lambda self: tmp_path), (lambda self, workdir: "other parameters")
+
+    monkeypatch.setattr(stops, "_chain", lambda strikes, workdir: (workdir, 0, None))
+    assert list(stops._finish_all(Other(), [[]])) == ["other parameters"]
+
+
 # --- Each fault can fail: it detects a defect of the package ---
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -327,6 +328,30 @@ def test_backends_take_turns_forth_and_back(rounds):
     assert rounds == [
         (name, phase) for turn in (names, names[::-1]) for phase in ("training", "inference") for name in turn
     ]
+
+
+def test_an_interrupted_measurement_replaces_no_result(tmp_path, run_command, monkeypatch):
+    calls = []
+
+    def measure(workload, backends, arguments):
+        calls.append(workload)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return {"environment": {}, "contenders": {}}
+
+    monkeypatch.setattr(throughput, "measure", measure)
+    monkeypatch.setattr(throughput, "summarize", lambda workloads: 1.0)
+    result, partial = tmp_path / "throughput.json", tmp_path / "throughput.json.partial"
+    result.write_text("earlier")
+    run = functools.partial(
+        run_command, throughput.main, "--out", tmp_path, "--models", "lenet5", "--frameworks", "jax"
+    )
+    assert run()[0] == 130
+    assert result.read_text() == "earlier"
+    assert list(json.loads(partial.read_text())["workloads"]) == ["lenet5_batch4"]
+    assert run()[0] == 0
+    assert list(json.loads(result.read_text())["workloads"]) == ["lenet5_batch4", "lenet5_batch128"]
+    assert not partial.exists()
 
 
 def test_every_phase_of_pytorch_and_keras_trains_or_leaves_the_weights_alone():

@@ -86,7 +86,12 @@ def main() -> int:
     if not any(counts.values()):
         raise UserError("--quick leaves these faults out: omit it")
     file = output_file(arguments.out, "faults")
-    rows = []
+    content: dict[str, Any] = {
+        "command": describe_command("-m benchmarks.faults", sys.argv[1:]),
+        **describe_environment(jax.local_devices()[:1]),
+        "seed": arguments.seed,
+        "faults": (rows := []),
+    }
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         prepare(Path(folder))
         lab = Lab(Path(folder))
@@ -94,12 +99,7 @@ def main() -> int:
             if count:
                 rows.append(inject(fault, lab, count * arguments.rounds, arguments.seed))
                 print("{name}: {times} times, {failed} failed; {outcomes} {seconds} s".format(**rows[-1]))
-    content = {
-        "command": describe_command("-m benchmarks.faults", sys.argv[1:]),
-        **describe_environment(jax.local_devices()[:1]),
-        "seed": arguments.seed,
-        "faults": rows,
-    }
+                write_result(file, content, complete=False)
     write_result(file, content)
     return int(any(row["failed"] for row in rows))
 

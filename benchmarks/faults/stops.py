@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.faults import victims
-from benchmarks.faults.lab import Lab
+from benchmarks.faults.lab import IDENTICAL, Lab
 from benchmarks.faults.victims import Strike
 
 CHAIN = 4  # strikes before a run may end
@@ -51,7 +51,7 @@ def _finish_all(lab: Lab, chains: list[list[Strike]]) -> Iterator[str]:
         for future in started:
             workdir, hits, wrong = future.result()
             outcome = wrong or lab.finish(workdir)
-            yield from [outcome] * hits
+            yield from [outcome] * (hits if outcome == IDENTICAL else max(hits, 1))
             shutil.rmtree(workdir, ignore_errors=True)
 
 
