@@ -218,11 +218,14 @@ def check_same_devices() -> None:
         raise UserError(f"all processes need the same number of devices ({each}): on CPUs set JAX_NUM_CPU_DEVICES")
 
 
-def check_same(what: str, facts: Mapping[str, Any]) -> None:
-    """Raises: UserError in all processes, naming the first difference, if the facts of one differ from process 0's."""
+def check_same(what: str, facts: Callable[[], Mapping[str, Any]]) -> None:
+    """Raises: UserError in all processes, naming the first difference, if the facts of one differ from process 0's.
+
+    Args: facts: is called if there are several processes.
+    """
     if _is_alone():
         return
-    first, *others = _gather(dict(facts))
+    first, *others = _gather(dict(facts()))
     for number, other in enumerate(others, 1):
         for name, value in other.items():
             if value != first.get(name):

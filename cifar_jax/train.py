@@ -57,7 +57,7 @@ def train_and_evaluate(
     if dataset is not None:
         check_dataset(dataset, config.dataset, config.holdout)
     check_same_devices()
-    check_same("recipe or version", _facts(config))
+    check_same("recipe or version", lambda: _facts(config))
     if any_of(stop()):
         raise Interrupted(Progress(), 0)
     devices = select_devices(config)

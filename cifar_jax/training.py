@@ -46,7 +46,7 @@ class Run:
         self.profiler = Profiler(self.workdir, watched.profile, lambda: jax.block_until_ready(self.trainer.state))
         load = lambda: mix_classes(dataset) if dataset else load_dataset(config.dataset, config.data_dir)
         self.dataset = agree(lambda: hold_out(load(), config.holdout))
-        check_same("dataset", identify(self.dataset))
+        check_same("dataset", lambda: identify(self.dataset))
         if self.stop():
             raise Interrupted(Progress(), 0)
         self.num_classes = self.dataset.info.num_classes
