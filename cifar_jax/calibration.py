@@ -9,10 +9,10 @@ import dataclasses
 from pathlib import Path
 
 from cifar_jax.console import say
+from cifar_jax.data_identity import refuse_other_data
 from cifar_jax.datasets import Dataset, hold_out, load_dataset
 from cifar_jax.errors import UserError
 from cifar_jax.report.analysis import Predictions, fit_temperature
-from cifar_jax.runs import refuse_other_data
 from cifar_jax.sources import Source
 
 

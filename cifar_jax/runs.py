@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import json
 import re
 import shutil
@@ -20,10 +19,10 @@ import orbax.checkpoint as ocp
 
 from cifar_jax.configs.base import EXECUTION_FIELDS, Config
 from cifar_jax.console import say
-from cifar_jax.datasets import Dataset
+from cifar_jax.data_identity import read_identity
 from cifar_jax.environment import describe_environment
 from cifar_jax.errors import UserError, one_line
-from cifar_jax.io import made_folder, read_json, user_path, write_json
+from cifar_jax.io import made_folder, read_json, user_path
 from cifar_jax.metrics import EpochMetrics
 from cifar_jax.orbax_io import alone
 
@@ -117,7 +116,7 @@ def check_same_config(workdir: Path, config: Config) -> None:
     if not path.exists():
         if has_checkpoints:
             raise UserError(f"{workdir}: has checkpoints but no config.json: restore it, or name another --workdir")
-        foreign = [*results, *([workdir / "dataset.json"] if _read_identity(workdir) == {} else [])]
+        foreign = [*results, *([workdir / "dataset.json"] if read_identity(workdir) == {} else [])]
         if foreign:
             raise UserError(f"{foreign[0]}: belongs to no run, as config.json is missing: name another --workdir")
         return
@@ -137,61 +136,6 @@ def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Returns the fields that make another run. A teacher may have moved: dataset.json tells it from another one."""
     moved = {"teacher"} if old.get("teacher") and new["teacher"] else set()
     return [name for name in old if name not in {*EXECUTION_FIELDS, *moved} and old[name] != new[name]]
-
-
-def _read_identity(workdir: Path) -> dict[str, Any] | None:
-    """Reads dataset.json; {} if it is damaged or foreign; None if it does not exist."""
-    try:
-        content = read_json(workdir / "dataset.json")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
-        return {}
-    return content if {"source", "train_labels_sha256"} <= set(content) else {}
-
-
-def _checksum(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
-
-
-def identify(dataset: Dataset) -> dict[str, Any]:
-    """Returns what tells datasets apart: numbers of images, and checksums of labels and images in their order."""
-    images = {"training images": dataset.train_images, "test images": dataset.test_images}
-    arrays = images | {"training labels": dataset.train_labels, "test labels": dataset.test_labels}
-    sizes = {f"number of {name}": len(array) for name, array in images.items()}
-    return sizes | {f"{name}' SHA-256": _checksum(array) for name, array in arrays.items()}
-
-
-def check_same_data(workdir: Path, dataset: Dataset, resumes: bool, teacher: str | None = None) -> None:
-    """Checks that a resumed run sees the same training data and teacher, and records their identity in dataset.json.
-
-    Args: teacher: its SHA-256. Raises: UserError, see refuse_other_data.
-    """
-    if resumes:
-        refuse_other_data(workdir, dataset)
-        if (_read_identity(workdir) or {}).get("teacher_sha256", teacher) != teacher:
-            raise UserError(
-                f"{workdir}: --teacher has changed since this run began: restore it, or use another --workdir"
-            )
-    arrays = {"labels": dataset.train_labels, "images": dataset.train_images}
-    identity = {"source": dataset.source} | {f"train_{name}_sha256": _checksum(x) for name, x in arrays.items()}
-    identity |= {"teacher_sha256": teacher} if teacher else {}
-    write_json(workdir / "dataset.json", identity)
-
-
-def refuse_other_data(workdir: Path, dataset: Dataset) -> None:
-    """Raises: UserError if the run began with other training images or labels, or another order of them.
-
-    Batches, flips and held-out images depend on the order of the images, and copies of CIFAR-10 differ in it.
-    """
-    saved = _read_identity(workdir) or {}
-    for name, array in (("labels", dataset.train_labels), ("images", dataset.train_images)):
-        found = _checksum(array)
-        if saved.get(f"train_{name}_sha256", found) != found:  # earlier versions have no checksum of the images
-            raise UserError(
-                f"{workdir}: this run began with {saved['source']}, and {dataset.source} has other {name} or another "
-                "order: name the former with --data-dir, or name another --workdir"
-            )
 
 
 def restarted(config: Config, number: int) -> Config:

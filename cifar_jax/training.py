@@ -15,6 +15,7 @@ import numpy as np
 from cifar_jax.checkpoint import Checkpoints, Progress
 from cifar_jax.configs.base import Config
 from cifar_jax.console import format_epoch, is_main, progress_bar, say
+from cifar_jax.data_identity import check_same_data, identify
 from cifar_jax.datasets import Dataset, hold_out, load_dataset, mix_classes
 from cifar_jax.errors import one_line
 from cifar_jax.io import write_json
@@ -25,7 +26,7 @@ from cifar_jax.outcomes import FailedTraining, Interrupted
 from cifar_jax.parallel import local, share
 from cifar_jax.processes import agree, any_of, check_same, on_main
 from cifar_jax.profiler import Profiler
-from cifar_jax.runs import check_same_data, identify, probe_workdir, read_config, read_summary, summarize
+from cifar_jax.runs import probe_workdir, read_config, read_summary, summarize
 from cifar_jax.steps import count_steps_per_epoch
 from cifar_jax.teacher import compute_teacher_logits, identify_teacher, load_teacher
 from cifar_jax.trainer import Evaluator, Trainer

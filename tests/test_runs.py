@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small_runs import stop_at
 
-from cifar_jax import runs
+from cifar_jax import data_identity, runs
 from cifar_jax.errors import UserError
 from cifar_jax.outcomes import Interrupted
 from cifar_jax.runs import attempts, claim_workdir, probe_workdir, read_config, read_summary, resolve_workdir
@@ -195,7 +195,7 @@ def test_a_damaged_identity_of_the_data_is_written_anew(content, tiny_config, ti
     workdir = Path(tiny_config.workdir)
     workdir.mkdir()
     (workdir / "dataset.json").write_text(content)
-    runs.check_same_data(workdir, tiny_dataset, resumes=True)
+    data_identity.check_same_data(workdir, tiny_dataset, resumes=True)
     assert json.loads((workdir / "dataset.json").read_text())["source"] == "tiny digits"
 
 
@@ -203,19 +203,19 @@ def test_other_images_with_the_same_labels_are_refused(tiny_config, tiny_dataset
     """Such as those of another order of the files in each class."""
     workdir = Path(tiny_config.workdir)
     workdir.mkdir()
-    runs.check_same_data(workdir, tiny_dataset, resumes=False)
+    data_identity.check_same_data(workdir, tiny_dataset, resumes=False)
     first, second = np.flatnonzero(tiny_dataset.train_labels == tiny_dataset.train_labels[0])[:2]
     images = tiny_dataset.train_images.copy()
     images[[first, second]] = images[[second, first]]
     other = dataclasses.replace(tiny_dataset, train_images=images)
-    assert runs.identify(other) != runs.identify(tiny_dataset)
+    assert data_identity.identify(other) != data_identity.identify(tiny_dataset)
     with pytest.raises(UserError, match="has other images or another order: name the former"):
-        runs.check_same_data(workdir, other, resumes=True)
-    runs.check_same_data(workdir, tiny_dataset, resumes=True)
+        data_identity.check_same_data(workdir, other, resumes=True)
+    data_identity.check_same_data(workdir, tiny_dataset, resumes=True)
     saved = json.loads((workdir / "dataset.json").read_text())
     del saved["train_images_sha256"]  # as an earlier version wrote it
     (workdir / "dataset.json").write_text(json.dumps(saved))
-    runs.check_same_data(workdir, other, resumes=True)
+    data_identity.check_same_data(workdir, other, resumes=True)
 
 
 # --- Restarts and the summary ---
